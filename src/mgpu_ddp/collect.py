@@ -1,0 +1,280 @@
+"""Windows of all ranks → durable rows, in a thread behind the predicting one.
+
+Each rank sends one payload per window, an empty one too. All ranks read the same list of payloads, so all
+judge alike and end after the same window: when everything is done, when some rank wished to stop, or when
+some rank failed. Rank 0's result of writing window k is known to all with window k+1, and one last payload
+acknowledges the last window. At most two windows are in flight per rank: one gathered, one predicted.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from mgpu_ddp.errors import PeerFailedError, ProtocolError
+from mgpu_ddp.rows import Rows, concatenate, in_order
+from mgpu_ddp.sharding import Plan, Window
+from mgpu_ddp.signals import StopWish
+from mgpu_ddp.world import Channel, World, reason_of
+from mgpu_ddp.writing import Manifest, Part, PartWriter, commit
+
+State = Literal["rows", "stop", "failed"]
+Ending = Literal["complete", "preempted", "too many errors"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Payload:
+    """What one rank tells all others about one window."""
+
+    job: str
+    attempt: int
+    window: int
+    state: State
+    reason: str
+    next_missing: int
+    """The first index of this rank's share that it has not done; the window's end where it owes nothing more."""
+    errors: int
+    """Error rows of this rank in this job so far."""
+    seconds: float
+    rows: Rows | None
+    """The rows themselves, where rank 0 writes."""
+    part: Part | None
+    """Where this rank has written them, otherwise."""
+
+
+class Collector:
+    """Takes a rank's rows in order, and has them committed window by window.
+
+    Use as a context manager around the predicting loop: leaving it ends the job on all ranks alike, also when
+    the loop raised. `ending` then says how.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        world: World,
+        plan: Plan,
+        channel: Channel,
+        writer: PartWriter,
+        manifest: Manifest | None,
+        run_dir: Path,
+        stop: StopWish,
+        errors_before: int,
+        max_errors: float,
+    ) -> None:
+        self._job, self._world, self._plan, self._channel = job, world, plan, channel
+        self._writer, self._manifest, self._run_dir = writer, manifest, run_dir
+        self._stop, self._errors_before, self._max_errors = stop, errors_before, max_errors
+        self.ending: Ending = "complete"
+        self.peers_s = 0.0
+        """Seconds the predicting thread waited here for windows of all ranks."""
+        self.gather_s = 0.0
+        """Seconds the collecting thread spent gathering, waiting for slower ranks included."""
+        self.write_s = 0.0
+        self._done_rows = 0
+        self.errors = 0
+        """Error rows of this rank so far."""
+        self._error: Exception | None = None
+        self._chunks: list[Rows] = []
+        self._window: Window | None = None
+        self._window_rows = 0
+        self._since = time.perf_counter()
+        self._over = False
+        self._handed: Payload | None = None
+        self._turn = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
+
+    @property
+    def over(self) -> bool:
+        """Whether the loop should end: all agreed to, a rank failed, or this process was asked to stop."""
+        pulse = self._world.pulse
+        return (
+            self._over
+            or self._error is not None
+            or bool(self._stop)
+            or pulse.alarm is not None
+            or pulse.lost is not None
+        )
+
+    def __enter__(self) -> "Collector":
+        self._window = self._plan.window(0)
+        self._thread.start()
+        self._post_finished_windows()
+        return self
+
+    def add(self, rows: Rows) -> None:
+        """Take one batch of this rank's rows; they follow the ones before."""
+        self._chunks.append(rows)
+        self._window_rows += len(rows)
+        self._done_rows += len(rows)
+        self.errors += len(rows.errors)
+        self._world.pulse.progress = {
+            "at": f"row {int(rows.index[-1])}",
+            "rows": self._done_rows,
+            "errors": self.errors,
+        }
+        self._post_finished_windows()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End with all ranks: post what is done of the current window, then wait for the last acknowledgement."""
+        if self._window is not None and not self._over:
+            reason = reason_of(raised) if raised is not None else self._stop.signal_name or "another rank ended"
+            # The others cut their window short as well, rather than finish it first.
+            self._world.raise_alarm(self._job, reason)
+            self._hand_over(self._payload(self._window, "stop" if raised is None else "failed", reason))
+        self._thread.join()
+        if self._error is not None and raised is None:
+            raise self._error
+
+    def _post_finished_windows(self) -> None:
+        while self._window is not None and self._window_rows == len(self._plan.rows(self._window, self._world.rank)):
+            window = self._window
+            if not self._hand_over(self._payload(window, "rows", "")):
+                return
+            self._chunks, self._window_rows = [], 0
+            self._window = self._plan.window(window.number + 1)
+
+    def _payload(self, window: Window, state: State, reason: str) -> Payload:
+        owed = self._plan.rows(window, self._world.rank)
+        now = time.perf_counter()
+        payload = Payload(
+            job=self._job,
+            attempt=self._world.attempt,
+            window=window.number,
+            state=state,
+            reason=reason,
+            next_missing=owed[self._window_rows] if self._window_rows < len(owed) else window.stop,
+            errors=self.errors,
+            seconds=now - self._since,
+            rows=concatenate(self._chunks) if self._chunks else None,
+            part=None,
+        )
+        self._since = now
+        return payload
+
+    def _hand_over(self, payload: Payload) -> bool:
+        """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
+        started = time.perf_counter()
+        with self._turn:
+            while self._handed is not None and not self._over:
+                self._turn.wait()
+            self._handed = None if self._over else payload
+            self._turn.notify_all()
+        self.peers_s += time.perf_counter() - started
+        return not self._over
+
+    def _run(self) -> None:
+        try:
+            number = 0
+            while (window := self._plan.window(number)) is not None:
+                with self._turn:
+                    while self._handed is None:
+                        self._turn.wait()
+                if self._collect(window, self._handed):
+                    break
+                with self._turn:
+                    self._handed = None
+                    self._turn.notify_all()
+                number += 1
+            self._acknowledge(number + 1)
+        except Exception as error:
+            self._error = self._error or error
+        finally:
+            with self._turn:
+                self._over = True
+                self._turn.notify_all()
+
+    def _collect(self, window: Window, payload: Payload) -> bool:
+        """Gather one window of all ranks and commit what they have done of it. True when the job ends with it."""
+        if self._plan.contiguous and payload.rows is not None:
+            try:
+                payload = replace(payload, part=self._timed_write(payload.rows), rows=None)
+            except Exception as error:
+                self._fail(error)
+                owed = self._plan.rows(window, self._world.rank)
+                payload = replace(payload, rows=None, state="failed", reason=reason_of(error), next_missing=owed[0])
+        if self._error is not None:
+            payload = replace(payload, state="failed", reason=reason_of(self._error))
+        payloads = self._gather(window.number, payload)
+        ended = [p for p in payloads if p.state != "rows"]
+        frontier = min([window.stop, *(p.next_missing for p in payloads)])
+        if self._world.rank == 0 and self._error is None:
+            try:
+                self._commit(payloads, frontier)
+            except Exception as error:
+                self._fail(error)
+        self._plan.gathered(window, max(p.seconds for p in payloads))
+        failed = next(
+            (
+                f"rank {r} of {self._world.size} failed: {p.reason}"
+                for r, p in enumerate(payloads)
+                if p.state == "failed"
+            ),
+            None,
+        )
+        if failed is not None:
+            self._error = self._error or PeerFailedError(failed)
+        elif ended and frontier < self._plan.stop:
+            self.ending = "preempted"
+        elif self._errors_before + sum(p.errors for p in payloads) > self._max_errors:
+            self.ending = "too many errors"
+        return failed is not None or self.ending != "complete"
+
+    def _gather(self, window: int, payload: Payload) -> list[Payload]:
+        started = time.perf_counter()
+        payloads: list[Payload] = self._channel.gather(window, payload)
+        self.gather_s += time.perf_counter() - started
+        for rank, other in enumerate(payloads):
+            if (other.job, other.attempt, other.window) != (payload.job, payload.attempt, payload.window):
+                raise ProtocolError(
+                    f"all ranks must be in job {payload.job}, attempt {payload.attempt}, window {payload.window}, got"
+                    f" job {other.job}, attempt {other.attempt}, window {other.window} from rank {rank}."
+                )
+        return payloads
+
+    def _commit(self, payloads: list[Payload], frontier: int) -> None:
+        if not self._plan.contiguous:
+            chunks = [p.rows for p in payloads if p.rows is not None]
+            rows = in_order(chunks, frontier) if chunks else None
+            parts = [self._timed_write(rows)] if rows is not None and len(rows) else []
+        else:
+            parts = [p.part for p in payloads if p.part is not None and p.part.stop <= frontier]
+        started = time.perf_counter()
+        if parts:
+            assert self._manifest is not None, "rank 0 holds the manifest"
+            commit(self._run_dir, self._manifest, sorted(parts, key=lambda part: part.first))
+        self.write_s += time.perf_counter() - started
+
+    def _timed_write(self, rows: Rows) -> Part:
+        started = time.perf_counter()
+        part = self._writer.write(rows)
+        self.write_s += time.perf_counter() - started
+        return part
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._world.raise_alarm(self._job, reason_of(error))
+
+    def _acknowledge(self, number: int) -> None:
+        """Tell all ranks whether the last window was committed."""
+        state: State = "failed" if self._error is not None else "rows"
+        last = Payload(
+            job=self._job,
+            attempt=self._world.attempt,
+            window=number,
+            state=state,
+            reason=reason_of(self._error) if self._error else "",
+            next_missing=self._plan.stop,
+            errors=self.errors,
+            seconds=0.0,
+            rows=None,
+            part=None,
+        )
+        for rank, payload in enumerate(self._gather(number, last)):
+            if payload.state == "failed" and self._error is None:
+                self._error = PeerFailedError(f"rank {rank} of {self._world.size} failed: {payload.reason}")

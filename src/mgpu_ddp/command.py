@@ -1,0 +1,223 @@
+"""From what the user typed to a command that is safe to run, before Hydra acts on it.
+
+Hydra imports and calls whatever a `_target_` names (callbacks, launchers, log handlers) while it starts, so
+the command line is read, composed and checked here first. A mistake becomes one line in this project's words.
+"""
+
+import difflib
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mgpu_ddp.config import GROUPS, documented_keys, require, to_config
+from mgpu_ddp.errors import UsageError
+
+INFORMATIONAL = {
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "-c",
+    "--cfg",
+    "-i",
+    "--info",
+    "-sc",
+    "--shell-completion",
+}
+MULTIRUN = {"-m", "--multirun"}
+PLAIN = {"-r", "--run", "--resolve"}
+TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir"}
+
+TRUSTED_TARGETS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+)
+"""The only code that a composed configuration may name: Hydra's own launcher and sweeper."""
+
+CLOSED_KEYS = (
+    "hydra.callbacks",
+    "hydra.searchpath",
+    "hydra.job_logging",
+    "hydra.hydra_logging",
+    "hydra.job.env_set",
+)
+"""Parts of Hydra's configuration that import code, open files or change the environment of the job."""
+
+CLOSED_GROUPS = ("hydra/callbacks", "hydra/job_logging", "hydra/hydra_logging")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A checked command line, the same on every rank once rank 0 has shared it."""
+
+    informational: bool
+    multirun: bool
+    pinned: tuple[str, ...] = ()
+    """Overrides that fix the run or sweep folder: `${now:}` would differ between ranks."""
+
+
+def register_resolvers() -> None:
+    """Give Hydra's configuration `${run_dir:chosen,default}`: the chosen folder, else a fresh default."""
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+
+
+def _run_dir(chosen: str | None, default: str) -> str:
+    # The suffix keeps two starts within one second apart.
+    return str(chosen) if chosen is not None else f"{default}-{secrets.token_hex(3)}"
+
+
+def check_command(argv: Sequence[str]) -> Command:
+    """Read, guard and compose the command line. Rank 0 only.
+
+    Raises:
+        UsageError: an unknown key or value, or anything that could run code.
+    """
+    flags, config_dir, words = _split(argv)
+    overrides = _parse(words)
+    informational = bool(flags & INFORMATIONAL)
+    multirun = bool(flags & MULTIRUN) or any(
+        o.key_or_group == "hydra.mode" and "MULTI" in str(o.value()) for o in overrides
+    )
+    if informational and not flags & {"-c", "--cfg"}:
+        return Command(informational=True, multirun=False)
+
+    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    cfg = _compose(fixed, config_dir)
+    _refuse_code(cfg)
+    if informational:
+        return Command(informational=True, multirun=False)
+    HydraConfig.instance().set_config(cfg)
+    folder = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir" if multirun else "hydra.run.dir"))).absolute()
+    if not multirun:
+        task = cfg.copy()
+        OmegaConf.set_struct(task, False)
+        del task["hydra"]
+        to_config(task)
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    return Command(informational=False, multirun=multirun, pinned=(f"{key}={quote(str(folder))}",))
+
+
+def quote(value: str) -> str:
+    """Quote a string for Hydra's override grammar."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    return f"'{escaped}'"
+
+
+def _split(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
+    """Sort arguments into flags, the extra config folder and overrides; only known flags pass."""
+    flags: set[str] = set()
+    words: list[str] = []
+    config_dir: str | None = None
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        known = flag in INFORMATIONAL | MULTIRUN | PLAIN | TAKES_VALUE
+        require(
+            known,
+            "option",
+            "one of Hydra's safe flags",
+            word,
+            "See --help; overrides are key=value, without dashes.",
+        )
+        flags.add(flag)
+        if flag in TAKES_VALUE or (flag in {"-i", "--info"} and equals):
+            value = value if equals else next(rest, "")
+        elif flag in {"-i", "--info"}:
+            next(rest, "")
+        if flag in {"-cd", "--config-dir"}:
+            config_dir = value
+    return flags, config_dir, words
+
+
+def _parse(words: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    overrides: list[Override] = []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except HydraException:
+            text = f"override must be key=value in Hydra's grammar, got {word!r}. Quote values that hold , = or braces."
+            raise UsageError(text) from None
+        _refuse_key(override)
+        overrides.append(override)
+    return overrides
+
+
+def _refuse_key(override: Override) -> None:
+    key = override.key_or_group
+    closed = key.startswith(CLOSED_KEYS) or key in CLOSED_GROUPS or key == "hydra"
+    require(not closed, key, "left to mgpu_ddp", override.input_line, "It can run code; leave it out.")
+    nested = "_target_" in (override.input_line or "")
+    require(not nested, key, "free of _target_", override.input_line, "Configuration cannot name code to run.")
+    for group in ("hydra/launcher", "hydra/sweeper"):
+        if key == group:
+            require(override.value() == "basic", key, "basic", override.value(), f"Leave {key} out.")
+
+
+def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
+    if config_dir is not None:
+        require(Path(config_dir).is_dir(), "--config-dir", "a folder", config_dir, "Name an existing folder.")
+        overrides = [*overrides, f"hydra.searchpath=[{quote('file://' + str(Path(config_dir).absolute()))}]"]
+    try:
+        with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
+            return compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides)) from None
+
+
+def _refuse_code(cfg: DictConfig) -> None:
+    """Refuse code named anywhere in the composed configuration, files of the user's included."""
+    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False), ""):
+        if key.rpartition(".")[2] == "_target_":
+            require(value in TRUSTED_TARGETS, key, "absent", value, "Configuration cannot name code to run.")
+    for key in ("hydra.callbacks", "hydra.job.env_set"):
+        value = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=False)
+        require(not value, key, "empty", value, "It can run code; leave it out.")
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    items: Iterator[tuple[Any, Any]]
+    if isinstance(node, dict):
+        items = iter(node.items())
+    elif isinstance(node, list):
+        items = iter(enumerate(node))
+    else:
+        yield prefix, node
+        return
+    for key, child in items:
+        yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """Say in one line which key broke which rule."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = str(getattr(cause, "full_key", None) or "")
+    message = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    blamed = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), None)
+    value = blamed.partition("=")[2] if blamed else None
+    if "could not be converted to" in message or "Invalid type" in message or "not supported" in message:
+        kind = message.rpartition("converted to ")[2] if "converted to" in message else "of another type"
+        kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(kind, kind)
+        return f"{key} must be {kind}, got {value!r}. See --help."
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        if name in GROUPS and value not in GROUPS[name] and (f"{name}/{value}" in str(error)):
+            return f"{name} must be one of {', '.join(GROUPS[name])}, got {value!r}. See --help."
+        if f"'{name}'" in str(error) or f"{name}=" in str(error):
+            near = difflib.get_close_matches(name, documented_keys(), n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."
+    return f"the configuration must compose: {' '.join(str(error).split())}. See --help."

@@ -1,0 +1,319 @@
+"""The schema: every key of the command line, its default, its meaning and its rule.
+
+The docstring under a field is its documentation; `--help` prints these. A schema object validates itself
+when it is built, so a `Config` that exists is one whose values make sense on their own. What needs the
+machine (devices, folders, model names) is checked in `checks.py`.
+"""
+
+import ast
+import inspect
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.conf import HelpConf
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mgpu_ddp.errors import UsageError
+
+FIELDS = ("topk", "logits", "probs", "embedding")
+
+
+def require(ok: bool, key: str, rule: str, value: object, remedy: str) -> None:
+    """Raise the one-line `UsageError` that every refused value gets, unless `ok`."""
+    if not ok:
+        raise UsageError(f"{key} must be {rule}, got {value!r}. {remedy}")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, f"one of {', '.join(choices)}", value, f"Try {key}={choices[0]}.")
+
+
+def _at_least(key: str, value: Any, low: float, example: object, *, word: str | None = None) -> None:
+    """Check a number that may also be the word `word` (or None, where the field allows it)."""
+    if value is None or (word is not None and value == word):
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    rule = f"at least {low}" + (f" or {word}" if word else "")
+    require(is_number and value >= low, key, rule, value, f"Try {key}={example}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class FakeConfig:
+    name: str = "fake"
+    """torchvision's FakeData: random images, the same ones for the same settings."""
+    size: int = 1000
+    """Number of images."""
+    image_size: list[int] = field(default_factory=lambda: [3, 224, 224])
+    """Channels (1 or 3), height, width of each image."""
+    num_classes: int = 10
+    """Labels are drawn from this many classes."""
+    random_offset: int = 0
+    """Added to the index to seed each image."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.size", self.size, 0, 1000)
+        _at_least("data.num_classes", self.num_classes, 1, 10)
+        _at_least("data.random_offset", self.random_offset, 0, 0)
+        ok = len(self.image_size) == 3 and self.image_size[0] in (1, 3) and min(self.image_size) >= 1
+        rule = "[channels, height, width] with 1 or 3 channels"
+        require(ok, "data.image_size", rule, list(self.image_size), "Try data.image_size=[3,224,224].")
+
+
+@dataclass(kw_only=True, slots=True)
+class FolderConfig:
+    name: str = "folder"
+    """Every image under a folder, recursively, sorted by the bytes of its relative path."""
+    root: str = MISSING
+    """The folder."""
+    follow_outside: bool = False
+    """Also follow symbolic links that lead out of the root."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.root), "data.root", "a folder", self.root, "Give data.root=DIR.")
+
+
+@dataclass(kw_only=True, slots=True)
+class TransformConfig:
+    name: str = "auto"
+    """plain: Resize((size, size)) and ToTensor, the tutorial's. imagenet: resize to size*256/224, centre crop
+    to size, normalise. auto: plain for fake data; elsewhere the named weights' own transform, or imagenet."""
+    size: int = 224
+    """Side of the square the model sees, in pixels. 224 leaves named weights their own size."""
+
+    def __post_init__(self) -> None:
+        _one_of("transform.name", self.name, ("auto", "plain", "imagenet"))
+        _at_least("transform.size", self.size, 1, 224)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name: str = "resnet18"
+    """Any torchvision classification model."""
+    weights: str | None = None
+    """null: random, from `seed`. DEFAULT or a torchvision weights name: downloaded once. A path ending in
+    .pt, .pth or .safetensors: a checkpoint."""
+    num_classes: int = 1000
+    """Number of classes of the last layer."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.num_classes", self.num_classes, 1, 1000)
+        require(self.weights != "", "model.weights", "null, a name or a path", "", "Leave it out for null.")
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    device: str = "auto"
+    """auto, cpu or cuda. auto takes CUDA where there is one."""
+    precision: str = "auto"
+    """auto, fp32, tf32, bf16 or fp16. auto is fp32 on the CPU and fp16 on CUDA."""
+    channels_last: bool = True
+    """Keep images and weights in the channels-last memory format."""
+    fold: bool = True
+    """Fold each batch norm into the convolution before it."""
+    compile: str = "auto"
+    """auto, on or off: torch.compile. auto is off."""
+    decode: str = "auto"
+    """auto or cpu: where images are decoded. auto is cpu."""
+
+    def __post_init__(self) -> None:
+        _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("runtime.precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
+        _one_of("runtime.compile", self.compile, ("auto", "on", "off"))
+        _one_of("runtime.decode", self.decode, ("auto", "cpu"))
+
+
+@dataclass(kw_only=True, slots=True)
+class LoaderConfig:
+    workers: int | str = "auto"
+    """Loader processes per rank. auto: the CPUs this process may use, shared among the ranks of its host.
+    0 loads in the rank's own process."""
+    prefetch: int = 2
+    """Batches each worker keeps ready."""
+    timeout_s: float = 120.0
+    """A sample that takes longer than this many seconds becomes an error row."""
+    block: int = 1
+    """Consecutive samples that go to one rank; 1 is DistributedSampler's own rule."""
+
+    def __post_init__(self) -> None:
+        _at_least("loader.workers", self.workers, 0, 4, word="auto")
+        _at_least("loader.prefetch", self.prefetch, 1, 2)
+        _at_least("loader.timeout_s", self.timeout_s, 0.1, 120)
+        require(self.block == 1, "loader.block", "1", self.block, "Leave loader.block out.")
+
+
+@dataclass(kw_only=True, slots=True)
+class OutputConfig:
+    dir: str | None = None
+    """The run folder. null: Hydra's run dir."""
+    format: str = "parquet"
+    """parquet, csv, jsonl or npy (one array of logits, (samples, classes))."""
+    topk: int = 5
+    """How many best classes each row names."""
+    fields: list[str] = field(default_factory=lambda: ["topk"])
+    """Any of topk, logits, probs, embedding; pred and prob are always there."""
+    collect: str = "auto"
+    """gather: rows travel to rank 0, which writes. shards: each rank writes its own parts. auto: gather for
+    top-k, shards for wide fields and npy."""
+    commit_every: int | str = "auto"
+    """Samples of all ranks together that become durable at once. auto aims at about 10 seconds."""
+
+    def __post_init__(self) -> None:
+        _one_of("output.format", self.format, ("parquet", "csv", "jsonl", "npy"))
+        _one_of("output.collect", self.collect, ("auto", "gather", "shards"))
+        _at_least("output.topk", self.topk, 1, 5)
+        _at_least("output.commit_every", self.commit_every, 1, 10000, word="auto")
+        for name in self.fields:
+            _one_of("output.fields", name, FIELDS)
+
+
+@dataclass(kw_only=True, slots=True)
+class DistConfig:
+    timeout_s: float = 180.0
+    """Seconds without a sign of life after which a rank counts as lost."""
+
+    def __post_init__(self) -> None:
+        _at_least("dist.timeout_s", self.timeout_s, 2, 180)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    data: Any = MISSING
+    """What to predict: fake or folder."""
+    transform: Any = MISSING
+    """How an image becomes model input: auto, plain or imagenet."""
+    model: Any = MISSING
+    """The model: any torchvision classification model by model.name."""
+    batch_size: int = 32
+    """Images per step and rank. A resumed folder keeps its own unless one is given."""
+    strategy: str = "ddp"
+    """ddp: one process per GPU. data_parallel: the tutorial's nn.DataParallel in one process."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision and how the model runs."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Reading and decoding."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """What is written, where and how often."""
+    resume: bool = True
+    """Continue a folder that holds the same job; false refuses it."""
+    overwrite: bool = False
+    """Replace what the folder holds."""
+    on_error: str = "record"
+    """record: a bad sample becomes an error row. raise: it ends the job."""
+    max_errors: int | float | None = None
+    """Stop after the current window once more samples failed: a count, or a share below 1."""
+    shard: str | None = None
+    """i/n: this job is number i (from 0) of n contiguous ranges of the samples."""
+    dist: DistConfig = field(default_factory=DistConfig)
+    """Talk between ranks."""
+    seed: int = 0
+    """Seeds random weights."""
+    limit: int | None = None
+    """Only the first so many samples."""
+    dry_run: bool = False
+    """Print the plan and leave."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1, 32)
+        _one_of("strategy", self.strategy, ("ddp", "data_parallel"))
+        _one_of("on_error", self.on_error, ("record", "raise"))
+        _at_least("max_errors", self.max_errors, 0, "0.01 or max_errors=100")
+        _at_least("limit", self.limit, 0, 1000)
+        _at_least("seed", self.seed, 0, 0)
+        i, n = parse_shard(self.shard)
+        require(0 <= i < n, "shard", "i/n with 0 <= i < n", self.shard, "Try shard=0/4.")
+
+    @property
+    def wide(self) -> bool:
+        """Whether rows carry more than top-k, so that they had better stay on their rank."""
+        return self.output.format == "npy" or self.output.fields != ["topk"]
+
+    @property
+    def collect(self) -> str:
+        """`output.collect` with auto decided."""
+        return ("shards" if self.wide else "gather") if self.output.collect == "auto" else self.output.collect
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Read `i/n`; (0, 1) for None and (-1, 0), which no rule accepts, for anything else."""
+    if text is None:
+        return 0, 1
+    i, slash, n = text.partition("/")
+    return (int(i), int(n)) if slash and i.isdecimal() and n.isdecimal() else (-1, 0)
+
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "data": {"fake": FakeConfig, "folder": FolderConfig},
+    "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
+    "model": {"resnet18": ModelConfig},
+}
+
+
+def register() -> None:
+    """Put the schema into Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, options in GROUPS.items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node)
+    store.store(group="hydra/help", name="mgpu_ddp", node=HelpConf(app_name="mgpu_ddp", template=help_text()))
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """Turn a composed configuration into validated schema objects.
+
+    Raises:
+        UsageError: a value breaks its rule or a mandatory one is missing.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UsageError(f"{missing[0]} must be given, got nothing. Add {missing[0]}=VALUE.")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config
+
+
+def documented_keys() -> dict[str, tuple[Any, str]]:
+    """Every key with its default and its documentation, in the order of the schema."""
+    return dict(_keys_of(Config, ""))
+
+
+def _keys_of(schema: Any, prefix: str) -> list[tuple[str, tuple[Any, str]]]:
+    tree = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, after in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
+    default = schema() if schema is not FolderConfig else None
+    keys: list[tuple[str, tuple[Any, str]]] = []
+    for item in fields(schema):
+        name = f"{prefix}{item.name}"
+        value = getattr(default, item.name, MISSING)
+        if item.name in GROUPS and schema is Config:
+            keys.append((name, (", ".join(GROUPS[item.name]), docs[item.name])))
+            for option in dict.fromkeys(o if inspect.isclass(o) else type(o) for o in GROUPS[item.name].values()):
+                keys += [k for k in _keys_of(option, f"{name}.") if not (name == "data" and k[0] == "data.name")]
+        elif is_dataclass(value):
+            keys += _keys_of(type(value), f"{name}.")
+        else:
+            keys.append((name, (value, docs[item.name])))
+    return keys
+
+
+def help_text() -> str:
+    lines = [
+        "Predict every image of a dataset, on every GPU: one row per image, exactly once.",
+        "",
+        "  torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]",
+        "  mgpu-infer [key=value ...]             one process per GPU, started for you",
+        "  python -m mgpu_ddp.infer [key=value ...]    one process",
+        "",
+    ]
+    for key, (value, doc) in documented_keys().items():
+        shown = "null" if value is None else str(value).replace("'", "").lower() if value is not MISSING else "required"
+        lines += [f"{key}  [{shown}]", f"    {doc}"]
+    lines += ["", "--cfg job prints the composed configuration."]
+    # Hydra runs the text through string.Template and OmegaConf: both read $ as theirs.
+    return "\n".join(lines).replace("$", "$$")

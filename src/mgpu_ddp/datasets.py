@@ -1,0 +1,125 @@
+"""Names of datasets → samples that a loader worker can read one by one."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mgpu_ddp import listing
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.listing import Listing
+from mgpu_ddp.preprocess import Pixels, Transform, decode
+from mgpu_ddp.world import World
+
+Clock = Callable[[str, float], None]
+"""Told the stage (`read`, `decode`, `resize`, `generate`) and the seconds it took."""
+
+
+class Samples(Protocol):
+    """A dataset of images: any index from 0 to len - 1, in any order, from any process."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        """One image as uint8 (height, width, 3) after the transform's geometry, and its label or -1."""
+        ...
+
+    def path(self, index: int) -> str | None:
+        """The name that a row carries."""
+        ...
+
+
+class FakeSamples:
+    """torchvision's FakeData, bit for bit, without its detour through PIL and the global random state.
+
+    Source: torchvision.datasets.FakeData and transforms.functional.to_pil_image.
+    """
+
+    def __init__(self, config: FakeConfig) -> None:
+        self._config = config
+        self._generator = torch.Generator()
+        self._noise = torch.empty(config.image_size)
+
+    def __len__(self) -> int:
+        return self._config.size
+
+    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        started = time.perf_counter()
+        self._generator.manual_seed(index + self._config.random_offset)
+        torch.randn(self._config.image_size, generator=self._generator, out=self._noise)
+        label = int(torch.randint(0, self._config.num_classes, (1,), generator=self._generator))
+        pixels = self._noise.mul_(255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        generated = time.perf_counter()
+        clock("generate", generated - started)
+        if transform.crop is not None or transform.resize != pixels.shape[:2]:
+            pixels = transform.geometry(Image.fromarray(np.ascontiguousarray(pixels)))
+            clock("resize", time.perf_counter() - generated)
+        return pixels, label
+
+    def path(self, index: int) -> str | None:
+        return None
+
+
+class FolderSamples:
+    """Image files under a root, in the order of a listing."""
+
+    def __init__(self, root: str, files: Listing) -> None:
+        self._root = os.fsencode(os.path.abspath(root))
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        started = time.perf_counter()
+        with open(os.path.join(self._root, self._files.path(index)), "rb") as file:
+            data = file.read()
+        was_read = time.perf_counter()
+        clock("read", was_read - started)
+        image = decode(data)
+        decoded = time.perf_counter()
+        clock("decode", decoded - was_read)
+        pixels = transform.geometry(image)
+        clock("resize", time.perf_counter() - decoded)
+        return pixels, self._files.label(index)
+
+    def path(self, index: int) -> str | None:
+        return listing.readable(self._files.path(index))
+
+
+def find_listing(config: Config, run_dir: Path, world: World) -> Listing | None:
+    """List the dataset on rank 0. Collective: every rank calls this; None elsewhere and where none is needed.
+
+    Raises:
+        UsageError: the folder is missing, unreadable or holds no image.
+    """
+    with world.together("list the images"):
+        if world.rank == 0 and isinstance(config.data, FolderConfig):
+            return _list_folder(config, config.data, run_dir)
+    return None
+
+
+def _list_folder(config: Config, data: FolderConfig, run_dir: Path) -> Listing:
+    # A folder that is continued keeps its listing: it alone says which index is which file.
+    if config.resume and not config.overwrite and (run_dir / listing.FILE_NAME).exists():
+        return Listing.open(run_dir / listing.FILE_NAME)
+    paths = listing.find_images(data.root, follow_outside=data.follow_outside)
+    if not paths:
+        kinds = ", ".join(e.decode().lstrip(".") for e in listing.EXTENSIONS)
+        raise UsageError(f"data.root must hold at least one image ({kinds}), got {data.root!r}. Name another folder.")
+    return Listing.build(paths)
+
+
+def open_samples(config: Config, files: Listing | None) -> Samples:
+    """The samples of a dataset, given its listing where it has one."""
+    data: Any = config.data
+    if isinstance(data, FolderConfig):
+        assert files is not None
+        return FolderSamples(data.root, files)
+    return FakeSamples(data)

@@ -1,0 +1,53 @@
+"""The error tree, sorted by whose fault an error is; each class knows the exit code it leaves with."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of a worker, which `mgpu-infer` returns (torchrun itself only ever returns 0 or 1)."""
+
+    COMPLETE = 0
+    FAILED = 1
+    USAGE = 2
+    TOO_MANY_ERRORS = 3
+    PREEMPTED = 75
+
+
+class MgpuError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = Exit.FAILED
+
+
+class UsageError(MgpuError):
+    """The user's fault: one line that names the key, the rule, the value and the remedy; no traceback."""
+
+    exit_code = Exit.USAGE
+
+
+class PeerError(MgpuError):
+    """Another rank's fault: this rank is healthy and leaves because of it."""
+
+
+class PeerFailedError(PeerError):
+    """Another rank raised; its own report holds the cause."""
+
+
+class PeerLostError(PeerError):
+    """Another rank died or fell silent, so no further collective of this process group can succeed."""
+
+
+class SampleError(MgpuError):
+    """A sample could not be read and `on_error=raise` ends the job for it."""
+
+
+class ProtocolError(MgpuError):
+    """Ranks disagree about which job, window or topic they are in: a defect of this package."""
+
+
+class ProofError(MgpuError):
+    """The final proof failed: the folder does not hold exactly one row for every sample."""
+
+
+class WriteError(MgpuError):
+    """The output folder could not be written to; what was committed before stays valid."""

@@ -1,0 +1,149 @@
+"""Rows ↔ the bytes of a part, in each format of tables.
+
+A table has the columns `index` int64, `path` string, `label` int32, `pred` int32, `prob` float32, `pred_name`
+string, then `topk_index` and `topk_prob` as lists, then `logits`, `probs`, `embedding` as fixed-size lists
+where asked for, then `error` string. Prediction columns of an error row are null. CSV holds lists as JSON
+text; JSONL holds one object a line.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mgpu_ddp.rows import Column, Rows
+
+TEXT_CHUNK = 4096
+"""Rows that are turned into text at once, to bound memory."""
+
+
+def to_table(rows: Rows, paths: Sequence[str | None], class_names: Sequence[str] | None) -> Any:
+    """An Arrow table of the rows."""
+    import pyarrow as pa
+
+    failed = rows.failed if rows.errors else None
+    pred = rows.columns["pred"]
+    names = pa.array(list(class_names) if class_names else [None], type=pa.string())
+    picked = np.where(failed, 0, pred) if failed is not None else pred
+    columns = {
+        "index": pa.array(rows.index),
+        "path": pa.array(paths, type=pa.string()),
+        "label": pa.array(rows.label, mask=rows.label < 0),
+        "pred": pa.array(pred, mask=failed),
+        "prob": pa.array(rows.columns["prob"], mask=failed),
+        "pred_name": names.take(pa.array(picked, mask=failed)) if class_names else pa.nulls(len(rows), pa.string()),
+    }
+    for name in ("topk_index", "topk_prob"):
+        if name in rows.columns:
+            columns[name] = _lists(rows.columns[name], failed)
+    for name in ("logits", "probs", "embedding"):
+        if name in rows.columns:
+            values = rows.columns[name]
+            mask = pa.array(failed) if failed is not None else None
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1], mask=mask)
+    reasons = [rows.errors.get(i) for i in rows.index.tolist()] if rows.errors else [None] * len(rows)
+    columns["error"] = pa.array(reasons, type=pa.string())
+    return pa.table(columns)
+
+
+def _lists(values: Column, failed: npt.NDArray[np.bool_] | None) -> Any:
+    import pyarrow as pa
+
+    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1])
+    mask = pa.array(failed) if failed is not None else None
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)), mask=mask)
+
+
+class Parquet:
+    suffix = ".parquet"
+
+    def write(self, table: Any, file: BinaryIO) -> None:
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+    def columns(self, path: Path, names: list[str]) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path, columns=names, partitioning=None)
+
+
+class Csv:
+    suffix = ".csv"
+
+    def write(self, table: Any, file: BinaryIO) -> None:
+        import pyarrow as pa
+        from pyarrow import csv
+
+        header = True
+        for chunk in _chunks(table):
+            columns = {
+                name: pa.array([None if v is None else json.dumps(v) for v in _values(chunk[name])], type=pa.string())
+                if pa.types.is_list(chunk[name].type) or pa.types.is_fixed_size_list(chunk[name].type)
+                else chunk[name]
+                for name in chunk.column_names
+            }
+            csv.write_csv(pa.table(columns), file, csv.WriteOptions(include_header=header))
+            header = False
+
+    def columns(self, path: Path, names: list[str]) -> Any:
+        import pyarrow as pa
+        from pyarrow import csv
+
+        types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
+        convert = csv.ConvertOptions(
+            include_columns=names,
+            column_types={n: types[n] for n in names},
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
+        return csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert)
+
+
+class JsonLines:
+    suffix = ".jsonl"
+
+    def write(self, table: Any, file: BinaryIO) -> None:
+        for chunk in _chunks(table):
+            columns = [_values(chunk[name]) for name in chunk.column_names]
+            for row in zip(*columns, strict=True):
+                record = dict(zip(chunk.column_names, row, strict=True))
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def columns(self, path: Path, names: list[str]) -> Any:
+        import pyarrow as pa
+        from pyarrow import json as arrow_json
+
+        types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
+        schema = pa.schema([(name, types[name]) for name in names])
+        options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        block = arrow_json.ReadOptions(block_size=64 << 20)
+        return arrow_json.read_json(path, read_options=block, parse_options=options)
+
+
+Format = Parquet | Csv | JsonLines
+FORMATS: dict[str, Format] = {"parquet": Parquet(), "csv": Csv(), "jsonl": JsonLines()}
+
+
+def _chunks(table: Any) -> Iterator[Any]:
+    for start in range(0, max(table.num_rows, 1), TEXT_CHUNK):
+        yield table.slice(start, TEXT_CHUNK).combine_chunks()
+
+
+def _values(column: Any) -> list[Any]:
+    """Python values whose text is the shortest that reads back as the same float32; NaN and Inf become None."""
+    import pyarrow as pa
+
+    flat = column.type.value_type if hasattr(column.type, "value_type") else column.type
+    if flat != pa.float32():
+        return list(column.to_pylist())
+    if flat is column.type or flat == column.type:
+        return [None if v is None else _short(v) for v in column.to_pylist()]
+    return [None if row is None else [_short(v) for v in row] for row in column.to_pylist()]
+
+
+def _short(value: float) -> float | None:
+    return float(str(np.float32(value))) if np.isfinite(value) else None

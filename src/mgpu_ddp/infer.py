@@ -1,0 +1,120 @@
+"""The story, top to bottom: join → configure → find → load → claim → shard → predict → collect → report.
+
+torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mgpu_ddp import config, report
+from mgpu_ddp.command import Command, check_command, register_resolvers
+from mgpu_ddp.datasets import find_listing
+from mgpu_ddp.job import (
+    Job,
+    claim_job,
+    collecting,
+    dry_run,
+    finish_job,
+    open_claimed,
+    plan_job,
+    refuse_bad_samples,
+)
+from mgpu_ddp.loading import load_batches
+from mgpu_ddp.models import choose_transform, load_model, prepare
+from mgpu_ddp.predict import Clock, Predictor, predict
+from mgpu_ddp.session import Session
+from mgpu_ddp.sharding import ShardSampler
+from mgpu_ddp.signals import StopWish, die_with_parent
+from mgpu_ddp.world import World, join
+
+
+def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
+    """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
+    world = world.on(job.config)
+    files = find_listing(job.config, job.run_dir, world)
+    model = load_model(job.config, world)
+    if job.config.dry_run:
+        return dry_run(job, model, files, world)
+    transform = choose_transform(job.config, model)
+    claim = claim_job(job, model, transform, files, world)
+    samples = open_claimed(job, files, world)
+    plan = plan_job(job.config, claim, model.num_classes, world)
+    predictor = Predictor(
+        prepare(model, job.config, world), transform, job.config.runtime, job.config.output, world.device
+    )
+    clock = Clock()
+    with collecting(job, claim, plan, samples, model, world, stop) as collector:
+        batches = load_batches(
+            samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world
+        )
+        for rows in predict(batches, predictor, clock):
+            refuse_bad_samples(rows, job, samples)
+            collector.add(rows)
+            if collector.over:
+                break
+    return finish_job(job, claim, samples, model, world, clock, collector)
+
+
+def main() -> None:
+    """Join the world, check the command once, then let Hydra run its job or its jobs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    stop = StopWish()
+    stop.install()
+    world = join()
+    report.start_logging(world)
+    session = Session(world, stop)
+    error: BaseException | None = None
+    try:
+        run(session, sys.argv[1:])
+    except Exception as raised:
+        error = raised
+    session.depart(error)
+
+
+def run(session: Session, argv: list[str]) -> None:
+    """Run the command line on all ranks. Collective: every rank calls this."""
+    world = session.world
+    config.register()
+    register_resolvers()
+    with world.together("read the command line"):
+        mine = asdict(check_command(argv)) if world.rank == 0 else None
+    command = Command(**world.share("command", mine))
+    if command.informational and world.rank != 0:
+        return
+    # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *argv, *command.pinned]
+
+    @hydra.main(version_base="1.3", config_path="pkg://mgpu_ddp.conf", config_name="config")
+    @record
+    def task(cfg: DictConfig) -> float | None:
+        return session.run_job(lambda name: configure(name, cfg), lambda job: infer(job, world, session.stop))
+
+    task()
+
+
+def configure(name: str, cfg: DictConfig) -> Job:
+    """The job that Hydra composed."""
+    composed = HydraConfig.get()
+    settings = config.to_config(cfg)
+    overrides = list(composed.overrides.task)
+    return Job(
+        name=name,
+        config=settings,
+        run_dir=Path(settings.output.dir or composed.runtime.output_dir).absolute(),
+        batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),
+        hydra_files={"config.yaml": cfg, "hydra.yaml": composed, "overrides.yaml": composed.overrides.task},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The listing of an image folder: index → path and label, written once by rank 0 and mapped by every process.
+
+`listing.arrow` is an Arrow IPC file with the columns `path` (raw bytes relative to the root, since names need
+not be UTF-8) and `label` (int32, null where folders are not classes). It is sorted by the bytes of the path,
+and it alone defines which index is which file.
+"""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from mgpu_ddp.errors import UsageError
+
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp", b".tif", b".tiff")
+FILE_NAME = "listing.arrow"
+
+
+def find_images(root: str, *, follow_outside: bool) -> list[bytes]:
+    """List every image file below a folder: sorted bytes relative to it.
+
+    Real folders come before links to them, so that each is listed once and under its own name. Only regular
+    files count: a FIFO or a device is never opened.
+
+    Raises:
+        UsageError: the root, or a folder below it, is missing or unreadable.
+    """
+    top = os.fsencode(os.path.abspath(root))
+    inside = os.path.join(os.path.realpath(top), b"")
+    found: list[bytes] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [b""]
+    while folders:
+        links: list[bytes] = []
+        while folders:
+            _read_folder(top, folders.pop(), seen, folders, links, found)
+        for link in sorted(links, reverse=True):
+            path = os.path.join(top, link)
+            if not os.path.exists(path) or not (follow_outside or os.path.realpath(path).startswith(inside)):
+                continue
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                folders.append(link)
+            elif stat.S_ISREG(mode) and is_image(link):
+                found.append(link)
+    return sorted(found)
+
+
+def _read_folder(
+    top: bytes,
+    folder: bytes,
+    seen: set[tuple[int, int]],
+    folders: list[bytes],
+    links: list[bytes],
+    found: list[bytes],
+) -> None:
+    path = os.path.join(top, folder) if folder else top
+    try:
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                relative = os.path.join(folder, entry.name)
+                if entry.is_symlink():
+                    links.append(relative)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(relative)
+                elif is_image(entry.name) and entry.is_file(follow_symlinks=False):
+                    found.append(relative)
+    except OSError as error:
+        shown = os.fsdecode(path)
+        raise UsageError(
+            f"data.root must be a readable folder, got {shown!r} ({error.strerror}). Name another."
+        ) from None
+
+
+def is_image(name: bytes) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def class_labels(paths: list[bytes]) -> tuple[list[int] | None, list[str]]:
+    """Labels and class names where every image sits in exactly one level of folders; else (None, [])."""
+    if not paths or any(path.count(b"/") != 1 for path in paths):
+        return None, []
+    folders = [path.partition(b"/")[0] for path in paths]
+    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    return [numbers[folder] for folder in folders], [readable(folder) for folder in numbers]
+
+
+def readable(path: bytes) -> str:
+    r"""A path as text that every format can hold: bytes that are not UTF-8 become \udcXX, as surrogateescape has it."""
+    return path.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Listing:
+    """An Arrow table of paths and labels, in memory or memory-mapped."""
+
+    def __init__(self, buffer: Any) -> None:
+        import pyarrow as pa
+
+        self.buffer = buffer
+        table = pa.ipc.open_file(buffer).read_all()
+        # One record batch: every lookup is one step into mapped memory.
+        self._paths = table.column("path").chunk(0)
+        self._labels = table.column("label").chunk(0)
+
+    @classmethod
+    def build(cls, paths: list[bytes]) -> "Listing":
+        import pyarrow as pa
+
+        labels, _names = class_labels(paths)
+        columns = {
+            "path": pa.array(paths, type=pa.large_binary()),
+            "label": pa.array(labels if labels is not None else [None] * len(paths), type=pa.int32()),
+        }
+        sink = pa.BufferOutputStream()
+        batch = pa.record_batch(columns)
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return cls(sink.getvalue())
+
+    @classmethod
+    def open(cls, path: Path) -> "Listing":
+        import pyarrow as pa
+
+        with pa.memory_map(str(path)) as mapped:
+            return cls(mapped.read_buffer())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> bytes:
+        return bytes(self._paths[index].as_buffer())
+
+    def label(self, index: int) -> int:
+        """The class number, -1 where there are no classes."""
+        value = self._labels[index].as_py()
+        return -1 if value is None else int(value)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.buffer).hexdigest()

@@ -1,0 +1,251 @@
+"""Names → modules that are ready to predict: built, loaded, shared by rank 0, folded, on their device."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import nn
+
+from mgpu_ddp import preprocess
+from mgpu_ddp.config import Config, ModelConfig, RuntimeConfig, require
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.world import World, share_weights
+
+CHECKPOINTS = (".pt", ".pth", ".safetensors")
+PREFIXES = ("module.", "_orig_mod.", "resnet.")
+"""What DataParallel and DDP, torch.compile and the tutorial's SimpleModel put before every key."""
+NESTS = ("state_dict", "model_state_dict", "model")
+OLD_INIT = ("googlenet", "inception_v3")
+"""Builders that warn unless they are told how to initialise."""
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A module with what is known about it before it runs."""
+
+    module: nn.Module
+    num_classes: int
+    origin: str
+    """Where the weights come from, for the log."""
+    class_names: tuple[str, ...] | None
+    preset: Any
+    """The transform of named weights, or None."""
+
+
+def load_model(config: Config, world: World) -> Model:
+    """Build the model on every rank, and fill it on rank 0 alone. Collective: every rank calls this.
+
+    Raises:
+        UsageError: no such model or weights, or weights that do not fit.
+    """
+    with world.together("load the model"):
+        model = build_model(config)
+        if world.rank == 0:
+            load_weights(model, config.model)
+    return model
+
+
+def build_model(config: Config) -> Model:
+    """Build the model on the CPU, without its weights."""
+    import torchvision
+
+    wanted: ModelConfig = config.model
+    names = torchvision.models.list_models(module=torchvision.models)
+    require(
+        wanted.name in names,
+        "model.name",
+        "a torchvision classification model",
+        wanted.name,
+        _similar(wanted.name, names),
+    )
+    weights = wanted.weights
+    torch.manual_seed(config.seed)
+    if weights is None or weights.endswith(CHECKPOINTS):
+        extra = {"init_weights": True} if wanted.name in OLD_INIT else {}
+        module = torchvision.models.get_model(wanted.name, weights=None, num_classes=wanted.num_classes, **extra)
+        random = f"random weights from seed {config.seed} (model.weights=DEFAULT loads trained ones)"
+        origin = f"{wanted.name}, {random if weights is None else f'weights from {weights}'}"
+        return Model(module=module, num_classes=wanted.num_classes, origin=origin, class_names=None, preset=None)
+    choices = torchvision.models.get_model_weights(wanted.name)
+    known = ["DEFAULT", *(choice.name for choice in choices)]
+    rule = f"null, {', '.join(known)} or a path to {'/'.join(CHECKPOINTS)}"
+    require(weights in known, "model.weights", rule, weights, "Choose one of these.")
+    chosen = choices[weights]
+    categories = tuple(chosen.meta["categories"])
+    require(
+        wanted.num_classes == len(categories),
+        "model.num_classes",
+        f"{len(categories)} for these weights",
+        wanted.num_classes,
+        "Leave model.num_classes out.",
+    )
+    # What torchvision itself passes to these builders along with trained weights.
+    trained = {"transform_input": True, "init_weights": False} if wanted.name in OLD_INIT else {}
+    module = torchvision.models.get_model(wanted.name, weights=None, num_classes=len(categories), **trained)
+    return Model(
+        module=module,
+        num_classes=len(categories),
+        origin=f"{wanted.name}, weights {chosen.name}",
+        class_names=categories,
+        preset=chosen.transforms(),
+    )
+
+
+def _similar(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {near[0]}?" if near else "torchvision.models.list_models() names them."
+
+
+def load_weights(model: Model, config: ModelConfig) -> None:
+    """Fill the module from the named weights or the checkpoint, if there are any. Rank 0 only: DDP shares them.
+
+    Raises:
+        UsageError: a file is missing, hostile or does not fit; names the keys.
+    """
+    if config.weights is None:
+        return
+    if config.weights.endswith(CHECKPOINTS):
+        state = _strip(_read_checkpoint(Path(config.weights)))
+    else:
+        state = _named_state(config)
+    expected = {key: tuple(value.shape) for key, value in model.module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    problems = [
+        f"{word} {len(keys)} keys ({', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''})"
+        for word, keys in (
+            ("missing", [k for k in expected if k not in given and not k.endswith("num_batches_tracked")]),
+            ("unexpected", [k for k in given if k not in expected]),
+            (
+                "misshapen",
+                [f"{k} {given[k]} for {expected[k]}" for k in given if k in expected and given[k] != expected[k]],
+            ),
+        )
+        if keys
+    ]
+    if problems:
+        raise UsageError(
+            f"model.weights must fit {config.name} with {model.num_classes} classes, got {config.weights!r}:"
+            f" {'; '.join(problems)}. Set model.name and model.num_classes to the checkpoint's."
+        )
+    model.module.load_state_dict(state, strict=False)
+
+
+def _named_state(config: ModelConfig) -> dict[str, torch.Tensor]:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(config.name)[config.weights]
+    try:
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+        raise UsageError(
+            f"model.weights must be on this machine or reachable, got {config.weights!r} ({error}). Put"
+            f" {weights.url.rpartition('/')[2]} at {file}, or give a checkpoint path."
+        ) from None
+    return state
+
+
+def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    require(path.is_file(), "model.weights", "an existing file", str(path), "Check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        # weights_only: a pickle that wants to run code is refused.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({type(error).__name__}: {first})."
+            " Save module.state_dict()."
+        ) from None
+    for nest in NESTS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
+            loaded = loaded[nest]
+    ok = isinstance(loaded, dict) and all(isinstance(value, torch.Tensor) for value in loaded.values())
+    require(ok, "model.weights", "a state dict", str(path), "Save module.state_dict().")
+    return dict(loaded)
+
+
+def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove wrapper prefixes that stand before every key."""
+    while state and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over every parameter and buffer, in the order of the state dict."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def precision_of(config: RuntimeConfig, device: torch.device) -> str:
+    """`runtime.precision` with auto decided: fp32 on the CPU, fp16 on CUDA."""
+    return ("fp16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+
+
+def choose_transform(config: Config, model: Model) -> Transform:
+    """`transform` with auto decided: see `TransformConfig`."""
+    name, size = config.transform.name, config.transform.size
+    if name == "plain" or (name == "auto" and config.data.name == "fake"):
+        return preprocess.plain(size)
+    if name == "auto" and model.preset is not None:
+        return preprocess.from_weights(model.preset, size)
+    return preprocess.imagenet(size)
+
+
+def prepare(model: Model, config: Config, world: World) -> nn.Module:
+    """Share, fold, move and compile the module. Collective: every rank calls this.
+
+    Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes).
+    """
+    with world.together("prepare the model"):
+        return _place(share_weights(model.module.eval()), config, world.device)
+
+
+def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    if config.runtime.fold:
+        module = _fold(module)
+    precision = precision_of(config.runtime, device)
+    # One process may run jobs of several precisions: set both ways. cuDNN may not choose kernels by timing them,
+    # since that breaks bitwise equality between processes.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+    module = module.to(device=device, dtype=DTYPES[precision]).to(memory_format=layout)
+    if config.strategy == "data_parallel":
+        module = nn.DataParallel(module)
+    if config.runtime.compile == "on":
+        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+    return module
+
+
+def _fold(module: nn.Module) -> nn.Module:
+    """Fold batch norms into convolutions where torch.fx can trace the module; leave it as it is where not."""
+    from torch.fx.experimental.optimization import fuse
+    from torch.fx.proxy import TraceError
+
+    try:
+        folded: nn.Module = fuse(module)
+    except (TraceError, TypeError):
+        # Control flow that depends on data: such models have few batch norms, and speed is all that is at stake.
+        return module
+    return folded
+
+
+def head_of(module: nn.Module) -> nn.Module:
+    """The layer that turns pooled features into logits: the last linear or convolutional one."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return layers[-1]

@@ -1,0 +1,133 @@
+"""The loop and its clock: batches → model → rows, with nothing collective in it."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mgpu_ddp.config import OutputConfig, RuntimeConfig
+from mgpu_ddp.loading import Batch
+from mgpu_ddp.models import DTYPES, head_of, precision_of
+from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.rows import Rows
+
+
+class Predictor:
+    """Normalise, run the model and keep only what the rows need, all on the model's device."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transform: Transform,
+        runtime: RuntimeConfig,
+        output: OutputConfig,
+        device: torch.device,
+    ) -> None:
+        self._module, self._transform, self._device = module, transform, device
+        self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
+        # An array of logits is the tutorial's result: that format fixes the field.
+        self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
+        self.in_flight = 2 if device.type == "cuda" else 1
+        """Batches handed to the device before the first one's result is awaited."""
+        self._embedding: torch.Tensor | None = None
+        if "embedding" in self._fields:
+            head_of(module).register_forward_pre_hook(self._keep_embedding)
+
+    def _keep_embedding(self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        features = inputs[0]
+        self._embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Predict uint8 (batch_size, height, width, 3): columns as `Rows` has them, on the device."""
+        images = self._transform.normalise(
+            pixels.to(self._device, non_blocking=True), dtype=self._dtype, channels_last=self._channels_last
+        )
+        logits = self._module(images).float()
+        probs = logits.softmax(dim=1)
+        top = probs.topk(min(self._topk, probs.shape[1]), dim=1)
+        columns = {"pred": top.indices[:, 0].int(), "prob": top.values[:, 0]}
+        if "topk" in self._fields:
+            columns |= {"topk_index": top.indices.int(), "topk_prob": top.values}
+        if "logits" in self._fields:
+            columns["logits"] = logits
+        if "probs" in self._fields:
+            columns["probs"] = probs
+        if self._embedding is not None:
+            columns["embedding"] = self._embedding.float().contiguous()
+        return columns
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where one rank's time went, in seconds of wall time of its main thread unless said otherwise."""
+
+    started: float = field(default_factory=time.perf_counter)
+    wait_s: float = 0.0
+    """Waiting for the loader."""
+    predict_s: float = 0.0
+    """Preprocessing and forward; on CUDA until the result is on the host."""
+    workers_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of loader workers, per stage."""
+    batch_s: list[float] = field(default_factory=list)
+    rows: int = 0
+    steady_from: float = 0.0
+    steady_rows: int = 0
+    """Rows after the first batch, which pays for warming up."""
+    ended: float = 0.0
+
+    def batch(self, rows: int, workers: dict[str, float]) -> None:
+        now = time.perf_counter()
+        if self.rows == 0:
+            self.steady_from = now
+        else:
+            self.steady_rows += rows
+        self.batch_s.append(now - (self.ended or self.started))
+        self.rows += rows
+        self.ended = now
+        for stage, seconds in workers.items():
+            self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
+
+
+def predict(batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock) -> Iterator[Rows]:
+    """Predict batches in order, on CUDA with a few in flight so that the GPU never waits for this loop."""
+    pending: deque[tuple[Batch, Callable[[], dict[str, Any]]]] = deque()
+    for batch, waited_s in batches:
+        clock.wait_s += waited_s
+        started = time.perf_counter()
+        pending.append((batch, _to_host(predictor(batch.pixels))))
+        rows = _harvest(pending, clock) if len(pending) >= predictor.in_flight else None
+        clock.predict_s += time.perf_counter() - started
+        if rows is not None:
+            yield rows
+    while pending:
+        yield _harvest(pending, clock)
+
+
+def _to_host(columns: dict[str, torch.Tensor]) -> Callable[[], dict[str, Any]]:
+    """Start copying to the host; the returned call waits for the copy and gives numpy columns."""
+    if next(iter(columns.values())).device.type == "cpu":
+        return lambda: {name: column.numpy() for name, column in columns.items()}
+    copies = {name: column.to("cpu", non_blocking=True) for name, column in columns.items()}
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def finish() -> dict[str, Any]:
+        copied.synchronize()
+        return {name: column.numpy() for name, column in copies.items()}
+
+    return finish
+
+
+def _harvest(pending: deque[tuple[Batch, Callable[[], dict[str, Any]]]], clock: Clock) -> Rows:
+    batch, finish = pending.popleft()
+    n = len(batch.index)
+    # Copies, so that rows do not keep the padded buffers alive.
+    columns = {name: np.array(column[:n]) for name, column in finish().items()}
+    clock.batch(n, batch.seconds)
+    return Rows(index=batch.index, label=batch.label, columns=columns, errors=batch.errors)

@@ -1,0 +1,130 @@
+"""From the bytes of an image to model input: decode, make upright RGB, resize and crop, then normalise.
+
+The geometry runs where the image is decoded and yields uint8, exactly what torchvision's transforms yield for
+a PIL image. Scaling and normalising run on the model's device, on whole batches.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+Pixels = npt.NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+"""The decoders that may see a file, whatever its name says."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transform:
+    """How an image becomes model input.
+
+    `resize` is (height, width) or (shorter side,), `crop` the side of the centre square or None, both in
+    pixels; `mean` and `std` are per channel, in units of 1, or None to leave values in [0, 1].
+    """
+
+    resize: tuple[int, ...]
+    crop: int | None = None
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(height, width) of the model input, in pixels."""
+        if self.crop is not None:
+            return self.crop, self.crop
+        height, width = self.resize
+        return height, width
+
+    def geometry(self, image: Image.Image) -> Pixels:
+        """Resize and crop an RGB image: uint8 (height, width, 3), bitwise as torchvision does for PIL images."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as tvf
+
+        image = tvf.resize(image, list(self.resize), InterpolationMode(self.interpolation))
+        if self.crop is not None:
+            image = tvf.center_crop(image, [self.crop, self.crop])
+        return np.asarray(image, dtype=np.uint8)
+
+    def normalise(self, pixels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+        """Turn uint8 (n, height, width, 3) into model input (n, 3, height, width) of `dtype`, on its device."""
+        # In this order, because it gives the same bits as ToTensor and Normalize.
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        if self.mean is not None and self.std is not None:
+            shape = (1, 3, 1, 1)
+            images.sub_(_constant(self.mean, shape, images)).div_(_constant(self.std, shape, images))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return images.to(dtype).contiguous(memory_format=layout)
+
+
+def _constant(values: tuple[float, ...], shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(shape)
+
+
+def plain(size: int) -> Transform:
+    """The tutorial's Resize((size, size)) and ToTensor()."""
+    return Transform(resize=(size, size))
+
+
+def imagenet(size: int) -> Transform:
+    """Resize the shorter side to size*256/224, crop the centre, normalise with ImageNet's statistics."""
+    return Transform(resize=(round(size * 256 / 224),), crop=size, mean=MEAN, std=STD)
+
+
+def from_weights(preset: Any, size: int) -> Transform:
+    """The transform that torchvision's weights were evaluated with, scaled where `size` is not 224."""
+    resize, crop = preset.resize_size[0], preset.crop_size[0]
+    if size != 224:
+        resize, crop = round(resize * size / crop), size
+    return Transform(
+        resize=(resize,),
+        crop=crop,
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file on the CPU into upright RGB; the first frame of an animation.
+
+    Raises whatever Pillow raises: OSError for most broken files, but ValueError, SyntaxError and others too.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of large images; a large one past its limit is an error all the same.
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:
+        # Metadata that cannot be read says nothing about the pixels: viewers show such a file as it is stored.
+        orientation = 1
+    return ImageOps.exif_transpose(image) if orientation != 1 else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB: 16-bit grey keeps its upper 8 bits, transparency lies on white."""
+    if image.mode in SIXTEEN_BIT:
+        # Pillow's own conversion clips at 255, which turns almost every 16-bit pixel white.
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        upper = image.convert("RGBA")
+        white = Image.new("RGBA", upper.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, upper).convert("RGB")
+    return image.convert("RGB")

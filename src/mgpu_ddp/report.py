@@ -1,0 +1,271 @@
+"""What people and scripts see: progress while the job runs, then a table, a JSON line and two files."""
+
+import json
+import logging
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from mgpu_ddp.collect import Collector
+from mgpu_ddp.predict import Clock
+from mgpu_ddp.world import World
+from mgpu_ddp.writing import write_json
+
+log = logging.getLogger("mgpu_ddp")
+
+REMEDIES = {
+    "generate": "raise loader.workers: fake images are made on the CPU",
+    "read": "raise loader.workers or move the images to faster storage",
+    "decode": "raise loader.workers or give the job more CPU cores",
+    "resize": "raise loader.workers or give the job more CPU cores",
+    "forward": "raise batch_size, or lower runtime.precision on a GPU",
+    "collect and write": "set output.collect=shards or write fewer output.fields",
+    "waiting for peers": "look at the slowest rank in metrics.json",
+}
+
+RANK_COLUMNS = ("rows", "images/s", "load wait", "predict", "peers wait", "gather", "write")
+MAX_RANKS_SHOWN = 32
+
+
+def start_logging(world: World) -> None:
+    """INFO from rank 0, warnings from every rank with its number, all on stderr: stdout is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    mark = "" if world.rank == 0 else f"[rank {world.rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+@contextmanager
+def log_into(run_dir: Path, world: World) -> Iterator[None]:
+    """Also log into RUN/logs/rank0.log while the block runs. On rank 0; elsewhere it does nothing."""
+    if world.rank != 0:
+        yield
+        return
+    (run_dir / "logs").mkdir(exist_ok=True)
+    handler = logging.FileHandler(run_dir / "logs" / "rank0.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def log_devices(world: World, batch_bytes: int, model_bytes: int) -> None:
+    """Say which devices there are and whether model and batch fit: what the tutorial checks first."""
+    if world.device.type == "cpu":
+        log.info(
+            "CUDA not available or not asked for: %d process(es) on the CPU, %d thread(s) each",
+            world.size,
+            torch.get_num_threads(),
+        )
+        return
+    free, total = torch.cuda.mem_get_info(world.device)
+    need = batch_bytes + model_bytes
+    log.info(
+        "CUDA available: %d process(es), one GPU each; %s, %.0f of %.0f GiB free; model %.0f MiB and batch %.0f MiB %s",
+        world.size,
+        torch.cuda.get_device_name(world.device),
+        free / 2**30,
+        total / 2**30,
+        model_bytes / 2**20,
+        batch_bytes / 2**20,
+        "fit" if need < free else "DO NOT FIT: lower batch_size",
+    )
+
+
+class Progress:
+    """Rows of all ranks, rate and ETA, read from the ranks' pulses. Rank 0 shows it; elsewhere it does nothing."""
+
+    def __init__(self, world: World, total: int, done_before: int) -> None:
+        self._world, self._total, self._before = world, total, done_before
+        self._stream: TextIO = sys.stderr
+        self._bar = self._stream.isatty()
+        self._started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> "Progress":
+        if self._world.rank == 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._world.rank == 0:
+            self._thread.join()
+            if self._bar:
+                self._stream.write("\r\033[K")
+
+    def _run(self) -> None:
+        while not self._over.wait(0.5 if self._bar else 5.0):
+            mine, *peers = [self._world.pulse.progress, *self._world.pulse.peers[1:]]
+            now = sum(int(peer.get("rows", 0)) for peer in (mine, *peers))
+            errors = sum(int(peer.get("errors", 0)) for peer in (mine, *peers))
+            rate = now / (time.monotonic() - self._started)
+            done = self._before + now
+            left_s = (self._total - done) / rate if rate else float("inf")
+            text = f"{done:,} of {self._total:,} rows, {rate:,.0f} images/s, {_duration(left_s)} left, {errors} errors"
+            if self._bar:
+                full = round(24 * done / max(self._total, 1))
+                self._stream.write(f"\r\033[K{'█' * full}{'░' * (24 - full)} {text}")
+                self._stream.flush()
+            else:
+                log.info("%s", text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMetrics:
+    """What one rank measured; seconds are wall time of its main thread unless said otherwise."""
+
+    rank: int
+    rows: int
+    errors: int
+    images_per_s: float
+    """After the first batch."""
+    steady_rows: int
+    steady_s: float
+    startup_s: float
+    """From the start of the process to the first prediction."""
+    wall_s: float
+    """From the start of the process to the end of the loop."""
+    wait_s: float
+    """Waiting for the loader."""
+    predict_s: float
+    peers_s: float
+    """Waiting for the windows of all ranks."""
+    gather_s: float
+    """Of the collecting thread."""
+    write_s: float
+    """Of the collecting thread."""
+    workers_s: dict[str, float]
+    """Of the loader workers together, per stage."""
+    batch_p50_ms: float
+    batch_p95_ms: float
+    peak_host_bytes: int
+    peak_gpu_bytes: int
+
+
+def measure(world: World, clock: Clock, collector: Collector) -> RankMetrics:
+    age = process_age_s()
+    now = time.perf_counter()
+    steady_s = clock.ended - clock.steady_from if clock.steady_rows else 0.0
+    batch_ms = np.array(clock.batch_s[1:] or clock.batch_s or [0.0]) * 1e3
+    gpu = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
+    return RankMetrics(
+        rank=world.rank,
+        rows=clock.rows,
+        errors=collector.errors,
+        images_per_s=clock.steady_rows / steady_s if steady_s else 0.0,
+        steady_rows=clock.steady_rows,
+        steady_s=steady_s,
+        startup_s=age - (now - clock.steady_from) if clock.rows else age,
+        wall_s=age,
+        wait_s=clock.wait_s,
+        predict_s=clock.predict_s,
+        peers_s=collector.peers_s,
+        gather_s=collector.gather_s,
+        write_s=collector.write_s,
+        workers_s=clock.workers_s,
+        batch_p50_ms=float(np.percentile(batch_ms, 50)),
+        batch_p95_ms=float(np.percentile(batch_ms, 95)),
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_gpu_bytes=gpu,
+    )
+
+
+def process_age_s() -> float:
+    """Seconds since this process started. Source: proc(5), starttime in /proc/self/stat."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def bottleneck(ranks: Sequence[RankMetrics]) -> str:
+    """The stage that the loop waited for most, over all ranks."""
+    waits = {
+        "loading": sum(r.wait_s for r in ranks),
+        "forward": sum(r.predict_s for r in ranks),
+        "collect and write": sum(r.peers_s for r in ranks),
+    }
+    worst = max(waits, key=lambda stage: waits[stage])
+    if worst == "loading":
+        stages: dict[str, float] = {}
+        for rank in ranks:
+            for stage, seconds in rank.workers_s.items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        return max(stages, key=lambda stage: stages[stage], default="read")
+    if worst == "collect and write" and sum(r.write_s for r in ranks) < waits[worst] / 2:
+        return "waiting for peers"
+    return worst
+
+
+def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics]) -> dict[str, Any]:
+    """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
+    rows = sum(r.rows for r in ranks)
+    wall_s = max(r.wall_s for r in ranks)
+    steady_s = max(r.steady_s for r in ranks)
+    stage = bottleneck(ranks)
+    together: dict[str, Any] = {
+        "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,
+        "images_per_s_with_startup": rows / wall_s,
+        "wall_s": wall_s,
+        "startup_s": max(r.startup_s for r in ranks),
+        "rows_this_run": rows,
+        "bottleneck": stage,
+        "remedy": REMEDIES[stage],
+    }
+    write_json(run_dir / "metrics.json", {**together, "ranks": [asdict(r) for r in ranks]})
+    return together
+
+
+def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
+    """The table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
+    counts = ", ".join(f"{summary[name]:,} {name}" for name in ("ok", "errors", "missing", "duplicates"))
+    shape = ", ".join(str(n) for n in summary["predictions"])
+    lines = [
+        f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
+        f"{summary['samples']:,} samples: {counts}",
+    ]
+    if ranks:
+        steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
+        start = f"{overall:,.1f} with {summary['startup_s']:.1f} s of start-up"
+        lines += [
+            f"{summary['wall_s']:.1f} s, {steady:,.1f} images/s steady, {start}",
+            f"bottleneck: {summary['bottleneck']} ({summary['remedy']})",
+            "",
+            f"{'rank':>4}" + "".join(f"{title:>12}" for title in RANK_COLUMNS) + f"{'batch p50/p95':>18}",
+        ]
+        for r in ranks[:MAX_RANKS_SHOWN]:
+            seconds = "".join(
+                f"{value:>10.1f} s" for value in (r.wait_s, r.predict_s, r.peers_s, r.gather_s, r.write_s)
+            )
+            batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
+            lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
+    print("\n".join(lines))
+    print_summary(summary)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """One JSON line on stdout. Rank 0 only."""
+    print(json.dumps(summary), flush=True)

@@ -1,0 +1,63 @@
+"""Predicted rows on their way from a rank to the table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """n rows as columns.
+
+    `index`: int64 (n,). `label`: int32 (n,), -1 where unknown. `columns`: `pred` int32 (n,), `prob` float32
+    (n,), `topk_index` int32 (n, k), `topk_prob` float32 (n, k) and any of `logits`, `probs`, `embedding`
+    float32 (n, d). `errors`: dataset index → reason; such a row's columns hold nothing of meaning.
+    """
+
+    index: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int32]
+    columns: dict[str, Column]
+    errors: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def failed(self) -> npt.NDArray[np.bool_]:
+        """bool (n,): the error rows."""
+        if not self.errors:
+            return np.zeros(len(self), dtype=np.bool_)
+        return np.isin(self.index, np.fromiter(self.errors, dtype=np.int64))
+
+    def take(self, which: Column) -> "Rows":
+        """The rows that an integer or boolean array selects."""
+        index = self.index[which]
+        kept = set(index.tolist()) if self.errors else set()
+        return Rows(
+            index=index,
+            label=self.label[which],
+            columns={name: column[which] for name, column in self.columns.items()},
+            errors={i: reason for i, reason in self.errors.items() if i in kept},
+        )
+
+
+def concatenate(chunks: Sequence[Rows]) -> Rows:
+    """Join chunks; columns come from the chunks that hold rows."""
+    filled = [chunk for chunk in chunks if len(chunk)] or list(chunks[:1])
+    return Rows(
+        index=np.concatenate([c.index for c in filled]),
+        label=np.concatenate([c.label for c in filled]),
+        columns={name: np.concatenate([c.columns[name] for c in filled]) for name in filled[0].columns},
+        errors={i: reason for c in filled for i, reason in c.errors.items()},
+    )
+
+
+def in_order(chunks: Sequence[Rows], before: int) -> Rows:
+    """Join chunks into dataset order, keeping the rows with an index below `before`."""
+    joined = concatenate(chunks)
+    order = np.argsort(joined.index, kind="stable")
+    return joined.take(order[: int(np.searchsorted(joined.index[order], before))])

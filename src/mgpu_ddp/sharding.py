@@ -1,0 +1,132 @@
+"""Which rows are whose: windows of the dataset, and each rank's share of every window.
+
+A window is a contiguous index range that all ranks finish together; it is what becomes durable at once.
+Everything here follows from numbers that every rank knows, so no rank has to be told.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch.utils.data import Dataset, DistributedSampler
+
+TARGET_S = 10.0
+"""What `commit_every=auto` aims at: the most work that a crash can cost."""
+LOOKAHEAD = 3
+"""Window k may be sized by what windows up to k-3 took; see `Plan`."""
+GROWTH = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """A contiguous range [start, stop) of dataset indices."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class Plan:
+    """The windows of a job, the same on every rank.
+
+    With a fixed `window_rows` all windows are known from the start. Otherwise the first three have
+    `smallest_rows`, and window k is sized by how long window k-3 took on its slowest rank, a number that
+    every rank has gathered. Nobody ever waits for it: a rank predicts window m only after window m-2 is
+    gathered, and its loader reads ahead at most `smallest_rows`, that is into window m+1.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: int,
+        stop: int,
+        size: int,
+        batch_size: int,
+        contiguous: bool,
+        smallest_rows: int,
+        largest_rows: int,
+    ) -> None:
+        self.start, self.stop, self.size, self.batch_size = start, stop, size, batch_size
+        self.contiguous = contiguous
+        self.step = size * batch_size
+        self.smallest = self._whole_steps(smallest_rows)
+        self.largest = max(self._whole_steps(largest_rows), self.smallest)
+        self._stops = [start]
+        self._rates: list[float] = []
+        self._lock = threading.Lock()
+
+    def _whole_steps(self, rows: int) -> int:
+        """Round up to whole batches of all ranks, so that only the last window has a ragged tail."""
+        return max(1, -(-rows // self.step)) * self.step
+
+    def window(self, number: int) -> Window | None:
+        """Window `number`, or None past the end.
+
+        Raises:
+            IndexError: asked before the window that sizes it was gathered.
+        """
+        with self._lock:
+            while len(self._stops) <= number + 1 and self._stops[-1] < self.stop:
+                self._stops.append(min(self._stops[-1] + self._rows_of(len(self._stops) - 1), self.stop))
+            if number + 1 >= len(self._stops):
+                return None
+            return Window(number=number, start=self._stops[number], stop=self._stops[number + 1])
+
+    def _rows_of(self, number: int) -> int:
+        if self.smallest == self.largest or number < LOOKAHEAD:
+            return self.smallest
+        before = self._stops[number] - self._stops[number - 1]
+        wanted = self._rates[number - LOOKAHEAD] * TARGET_S
+        return self._whole_steps(int(max(self.smallest, min(wanted, self.largest, before * GROWTH))))
+
+    def gathered(self, window: Window, slowest_s: float) -> None:
+        """Learn how long a window took on its slowest rank, a figure every rank knows."""
+        with self._lock:
+            self._rates.append((window.stop - window.start) / max(slowest_s, 1e-3))
+
+    def rows(self, window: Window, rank: int) -> range:
+        """The indices of one rank in one window, ascending.
+
+        Cyclic (rank, rank+W, ...: DistributedSampler's own rule, without its padding) where rows travel to
+        rank 0; one contiguous stretch where each rank writes its own part.
+        """
+        if not self.contiguous:
+            return range(window.start + rank, window.stop, self.size)
+        each, extra = divmod(window.stop - window.start, self.size)
+        first = window.start + rank * each + min(rank, extra)
+        return range(first, first + each + (rank < extra))
+
+    def windows(self) -> Iterator[Window]:
+        number = 0
+        while (window := self.window(number)) is not None:
+            yield window
+            number += 1
+
+    def count(self, rank: int) -> int:
+        """How many rows one rank owes in all."""
+        # Windows before the last split evenly, so the remainder is the last one's alone.
+        each, extra = divmod(self.stop - self.start, self.size)
+        return each + (rank < extra)
+
+
+class ShardSampler(DistributedSampler[int]):
+    """A DistributedSampler that walks ranges: no padding, no list of N integers, any start.
+
+    Yields this rank's indices window by window. Batches never straddle windows, because every window but the
+    last holds whole batches of all ranks.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        everything = cast("Dataset[Any]", range(plan.start, plan.stop))
+        super().__init__(everything, num_replicas=plan.size, rank=rank, shuffle=False)
+        self.plan = plan
+        self.num_samples = plan.count(rank)
+        self.total_size = plan.stop - plan.start
+
+    def __iter__(self) -> Iterator[int]:
+        for window in self.plan.windows():
+            yield from self.plan.rows(window, self.rank)
+
+    def __len__(self) -> int:
+        return self.num_samples

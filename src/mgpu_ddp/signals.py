@@ -1,0 +1,58 @@
+"""A signal is a wish to stop: it ends the job only once all ranks have agreed on it."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INSIST_AFTER_S = 2.0
+"""SLURM delivers one signal twice within a millisecond; only a later second one is meant as a second."""
+
+
+class StopWish:
+    """Remember that this process was asked to stop; a second request after 2 s ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._since = 0.0
+        self._asked = threading.Event()
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a signal comes or the time is over."""
+        self._asked.wait(timeout_s)
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
+            self._asked.set()
+        elif time.monotonic() - self._since > INSIST_AFTER_S:
+            # Everything durable is already whole: parts and the manifest are only ever renamed into place.
+            os._exit(128 + number)
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent dies: a `kill -9` of torchrun must not leave workers.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def leave_stopping_to_parent() -> None:
+    """In a loader worker: a signal to the whole process group must not break the batch being finished."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

@@ -1,0 +1,322 @@
+"""Ranks, their devices and how they talk: the only caller of torch.distributed.
+
+One process group per process, opened by `join()` outside Hydra for all jobs of a sweep. Two ways to talk:
+small JSON values through the launcher's store (`exchange`, `share`, `together`), and the rows of a window
+through `all_gather_object` on a gloo group of their own (`Channel`). Neither ever waits for a rank that is
+dead: each rank's `Pulse` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from mgpu_ddp.config import Config
+from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError, ProtocolError, UsageError
+
+BEAT_S = 1.0
+DEFAULT_TIMEOUT_S = 180.0
+
+
+class Pulse(threading.Thread):
+    """Tell the others that this rank lives and how far it is; learn whether they live.
+
+    The thread owns its store client: a client blocks while it waits, and a beat must not.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.rank, self.size = rank, size
+        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.progress: dict[str, Any] = {"at": "start"}
+        self.peers: list[dict[str, Any]] = [{} for _ in range(size)]
+        self.lost: str | None = None
+        self.alarm: str | None = None
+        self._store = store
+        self._alarm_key: str | None = None
+        self._beats = 0
+        self._last = [(b"", time.monotonic())] * size
+        self._over = threading.Event()
+        self._beat()
+
+    def watch_alarm(self, key: str | None) -> None:
+        """Look for this job's alarm from now on."""
+        self.alarm, self._alarm_key = None, key
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                self._beat()
+                self._look()
+            except RuntimeError as error:
+                self.lost = self.lost or f"the store on rank 0 does not answer ({str(error).splitlines()[0]})"
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"pulse/{self.rank}", json.dumps({**self.progress, "beat": self._beats}))
+
+    def _look(self) -> None:
+        # Rank 0 looks at every rank, the others at rank 0: the store answers O(size) requests per beat.
+        watched = range(self.size) if self.rank == 0 else (0,)
+        now = time.monotonic()
+        for rank, beat in zip(watched, self._store.multi_get([f"pulse/{r}" for r in watched]), strict=True):
+            if beat != self._last[rank][0]:
+                self._last[rank] = (beat, now)
+                self.peers[rank] = json.loads(beat)
+            elif now - self._last[rank][1] > self.timeout_s:
+                silent_s, at = now - self._last[rank][1], self.peers[rank].get("at")
+                text = (
+                    f"rank {rank} of {self.size} must give a sign of life within dist.timeout_s={self.timeout_s:g},"
+                    f" got none for {silent_s:.0f} s, last seen at: {at}"
+                )
+                self._store.set("lost", text)
+        if self._store.check(["lost"]):
+            self.lost = self._store.get("lost").decode()
+        if self._alarm_key and self.alarm is None and self._store.check([self._alarm_key]):
+            self.alarm = self._store.get(self._alarm_key).decode()
+
+    def check(self) -> None:
+        """Raise if a rank is known to be lost."""
+        if self.lost is not None:
+            raise PeerLostError(self.lost)
+
+
+@dataclass(slots=True)
+class Link:
+    """What a world holds open: its stores, its pulse, and how many exchanges it has had."""
+
+    launch: Store
+    """Lives as long as the launcher: across restarts of the workers."""
+    store: Store
+    """Of this attempt alone: a restarted worker must not read what a dead attempt wrote."""
+    pulse: Pulse
+    turn: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Where this process stands among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    attempt: int
+    device: torch.device
+    link: Link = field(repr=False, compare=False)
+
+    @property
+    def pulse(self) -> Pulse:
+        return self.link.pulse
+
+    def on(self, config: Config) -> "World":
+        """This world on the device that `runtime.device` and `strategy` ask for, with this rank's share of the CPUs.
+
+        Raises:
+            UsageError: no CUDA, or more processes than GPUs on this host.
+        """
+        if config.strategy == "data_parallel" and self.size > 1:
+            raise UsageError(
+                f"strategy=data_parallel must run in one process, got {self.size}. Start it with python -m mgpu_ddp.infer."
+            )
+        # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle.
+        torch.set_num_threads(self.share_of_cpus)
+        wanted = config.runtime.device
+        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+        if wanted == "cuda" and gpus == 0:
+            raise UsageError("runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.")
+        if gpus == 0:
+            return replace(self, device=torch.device("cpu"))
+        if self.local_size > gpus:
+            raise UsageError(
+                f"nproc_per_node must be at most {gpus}, the GPUs of this host, got {self.local_size} on rank"
+                f" {self.rank} of {self.size}. Start fewer processes or use runtime.device=cpu."
+            )
+        torch.cuda.set_device(self.local_rank)
+        return replace(self, device=torch.device("cuda", self.local_rank))
+
+    @property
+    def share_of_cpus(self) -> int:
+        """CPUs for this rank: those its process may use, shared among the ranks of its host."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+    def exchange(self, topic: str, value: Any) -> list[Any]:
+        """Give every rank the JSON values of all ranks. Collective: every rank calls this.
+
+        Rank 0 reads all and publishes the list, so the store carries O(size) messages.
+
+        Raises:
+            PeerLostError: a rank fell silent.
+            ProtocolError: ranks are at different topics.
+        """
+        key, self.link.turn = f"exchange/{self.link.turn}", self.link.turn + 1
+        store = self.link.store
+        store.set(f"{key}/{self.rank}", json.dumps([topic, value]))
+        if self.rank == 0:
+            parts = [f"{key}/{rank}" for rank in range(self.size)]
+            _await(store, parts, self.pulse)
+            store.set(f"{key}/all", "[" + ",".join(part.decode() for part in store.multi_get(parts)) + "]")
+        _await(store, [f"{key}/all"], self.pulse)
+        heard = json.loads(store.get(f"{key}/all"))
+        topics = sorted({other for other, _ in heard})
+        if topics != [topic]:
+            raise ProtocolError(f"all ranks must be at {topic!r}, got {topics} on rank {self.rank} of {self.size}.")
+        return [value for _, value in heard]
+
+    def share(self, topic: str, value: Any) -> Any:
+        """Give every rank rank 0's JSON value. Collective: every rank calls this."""
+        return self.exchange(topic, value if self.rank == 0 else None)[0]
+
+    @contextmanager
+    def together(self, topic: str) -> Iterator[None]:
+        """Make a block succeed on all ranks or raise on all. Collective: every rank calls this.
+
+        A rank that raised raises again; the others raise `PeerFailedError` that names it, or the same
+        `UsageError` where the mistake was the user's.
+        """
+        self.pulse.progress["at"] = topic
+        error: Exception | None = None
+        try:
+            yield
+        except PeerLostError:
+            raise
+        except Exception as raised:
+            error = raised
+        mine = None if error is None else [type(error).__name__, str(error), isinstance(error, UsageError)]
+        outcomes = self.exchange(topic, mine)
+        if error is not None:
+            raise error
+        for rank, outcome in enumerate(outcomes):
+            if outcome is not None:
+                name, text, is_usage = outcome
+                raise (
+                    UsageError(text)
+                    if is_usage
+                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {text}")
+                )
+
+    def raise_alarm(self, job: str, text: str) -> None:
+        """Have every rank see within a beat that this job cannot go on."""
+        self.link.store.set(f"alarm/{job}", text)
+
+    def once_per_launch(self, key: str) -> bool:
+        """True the first time in a launch, false at its restarts. Rank 0 only."""
+        return bool(self.link.launch.add(f"once/{key}", 1) == 1)
+
+
+def _await(store: Store, keys: list[str], pulse: Pulse) -> None:
+    """Wait until the keys are there, as long as every rank lives."""
+    while True:
+        try:
+            store.wait(keys, timedelta(seconds=BEAT_S))
+            return
+        except dist.DistStoreError:
+            pulse.check()
+        except RuntimeError as error:
+            raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error
+
+
+class Channel:
+    """A gloo group and a store client for one job's gathering thread and nobody else.
+
+    Two threads on one group corrupt each other's messages. Collective: every rank opens and closes it.
+    """
+
+    def __init__(self, world: World, job: str, timeout_s: float) -> None:
+        self._pulse, self._size, self._rank = world.pulse, world.size, world.rank
+        self._store = PrefixStore(f"channel/{job}", world.link.store.clone())
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, window: int, payload: Any) -> list[Any]:
+        """Give every rank the payloads of all ranks for one window.
+
+        The collective starts only once every rank has posted the window, so a slow rank is waited for while it
+        lives and none is ever stuck inside the collective for it.
+
+        Raises:
+            PeerLostError: a rank died or fell silent.
+        """
+        if self._store.add(f"posted/{window}", 1) == self._size:
+            self._store.set(f"go/{window}", "1")
+            # Whoever posted this window has left the one before.
+            for key in (f"posted/{window - 1}", f"go/{window - 1}"):
+                self._store.delete_key(key)
+        _await(self._store, [f"go/{window}"], self._pulse)
+        payloads: list[Any] = [None] * self._size
+        try:
+            dist.all_gather_object(payloads, payload, group=self._group)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise PeerLostError(f"window {window}: a rank was lost while gathering ({first})") from error
+        return payloads
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
+
+
+def join() -> World:
+    """Enter the world: torchrun's, or one process alone. Collective: every rank calls this, once per process."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    launch: Store
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launch, rank, size = next(iter(rendezvous("env://")))
+    else:
+        launch, rank, size = HashStore(), 0, 1
+    # A restarted worker would read the dead attempt's addresses from the agent's store: one prefix per attempt.
+    store = PrefixStore(f"mgpu_ddp/attempt/{attempt}", launch)
+    pulse = Pulse(store.clone(), rank, size)
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
+    pulse.start()
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        attempt=attempt,
+        device=torch.device("cpu"),
+        link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),
+    )
+
+
+def leave(world: World) -> None:
+    """End the process group. Collective: every rank calls this, on the success path only."""
+    world.exchange("leave", None)
+    world.pulse.end()
+    dist.destroy_process_group()
+
+
+def share_weights(module: nn.Module) -> nn.Module:
+    """Give every rank rank 0's parameters and buffers, by DDP's construction. Collective: every rank calls this.
+
+    DDP's defaults matter: `broadcast_buffers=False` would leave the BatchNorm statistics of the other ranks as
+    they were. The bare module comes back because DDP's own forward broadcasts buffers at every step, which
+    hangs ranks with uneven shards.
+    """
+    module.requires_grad_(True)
+    shared: nn.Module = DistributedDataParallel(module).module
+    return shared.requires_grad_(False)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that names an error."""
+    text = " ".join(str(error).split())
+    return (
+        text if isinstance(error, MgpuError) and not isinstance(error, PeerError) else f"{type(error).__name__}: {text}"
+    )

@@ -5,6 +5,8 @@ the command line is read, composed and checked here first. A mistake becomes one
 """
 
 import difflib
+import errno
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mgpu_ddp.config import GROUPS, documented_keys, require, to_config
 from mgpu_ddp.errors import UsageError
@@ -62,8 +64,13 @@ class Command:
 
     informational: bool
     multirun: bool
-    pinned: tuple[str, ...] = ()
-    """Overrides that fix the run or sweep folder: `${now:}` would differ between ranks."""
+    folder: str = ""
+    """The run or sweep folder as rank 0 resolved it: `${now:}` would differ between ranks."""
+
+    @property
+    def pinned(self) -> list[str]:
+        """Overrides that give Hydra that folder on every rank."""
+        return [f"hydra.{'sweep' if self.multirun else 'run'}.dir={_quote(self.folder)}"] if self.folder else []
 
 
 def register_resolvers() -> None:
@@ -91,23 +98,56 @@ def check_command(argv: Sequence[str]) -> Command:
     if informational and not flags & {"-c", "--cfg"}:
         return Command(informational=True, multirun=False)
 
+    for override in overrides:
+        ok = multirun or not override.is_sweep_override()
+        require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, or quote it.")
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
     cfg = _compose(fixed, config_dir)
     _refuse_code(cfg)
     if informational:
         return Command(informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
-    folder = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir" if multirun else "hydra.run.dir"))).absolute()
+    folder = OmegaConf.select(cfg, "hydra.sweep.dir" if multirun else "hydra.run.dir")
     if not multirun:
         task = cfg.copy()
         OmegaConf.set_struct(task, False)
         del task["hydra"]
         to_config(task)
-    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    return Command(informational=False, multirun=multirun, pinned=(f"{key}={quote(str(folder))}",))
+    return Command(informational=False, multirun=multirun, folder=str(Path(str(folder)).absolute()))
 
 
-def quote(value: str) -> str:
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and return what was made, deepest first, so that `remove_empty` can undo it.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        for path in [*reversed(folder.parents), folder]:
+            if not path.exists():
+                path.mkdir()
+                made.insert(0, path)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        remove_empty(made)
+        raise UsageError(
+            f"output.dir must be a writable folder, got {str(folder)!r} ({error.strerror}). Choose another."
+        ) from None
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders as far as they are empty: a refused command leaves no trace."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _quote(value: str) -> str:
     """Quote a string for Hydra's override grammar."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
     return f"'{escaped}'"
@@ -162,6 +202,10 @@ def _refuse_key(override: Override) -> None:
     require(not closed, key, "left to mgpu_ddp", override.input_line, "It can run code; leave it out.")
     nested = "_target_" in (override.input_line or "")
     require(not nested, key, "free of _target_", override.input_line, "Configuration cannot name code to run.")
+    if not key.startswith("hydra"):
+        require(not override.is_delete(), key, "there", override.input_line, f"Leave ~{key} out.")
+        if override.is_add() and key not in documented_keys():
+            raise UsageError(_unknown_key(key, str(override.input_line)))
     for group in ("hydra/launcher", "hydra/sweeper"):
         if key == group:
             require(override.value() == "basic", key, "basic", override.value(), f"Leave {key} out.")
@@ -170,7 +214,7 @@ def _refuse_key(override: Override) -> None:
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", "a folder", config_dir, "Name an existing folder.")
-        overrides = [*overrides, f"hydra.searchpath=[{quote('file://' + str(Path(config_dir).absolute()))}]"]
+        overrides = [*overrides, f"hydra.searchpath=[{_quote('file://' + str(Path(config_dir).absolute()))}]"]
     try:
         with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
             return compose("config", overrides=overrides, return_hydra_config=True)
@@ -204,20 +248,24 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Say in one line which key broke which rule."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = str(getattr(cause, "full_key", None) or "")
-    message = str(getattr(cause, "msg", None) or cause).splitlines()[0]
-    blamed = next((o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")), None)
-    value = blamed.partition("=")[2] if blamed else None
-    if "could not be converted to" in message or "Invalid type" in message or "not supported" in message:
-        kind = message.rpartition("converted to ")[2] if "converted to" in message else "of another type"
-        kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(kind, kind)
-        return f"{key} must be {kind}, got {value!r}. See --help."
+    keys = documented_keys()
     for override in overrides:
-        name, _, value = override.lstrip("+~").partition("=")
-        if name in GROUPS and value not in GROUPS[name] and (f"{name}/{value}" in str(error)):
-            return f"{name} must be one of {', '.join(GROUPS[name])}, got {value!r}. See --help."
+        name, _, value = override.lstrip("+").partition("=")
+        if isinstance(cause, ValidationError) and cause.full_key == name:
+            kind = keys[name].kind if name in keys else "a group of keys"
+            return f"{name} must be {kind}, got {value!r}. See --help."
+        if name in GROUPS and value not in GROUPS[name] and f"{name}/{value}" in str(error):
+            return f"{name} must be {keys[name].kind}, got {value!r}. See --help."
         if f"'{name}'" in str(error) or f"{name}=" in str(error):
-            near = difflib.get_close_matches(name, documented_keys(), n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."
-    return f"the configuration must compose: {' '.join(str(error).split())}. See --help."
+            return _unknown_key(name, override)
+    return f"the configuration must compose, got: {' '.join(str(error).split())}. See --help."
+
+
+def _unknown_key(name: str, override: str) -> str:
+    if name in documented_keys():
+        group = name.partition(".")[0]
+        options = ", ".join(GROUPS.get(group, ()))
+        return f"{name} must belong to the chosen {group}, got {override!r}. Choose among {group}={options}."
+    near = difflib.get_close_matches(name, documented_keys(), n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."

@@ -7,8 +7,11 @@ machine (devices, folders, model names) is checked in `checks.py`.
 
 import ast
 import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args
 
 from hydra.conf import HelpConf
 from hydra.core.config_store import ConfigStore
@@ -273,12 +276,23 @@ def to_config(cfg: DictConfig) -> Config:
     return config
 
 
-def documented_keys() -> dict[str, tuple[Any, str]]:
-    """Every key with its default and its documentation, in the order of the schema."""
+class Key(NamedTuple):
+    """What `--help` and error lines say about a key."""
+
+    default: Any
+    kind: str
+    doc: str
+
+
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+
+
+def documented_keys() -> dict[str, Key]:
+    """Every key of the command line, in the order of the schema."""
     return dict(_keys_of(Config, ""))
 
 
-def _keys_of(schema: Any, prefix: str) -> list[tuple[str, tuple[Any, str]]]:
+def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
     tree = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -286,20 +300,19 @@ def _keys_of(schema: Any, prefix: str) -> list[tuple[str, tuple[Any, str]]]:
         if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
             assert isinstance(statement.target, ast.Name)
             docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
-    default = schema() if schema is not FolderConfig else None
-    keys: list[tuple[str, tuple[Any, str]]] = []
     for item in fields(schema):
         name = f"{prefix}{item.name}"
-        value = getattr(default, item.name, MISSING)
-        if item.name in GROUPS and schema is Config:
-            keys.append((name, (", ".join(GROUPS[item.name]), docs[item.name])))
-            for option in dict.fromkeys(o if inspect.isclass(o) else type(o) for o in GROUPS[item.name].values()):
-                keys += [k for k in _keys_of(option, f"{name}.") if not (name == "data" and k[0] == "data.name")]
-        elif is_dataclass(value):
-            keys += _keys_of(type(value), f"{name}.")
+        if schema is Config and item.name in GROUPS:
+            options = GROUPS[item.name].values()
+            yield name, Key(next(iter(GROUPS[item.name])), f"one of {', '.join(GROUPS[item.name])}", docs[item.name])
+            for option in dict.fromkeys(o if inspect.isclass(o) else type(o) for o in options):
+                yield from ((key, value) for key, value in _keys_of(option, f"{name}.") if key != "data.name")
+        elif is_dataclass(item.type):
+            yield from _keys_of(item.type, f"{name}.")
         else:
-            keys.append((name, (value, docs[item.name])))
-    return keys
+            default = item.default_factory() if item.default_factory is not MISSING_DEFAULT else item.default
+            kinds = get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
+            yield name, Key(default, " or ".join(KINDS.get(kind, "a list") for kind in kinds), docs[item.name])
 
 
 def help_text() -> str:
@@ -307,13 +320,14 @@ def help_text() -> str:
         "Predict every image of a dataset, on every GPU: one row per image, exactly once.",
         "",
         "  torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]",
-        "  mgpu-infer [key=value ...]             one process per GPU, started for you",
+        "  mgpu-infer [key=value ...]                  one process per GPU, started for you",
         "  python -m mgpu_ddp.infer [key=value ...]    one process",
         "",
     ]
-    for key, (value, doc) in documented_keys().items():
-        shown = "null" if value is None else str(value).replace("'", "").lower() if value is not MISSING else "required"
-        lines += [f"{key}  [{shown}]", f"    {doc}"]
+    for name, key in documented_keys().items():
+        default = "null" if key.default is None else "required" if key.default is MISSING else key.default
+        shown = str(default).replace("'", "").replace("True", "true").replace("False", "false")
+        lines += [f"{name}  ({shown})", f"    {key.doc}"]
     lines += ["", "--cfg job prints the composed configuration."]
-    # Hydra runs the text through string.Template and OmegaConf: both read $ as theirs.
+    # Hydra runs the text through string.Template, which reads $ as its own.
     return "\n".join(lines).replace("$", "$$")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mgpu_ddp import config, report
-from mgpu_ddp.command import Command, check_command, register_resolvers
+from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
 from mgpu_ddp.job import (
     Job,
@@ -51,7 +51,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
         prepare(model, job.config, world), transform, job.config.runtime, job.config.output, world.device
     )
     clock = Clock()
-    with collecting(job, claim, plan, samples, model, world, stop) as collector:
+    with collecting(job, claim, plan, samples, model, transform, world, stop) as collector:
         batches = load_batches(
             samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world
         )
@@ -85,9 +85,12 @@ def run(session: Session, argv: list[str]) -> None:
     world = session.world
     config.register()
     register_resolvers()
+    command: Command | None = None
     with world.together("read the command line"):
-        mine = asdict(check_command(argv)) if world.rank == 0 else None
-    command = Command(**world.share("command", mine))
+        if world.rank == 0:
+            command = check_command(argv)
+            session.made = make_folder(Path(command.folder)) if command.folder else []
+    command = Command(**world.share("command", command and asdict(command)))
     if command.informational and world.rank != 0:
         return
     # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mgpu_ddp import report, writing
-from mgpu_ddp.collect import Collector
+from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.config import Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.errors import Exit, ProofError, SampleError
@@ -34,6 +34,11 @@ WINDOW_BYTES = 64 << 20
 """Of the rows that travel to rank 0 in one window, from all ranks together."""
 STRETCH_BYTES = 16 << 20
 """Of the rows that one rank writes itself in one window."""
+ENDINGS: dict[Ending, tuple[str, Exit]] = {
+    "complete": ("complete", Exit.COMPLETE),
+    "preempted": ("preempted", Exit.PREEMPTED),
+    "too many errors": ("failed", Exit.TOO_MANY_ERRORS),
+}
 EMBEDDING_DIM = 2048
 """Assumed where the width of an embedding only sizes buffers."""
 
@@ -192,7 +197,14 @@ def plan_job(config: Config, claim: Claim, num_classes: int, world: World) -> Pl
 
 @contextmanager
 def collecting(
-    job: Job, claim: Claim, plan: Plan, samples: Samples, model: Model, world: World, stop: StopWish
+    job: Job,
+    claim: Claim,
+    plan: Plan,
+    samples: Samples,
+    model: Model,
+    transform: Transform,
+    world: World,
+    stop: StopWish,
 ) -> Iterator[Collector]:
     """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
     config, total = job.config, claim.stop - claim.start
@@ -214,14 +226,11 @@ def collecting(
         max_errors=error_limit(config, total),
     )
     with report.log_into(job.run_dir, world), Progress(world, total, claim.prefix - claim.start), collector:
-        log.info(
-            "%s; %s; batch_size %d, %d of %d rows to do",
-            model.origin,
-            world,
-            claim.batch_size,
-            claim.stop - claim.prefix,
-            total,
-        )
+        height, width = transform.out_size
+        model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
+        report.log_plan(world, config.runtime, model_bytes, claim.batch_size * 3 * height * width * 4)
+        left = claim.stop - claim.prefix
+        log.info("%s; batch_size %d; %s of %s rows to do", model.origin, claim.batch_size, f"{left:,}", f"{total:,}")
         yield collector
     channel.close()
 
@@ -312,12 +321,12 @@ def _conclude(
     samples: Samples,
     model: Model,
     world: World,
-    ending: str,
+    ending: Ending,
     ranks: Sequence[report.RankMetrics],
 ) -> dict[str, Any]:
     run_dir, how = job.run_dir, job.config.output.format
     proof = writing.prove(run_dir, manifest, how)
-    status = {"complete": "complete", "preempted": "preempted", "too many errors": "failed"}[ending]
+    status, code = ENDINGS[ending]
     reason = None
     if ending == "too many errors":
         reason = (
@@ -328,7 +337,8 @@ def _conclude(
         reason = f"stopped on request; {proof.missing} rows are left, start again to resume"
     elif (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
         raise ProofError(
-            f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing, {proof.duplicates} doubled."
+            f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
+            f" {proof.duplicates} doubled."
         )
     writing.write_errors(run_dir, manifest, how, samples)
     manifest.complete = ending == "complete"
@@ -336,9 +346,7 @@ def _conclude(
     writing.write_status(run_dir, status, manifest, reason)
     summary = {
         "status": status,
-        "exit_code": int(
-            {"complete": Exit.COMPLETE, "preempted": Exit.PREEMPTED, "too many errors": Exit.TOO_MANY_ERRORS}[ending]
-        ),
+        "exit_code": int(code),
         "reason": reason,
         "samples": proof.total,
         "rows": proof.rows,

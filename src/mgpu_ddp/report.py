@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from mgpu_ddp.collect import Collector
+from mgpu_ddp.config import RuntimeConfig
+from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
 from mgpu_ddp.writing import write_json
@@ -65,27 +67,18 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
         handler.close()
 
 
-def log_devices(world: World, batch_bytes: int, model_bytes: int) -> None:
-    """Say which devices there are and whether model and batch fit: what the tutorial checks first."""
+def log_plan(world: World, runtime: RuntimeConfig, model_bytes: int, batch_bytes: int) -> None:
+    """Say which devices there are, what `auto` chose and whether model and batch fit."""
+    chose = f"precision {precision_of(runtime, world.device)}, decode on the CPU, compile {runtime.compile == 'on'}"
     if world.device.type == "cpu":
-        log.info(
-            "CUDA not available or not asked for: %d process(es) on the CPU, %d thread(s) each",
-            world.size,
-            torch.get_num_threads(),
-        )
+        log.info("CUDA not used: %d processes of %d threads on the CPU; %s", world.size, torch.get_num_threads(), chose)
         return
     free, total = torch.cuda.mem_get_info(world.device)
-    need = batch_bytes + model_bytes
-    log.info(
-        "CUDA available: %d process(es), one GPU each; %s, %.0f of %.0f GiB free; model %.0f MiB and batch %.0f MiB %s",
-        world.size,
-        torch.cuda.get_device_name(world.device),
-        free / 2**30,
-        total / 2**30,
-        model_bytes / 2**20,
-        batch_bytes / 2**20,
-        "fit" if need < free else "DO NOT FIT: lower batch_size",
-    )
+    name = torch.cuda.get_device_name(world.device)
+    fit = "fit" if model_bytes + batch_bytes < free else "DO NOT FIT: lower batch_size"
+    sizes = f"model {model_bytes / 2**20:.0f} MiB and batch {batch_bytes / 2**20:.0f} MiB {fit}"
+    memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    log.info("CUDA available: %d processes, one %s each, %s; %s; %s", world.size, name, memory, sizes, chose)
 
 
 class Progress:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mgpu_ddp.command import remove_empty
 from mgpu_ddp.errors import Exit, PeerError, UsageError
 from mgpu_ddp.job import Job, fail_job
 from mgpu_ddp.signals import StopWish
@@ -26,6 +27,8 @@ class Session:
     def __init__(self, world: World, stop: StopWish) -> None:
         self.world, self.stop = world, stop
         self.outcomes: list[dict[str, Any]] = []
+        self.made: list[Path] = []
+        """Folders this launch made, deepest first."""
 
     def run_job(self, make: Callable[[str], Job], act: Callable[[Job], dict[str, Any]]) -> float | None:
         """Run one job to an end that all ranks agree on, and return its images/s.
@@ -73,6 +76,10 @@ class Session:
             traceback.print_exception(error)
         if self.world.rank == 0 and EXIT_CODE_FILE in os.environ:
             Path(os.environ[EXIT_CODE_FILE]).write_text(str(int(code)))
+        if isinstance(error, UsageError):
+            self.tell(error)
+        if code == Exit.USAGE:
+            remove_empty(self.made)
         if error is None or isinstance(error, UsageError):
             leave(self.world)
             sys.exit(int(code))

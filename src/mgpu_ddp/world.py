@@ -134,7 +134,8 @@ class World:
         """
         if config.strategy == "data_parallel" and self.size > 1:
             raise UsageError(
-                f"strategy=data_parallel must run in one process, got {self.size}. Start it with python -m mgpu_ddp.infer."
+                f"strategy must be ddp for {self.size} processes, got 'data_parallel'."
+                " Start that with python -m mgpu_ddp.infer."
             )
         # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle.
         torch.set_num_threads(self.share_of_cpus)

@@ -55,7 +55,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
         batches = load_batches(
             samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world
         )
-        for rows in predict(batches, predictor, clock):
+        for rows in predict(batches, predictor, world, clock):
             refuse_bad_samples(rows, job, samples)
             collector.add(rows)
             if collector.over:

@@ -19,7 +19,7 @@ from mgpu_ddp.errors import Exit, ProofError, SampleError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.loading import num_workers
 from mgpu_ddp.models import Model, precision_of, weights_digest
-from mgpu_ddp.predict import Clock
+from mgpu_ddp.predict import Clock, in_flight
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.report import Progress
 from mgpu_ddp.rows import Rows
@@ -176,7 +176,7 @@ def row_bytes(config: Config, num_classes: int) -> int:
 def plan_job(config: Config, claim: Claim, num_classes: int, world: World) -> Plan:
     """The windows that are left to do. Collective: every rank calls this."""
     contiguous = config.collect == "shards"
-    ahead = num_workers(config.loader, world) * config.loader.prefetch + 2
+    ahead = num_workers(config.loader, world) * config.loader.prefetch + in_flight(world) + 1
     if config.output.commit_every == "auto":
         step = world.size * claim.batch_size
         smallest = max(world.exchange("batches read ahead", ahead)) * step

@@ -125,14 +125,19 @@ def load_batches(
     """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited."""
     workers = num_workers(config, world)
     maker = BatchMaker(samples, transform, batch_size, config.timeout_s)
-    ahead: dict[str, Any] = {"prefetch_factor": config.prefetch, "worker_init_fn": _start_worker} if workers else {}
+    # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
+    ahead: dict[str, Any] = {
+        "prefetch_factor": config.prefetch,
+        "worker_init_fn": _start_worker,
+        "multiprocessing_context": "fork",
+    }
     loader = DataLoader(
         maker,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
         num_workers=workers,
         collate_fn=_as_made,
         pin_memory=world.device.type == "cuda",
-        **ahead,
+        **(ahead if workers else {}),
     )
     with warnings.catch_warnings():
         # Workers are forked beside the pulse thread: they use neither its store client nor CUDA nor gloo.

@@ -1,10 +1,11 @@
 """The loop and its clock: batches → model → rows, with nothing collective in it."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.rows import Rows
+from mgpu_ddp.world import World
+
+Columns = dict[str, torch.Tensor]
 
 
 class Predictor:
@@ -32,18 +36,16 @@ class Predictor:
         self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
         # An array of logits is the tutorial's result: that format fixes the field.
         self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
-        self.in_flight = 2 if device.type == "cuda" else 1
-        """Batches handed to the device before the first one's result is awaited."""
-        self._embedding: torch.Tensor | None = None
+        self._kept = threading.local()
         if "embedding" in self._fields:
             head_of(module).register_forward_pre_hook(self._keep_embedding)
 
     def _keep_embedding(self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         features = inputs[0]
-        self._embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
+        self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, pixels: torch.Tensor) -> Columns:
         """Predict uint8 (batch_size, height, width, 3): columns as `Rows` has them, on the device."""
         images = self._transform.normalise(
             pixels.to(self._device, non_blocking=True), dtype=self._dtype, channels_last=self._channels_last
@@ -58,8 +60,8 @@ class Predictor:
             columns["logits"] = logits
         if "probs" in self._fields:
             columns["probs"] = probs
-        if self._embedding is not None:
-            columns["embedding"] = self._embedding.float().contiguous()
+        if "embedding" in self._fields:
+            columns["embedding"] = self._kept.embedding.float()
         return columns
 
 
@@ -94,40 +96,55 @@ class Clock:
             self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
 
 
-def predict(batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock) -> Iterator[Rows]:
-    """Predict batches in order, on CUDA with a few in flight so that the GPU never waits for this loop."""
-    pending: deque[tuple[Batch, Callable[[], dict[str, Any]]]] = deque()
-    for batch, waited_s in batches:
-        clock.wait_s += waited_s
-        started = time.perf_counter()
-        pending.append((batch, _to_host(predictor(batch.pixels))))
-        rows = _harvest(pending, clock) if len(pending) >= predictor.in_flight else None
-        clock.predict_s += time.perf_counter() - started
-        if rows is not None:
+def in_flight(world: World) -> int:
+    """Batches handed to the device before the first one's result is awaited, so that it never runs dry."""
+    return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
+
+
+def predict(batches: Iterable[tuple[Batch, float]], predictor: Predictor, world: World, clock: Clock) -> Iterator[Rows]:
+    """Predict batches in order, a few at a time.
+
+    On the CPU each batch runs in one thread of its own: kernels split over several threads would add up in
+    another order, and the bits of a row would depend on how many cores its rank happened to have.
+    """
+    pending: deque[tuple[Batch, Callable[[], Columns]]] = deque()
+    depth = in_flight(world)
+    with ThreadPoolExecutor(world.share_of_cpus, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch, waited_s in batches:
+            clock.wait_s += waited_s
+            started = time.perf_counter()
+            if world.device.type == "cuda":
+                pending.append((batch, _copy_to_host(predictor(batch.pixels))))
+            else:
+                pending.append((batch, pool.submit(predictor, batch.pixels).result))
+            rows = _harvest(pending, clock) if len(pending) >= depth else None
+            clock.predict_s += time.perf_counter() - started
+            if rows is not None:
+                yield rows
+        while pending:
+            started = time.perf_counter()
+            rows = _harvest(pending, clock)
+            clock.predict_s += time.perf_counter() - started
             yield rows
-    while pending:
-        yield _harvest(pending, clock)
 
 
-def _to_host(columns: dict[str, torch.Tensor]) -> Callable[[], dict[str, Any]]:
-    """Start copying to the host; the returned call waits for the copy and gives numpy columns."""
-    if next(iter(columns.values())).device.type == "cpu":
-        return lambda: {name: column.numpy() for name, column in columns.items()}
+def _copy_to_host(columns: Columns) -> Callable[[], Columns]:
+    """Start copying to the host; the returned call waits for the copy."""
     copies = {name: column.to("cpu", non_blocking=True) for name, column in columns.items()}
     copied = torch.cuda.Event()
     copied.record()
 
-    def finish() -> dict[str, Any]:
+    def finish() -> Columns:
         copied.synchronize()
-        return {name: column.numpy() for name, column in copies.items()}
+        return copies
 
     return finish
 
 
-def _harvest(pending: deque[tuple[Batch, Callable[[], dict[str, Any]]]], clock: Clock) -> Rows:
+def _harvest(pending: deque[tuple[Batch, Callable[[], Columns]]], clock: Clock) -> Rows:
     batch, finish = pending.popleft()
     n = len(batch.index)
     # Copies, so that rows do not keep the padded buffers alive.
-    columns = {name: np.array(column[:n]) for name, column in finish().items()}
+    columns = {name: np.array(column.numpy()[:n]) for name, column in finish().items()}
     clock.batch(n, batch.seconds)
     return Rows(index=batch.index, label=batch.label, columns=columns, errors=batch.errors)

@@ -71,7 +71,7 @@ def log_plan(world: World, runtime: RuntimeConfig, model_bytes: int, batch_bytes
     """Say which devices there are, what `auto` chose and whether model and batch fit."""
     chose = f"precision {precision_of(runtime, world.device)}, decode on the CPU, compile {runtime.compile == 'on'}"
     if world.device.type == "cpu":
-        log.info("CUDA not used: %d processes of %d threads on the CPU; %s", world.size, torch.get_num_threads(), chose)
+        log.info("CUDA not used: %d processes of %d threads on the CPU; %s", world.size, world.share_of_cpus, chose)
         return
     free, total = torch.cuda.mem_get_info(world.device)
     name = torch.cuda.get_device_name(world.device)

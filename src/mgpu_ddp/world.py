@@ -27,6 +27,7 @@ from mgpu_ddp.config import Config
 from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError, ProtocolError, UsageError
 
 BEAT_S = 1.0
+POLL_S = 0.05
 DEFAULT_TIMEOUT_S = 180.0
 
 
@@ -127,7 +128,7 @@ class World:
         return self.link.pulse
 
     def on(self, config: Config) -> "World":
-        """This world on the device that `runtime.device` and `strategy` ask for, with this rank's share of the CPUs.
+        """This world on the device that `runtime.device` and `strategy` ask for.
 
         Raises:
             UsageError: no CUDA, or more processes than GPUs on this host.
@@ -137,8 +138,6 @@ class World:
                 f"strategy must be ddp for {self.size} processes, got 'data_parallel'."
                 " Start that with python -m mgpu_ddp.infer."
             )
-        # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle.
-        torch.set_num_threads(self.share_of_cpus)
         wanted = config.runtime.device
         gpus = torch.cuda.device_count() if wanted != "cpu" else 0
         if wanted == "cuda" and gpus == 0:
@@ -224,14 +223,15 @@ class World:
 
 def _await(store: Store, keys: list[str], pulse: Pulse) -> None:
     """Wait until the keys are there, as long as every rank lives."""
-    while True:
-        try:
-            store.wait(keys, timedelta(seconds=BEAT_S))
-            return
-        except dist.DistStoreError:
+    # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
+    pause_s = 0.001
+    try:
+        while not store.check(keys):
             pulse.check()
-        except RuntimeError as error:
-            raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
+    except RuntimeError as error:
+        raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error
 
 
 class Channel:
@@ -264,8 +264,8 @@ class Channel:
         try:
             dist.all_gather_object(payloads, payload, group=self._group)
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise PeerLostError(f"window {window}: a rank was lost while gathering ({first})") from error
+            first = str(error).splitlines()[0].partition(". ")[0]
+            raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
         return payloads
 
     def close(self) -> None:

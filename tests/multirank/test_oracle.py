@@ -1,0 +1,161 @@
+"""The oracle: the output of W ranks equals the output of one rank, row by row, bit by bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import transforms
+
+from tests.conftest import assert_proved, make_images, read_rows, read_table
+from tests.multirank.worlds import Case, ended, folder, run_world, tiny
+
+SIZES = (1, 2, 3, 4)
+COUNTS = (0, 1, 2, 3, 4, 5, 97)
+"""Samples: none, fewer than ranks, W-1, W and W+1 for each W, and a ragged many."""
+
+
+def grid(images: Path) -> list[Case]:
+    """Sizes of data and windows, ways to collect and formats, pairwise rather than all combinations."""
+    cases = [
+        Case(name=f"n{n}-{collect}", config=tiny(data={"size": n}, output={"collect": collect, "commit_every": 8}))
+        for n in COUNTS
+        for collect in ("gather", "shards")
+    ]
+    everything = ["topk", "logits", "probs", "embedding"]
+    outputs: list[dict[str, Any]] = [
+        {"format": "parquet", "collect": "gather", "commit_every": 1, "fields": everything},
+        {"format": "parquet", "collect": "shards", "commit_every": "auto", "fields": everything},
+        {"format": "csv", "collect": "gather", "commit_every": 1000, "topk": 3},
+        {"format": "csv", "collect": "shards", "commit_every": 97, "fields": ["topk", "logits"]},
+        {"format": "jsonl", "collect": "gather", "commit_every": "auto", "fields": ["probs"]},
+        {"format": "jsonl", "collect": "shards", "commit_every": 40, "topk": 50},
+        {"format": "npy", "collect": "gather", "commit_every": 40},
+        {"format": "npy", "collect": "shards", "commit_every": "auto"},
+        {"format": "npy", "collect": "auto", "commit_every": 1},
+    ]
+    cases += [
+        Case(
+            name="-".join(["out", *(str(output[k]) for k in ("format", "collect", "commit_every"))]),
+            config=tiny(output=output),
+        )
+        for output in outputs
+    ]
+    cases.append(Case(name="empty-npy", config=tiny(data={"size": 0}, output={"format": "npy"})))
+    cases.append(Case(name="images", config=tiny(data=folder(images))))
+    cases.append(
+        Case(name="images-shards", config=tiny(data=folder(images), output={"collect": "shards", "commit_every": 16}))
+    )
+    cases.append(Case(name="half", config=tiny(shard="1/2", limit=90, loader={"workers": 0})))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def broken_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 images, of which two are broken."""
+    root = tmp_path_factory.mktemp("broken")
+    paths = make_images(root, 37)
+    paths[5].write_bytes(b"not an image")
+    paths[20].write_bytes(paths[20].read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory, broken_images: Path) -> dict[int, Path]:
+    """The output folder of every world, each having run the whole grid."""
+    out = tmp_path_factory.mktemp("worlds")
+    for size in SIZES:
+        run_world(size, grid(broken_images), out / str(size))
+    return {size: out / str(size) for size in SIZES}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_worlds_equal_one_rank(worlds: dict[int, Path], broken_images: Path, size: int) -> None:
+    for case in grid(broken_images):
+        one, many = worlds[1] / case.name, worlds[size] / case.name
+        assert ended(worlds[size], case.name, size)[0]["status"] == "complete", case.name
+        if (one / "predictions.npy").exists():
+            first, second = (np.load(run / "predictions.npy", mmap_mode="r") for run in (one, many))
+            assert first.dtype == second.dtype == np.float32
+            assert np.array_equal(first, second, equal_nan=True), case.name
+        else:
+            assert read_rows(one) == read_rows(many), case.name
+
+
+def test_every_run_proves_itself(worlds: dict[int, Path]) -> None:
+    for size in SIZES:
+        for n in COUNTS:
+            for collect in ("gather", "shards"):
+                assert_proved(worlds[size] / f"n{n}-{collect}", n)
+        assert_proved(worlds[size] / "images", 37, errors=2)
+        assert np.load(worlds[size] / "empty-npy" / "predictions.npy").shape == (0, 12)
+        index = [row["index"] for row in read_rows(worlds[size] / "half")]
+        assert index == list(range(45, 90))
+
+
+def test_bad_images_cost_one_row_each(worlds: dict[int, Path]) -> None:
+    rows = read_rows(worlds[3] / "images")
+    bad = [row for row in rows if row["error"]]
+    assert len(bad) == 2
+    assert all(row["pred"] is None and row["topk_index"] is None and row["path"] for row in bad)
+    listed = [json.loads(line) for line in (worlds[3] / "images" / "errors.jsonl").read_text().splitlines()]
+    assert [(e["index"], e["path"], e["reason"]) for e in listed] == [(b["index"], b["path"], b["error"]) for b in bad]
+    assert "not an image" in " ".join(row["error"] for row in bad)
+
+
+def test_one_rank_equals_a_plain_loop_over_fake_data(worlds: dict[int, Path]) -> None:
+    """The tutorial's loop: FakeData, Resize, ToTensor, model, np.concatenate."""
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(num_classes=12).eval()
+    transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    data = torchvision.datasets.FakeData(97, (3, 32, 32), 10, transform)
+    logits = _plain_logits(model, [data[i][0] for i in range(97)])
+    assert np.allclose(np.load(worlds[1] / "out-npy-gather-40" / "predictions.npy"), logits, atol=1e-5)
+    table = read_table(worlds[1] / "out-parquet-gather-1")
+    assert np.allclose(np.stack(table["logits"].to_numpy()), logits, atol=1e-5)
+    assert np.allclose(np.stack(table["probs"].to_numpy()), _softmax(logits), atol=1e-5)
+    assert table["label"].to_pylist() == [int(data[i][1]) for i in range(97)]
+    _assert_top_k(table, logits, 5)
+
+
+def test_one_rank_equals_a_plain_loop_over_images(worlds: dict[int, Path], broken_images: Path) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(num_classes=12).eval()
+    transform = transforms.Compose(
+        [
+            transforms.Resize(round(32 * 256 / 224)),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    table = read_table(worlds[1] / "images")
+    good = table.filter(table["error"].is_null())
+    paths = [broken_images / path for path in good["path"].to_pylist()]
+    logits = _plain_logits(model, [transform(ImageOps.exif_transpose(Image.open(p)).convert("RGB")) for p in paths])
+    _assert_top_k(good, logits, 5)
+    assert good["label"].to_pylist() == [int(path.parent.name.removeprefix("class")) for path in paths]
+
+
+def _plain_logits(model: nn.Module, images: list[torch.Tensor]) -> Any:
+    with torch.no_grad():
+        return np.concatenate([model(torch.stack(images[i : i + 4])).numpy() for i in range(0, len(images), 4)])
+
+
+def _softmax(logits: Any) -> Any:
+    return torch.from_numpy(logits).softmax(1).numpy()
+
+
+def _assert_top_k(table: Any, logits: Any, k: int) -> None:
+    probs = _softmax(logits)
+    best = np.argsort(-probs, axis=1)[:, :k]
+    assert table["topk_index"].to_pylist() == best.tolist()
+    assert table["pred"].to_pylist() == best[:, 0].tolist()
+    assert np.allclose(np.stack(table["topk_prob"].to_numpy()), np.take_along_axis(probs, best, 1), atol=1e-5)
+    assert np.allclose(table["prob"].to_numpy(), probs.max(1), atol=1e-5)

@@ -5,7 +5,8 @@ torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--mu
 
 import os
 import sys
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,14 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
         prepare(model, job.config, world), transform, job.config.runtime, job.config.output, world.device
     )
     clock = Clock()
-    with collecting(job, claim, plan, samples, model, transform, world, stop) as collector:
-        batches = load_batches(
-            samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world
-        )
-        for rows in predict(batches, predictor, world, clock):
+    with (
+        closing(
+            load_batches(samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world)
+        ) as batches,
+        closing(predict(batches, predictor, world, clock)) as predicted,
+        collecting(job, claim, plan, samples, model, transform, world, stop) as collector,
+    ):
+        for rows in predicted:
             refuse_bad_samples(rows, job, samples)
             collector.add(rows)
             if collector.over:
@@ -89,7 +93,9 @@ def run(session: Session, argv: list[str]) -> None:
     with world.together("read the command line"):
         if world.rank == 0:
             command = check_command(argv)
-            session.made = make_folder(Path(command.folder)) if command.folder else []
+            if command.folder:
+                command = replace(command, folder=world.first_of_launch("folder", command.folder))
+                session.made = make_folder(Path(command.folder))
     command = Command(**world.share("command", command and asdict(command)))
     if command.informational and world.rank != 0:
         return
@@ -102,7 +108,11 @@ def run(session: Session, argv: list[str]) -> None:
     def task(cfg: DictConfig) -> float | None:
         return session.run_job(lambda name: configure(name, cfg), lambda job: infer(job, world, session.stop))
 
-    task()
+    try:
+        task()
+    finally:
+        if command.multirun:
+            session.sum_up(command.folder)
 
 
 def configure(name: str, cfg: DictConfig) -> Job:

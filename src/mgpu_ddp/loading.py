@@ -3,7 +3,7 @@
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -121,7 +121,7 @@ def load_batches(
     config: LoaderConfig,
     batch_size: int,
     world: World,
-) -> Iterator[tuple[Batch, float]]:
+) -> Generator[tuple[Batch, float]]:
     """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited."""
     workers = num_workers(config, world)
     maker = BatchMaker(samples, transform, batch_size, config.timeout_s)
@@ -144,9 +144,13 @@ def load_batches(
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
         started = time.perf_counter()
         batches = iter(loader)
-    for batch in batches:
-        yield batch, time.perf_counter() - started
-        started = time.perf_counter()
+    try:
+        for batch in batches:
+            yield batch, time.perf_counter() - started
+            started = time.perf_counter()
+    finally:
+        # Ends the workers now, and not when the garbage collector comes by.
+        del batches
 
 
 def _as_made(batch: Any) -> Batch:

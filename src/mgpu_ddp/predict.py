@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -101,7 +101,9 @@ def in_flight(world: World) -> int:
     return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
 
 
-def predict(batches: Iterable[tuple[Batch, float]], predictor: Predictor, world: World, clock: Clock) -> Iterator[Rows]:
+def predict(
+    batches: Iterable[tuple[Batch, float]], predictor: Predictor, world: World, clock: Clock
+) -> Generator[Rows]:
     """Predict batches in order, a few at a time.
 
     On the CPU each batch runs in one thread of its own: kernels split over several threads would add up in

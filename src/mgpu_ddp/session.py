@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mgpu_ddp import report
 from mgpu_ddp.command import remove_empty
 from mgpu_ddp.errors import Exit, PeerError, UsageError
 from mgpu_ddp.job import Job, fail_job
@@ -60,6 +61,14 @@ class Session:
             print(f"mgpu_ddp: {error}", file=sys.stderr, flush=True)
         self.world.exchange("told", None)
 
+    def sum_up(self, sweep_dir: str) -> None:
+        """Print the JSON line that ends a sweep. Rank 0 prints."""
+        failed = sum(outcome["status"] != "complete" for outcome in self.outcomes)
+        status = "failed" if failed else "complete"
+        counts = {"jobs": len(self.outcomes), "failed": failed, "exit_code": self.exit_code}
+        if self.world.rank == 0:
+            report.print_summary({"status": status, **counts, "sweep_dir": sweep_dir})
+
     @property
     def exit_code(self) -> int:
         """The worst ending of all jobs."""
@@ -82,12 +91,11 @@ class Session:
             remove_empty(self.made)
         if error is None or isinstance(error, UsageError):
             leave(self.world)
-            sys.exit(int(code))
-        if isinstance(error, PeerError) and not self.stop:
+        elif isinstance(error, PeerError):
             # The launcher names the rank that leaves first as the root cause: that must not be this one.
             self.stop.wait(LINGER_S)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        # A thread may still be inside a collective that lost its peer; finalising would wait for it.
+        # Finalising would wait for threads inside a collective that lost its peer, and for stuck loader workers.
         os._exit(int(code))

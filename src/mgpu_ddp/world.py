@@ -216,6 +216,10 @@ class World:
         """Have every rank see within a beat that this job cannot go on."""
         self.link.store.set(f"alarm/{job}", text)
 
+    def first_of_launch(self, key: str, value: str) -> str:
+        """The value that this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
+        return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
+
     def once_per_launch(self, key: str) -> bool:
         """True the first time in a launch, false at its restarts. Rank 0 only."""
         return bool(self.link.launch.add(f"once/{key}", 1) == 1)

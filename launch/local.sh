@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Run mgpu_ddp on this machine, one process per GPU; everything after the name goes to it:
+#
+#   launch/local.sh data=folder data.root=photos
+#
+# Knobs:
+PROCESSES=${PROCESSES:-auto}      # processes to start: a number, or auto (one per GPU, one where there is none)
+MAX_RESTARTS=${MAX_RESTARTS:-0}   # how often a crashed job starts again by itself, in the same run folder
+PYTHON=${PYTHON:-python3}         # the interpreter mgpu_ddp is installed for
+
+set -euo pipefail
+
+if [ "$PROCESSES" = auto ]; then
+    PROCESSES=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+
+# The store and the rendezvous stay on loopback: whoever reaches them can steer the job.
+exec "$PYTHON" -m torch.distributed.run \
+    --standalone --local-addr=127.0.0.1 --nproc_per_node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
+    -m mgpu_ddp.infer "$@"

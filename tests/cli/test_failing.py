@@ -1,0 +1,157 @@
+"""What goes wrong ends quickly, in one line, with its cause named and nothing lost."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.starting import (
+    SMALL,
+    SMALL_IMAGES,
+    committed_rows,
+    finish,
+    mgpu_infer,
+    python_m,
+    run,
+    start,
+    torchrun,
+    wait_until,
+    worker_pids,
+)
+from tests.conftest import assert_proved, make_images, read_rows
+
+LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
+SHORT = 4000
+
+
+def test_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
+    ended = run(torchrun(3, "batch_sizee=3"), tmp_path)
+    assert ended.code == 1, "torchrun knows only 0 and 1"
+    line = "mgpu_ddp: batch_sizee must be a known key, got 'batch_sizee=3'. Did you mean batch_size?"
+    assert ended.err.count(line) == 1
+    assert ended.out == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["data=folder", "data.root=nowhere"], "/nowhere' (No such file or directory). Name another."),
+        (["data=folder", "data.root=empty"], "data.root must hold at least one image"),
+        (
+            ["model.name=resnet19"],
+            "model.name must be a torchvision classification model, got 'resnet19'. Did you mean",
+        ),
+        (["runtime.device=cuda"], "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu."),
+        (["output.dir=/proc/nowhere"], "output.dir must be a writable folder, got '/proc/nowhere'"),
+        (["output.dir=foreign"], "output.dir must be empty or hold this job"),
+    ],
+)
+def test_each_mistake_has_its_line(tmp_path: Path, settings: list[str], line: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign" / "predictions").mkdir(parents=True)
+    (tmp_path / "foreign" / "predictions" / "mine.txt").write_text("keep me")
+    ended = run(python_m(*settings), tmp_path)
+    assert ended.code == 2, ended.err
+    assert ended.err.count("mgpu_ddp: ") == 1
+    assert line in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "outputs").exists()
+    assert (tmp_path / "foreign" / "predictions" / "mine.txt").read_text() == "keep me"
+
+
+def test_a_folder_with_another_job_is_refused_and_kept(tmp_path: Path) -> None:
+    assert run(python_m(*SMALL, "data.size=20", "output.dir=out"), tmp_path).code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    ended = run(python_m(*SMALL, "data.size=21", "output.dir=out"), tmp_path)
+    assert ended.code == 2
+    assert "data.size=20 there, 21 here" in ended.err
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert run(python_m(*SMALL, "data.size=21", "output.dir=out", "overwrite=true"), tmp_path).code == 0
+    assert_proved(tmp_path / "out", 21)
+
+
+def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "bad", 40)
+    sorted(paths)[21].write_bytes(b"broken")
+    settings = (*SMALL_IMAGES, "data=folder", "data.root=bad", "on_error=raise", "output.dir=out")
+    ended = run(torchrun(2, *settings), tmp_path)
+    assert ended.code == 1
+    assert ended.seconds < 60
+    report = ended.err.partition("Root Cause")[2]
+    assert "rank      : 1" in report
+    assert "SampleError" in report
+    assert sorted(paths)[21].name in report
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert sorted(paths)[21].name in status["reason"]
+
+
+def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Path) -> None:
+    settings = (*SMALL, "data.size=20000", "output.commit_every=400", "output.dir=out")
+    launcher = start(torchrun(3, *settings), tmp_path)
+    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+    since = time.monotonic()
+    os.kill(worker_pids(launcher.pid)[1], signal.SIGKILL)
+    ended = finish(launcher, tmp_path, since)
+    assert ended.code == 1
+    assert ended.seconds < 20
+    assert "PeerLostError" in ended.err
+    report = ended.err.partition("Root Cause")[2]
+    assert "rank      : 1" in report
+    assert "SIGKILL" in report
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
+    kept = committed_rows(tmp_path / "out")
+    assert 0 < kept < 20000
+    again = run(torchrun(2, *settings), tmp_path)
+    assert again.code == 0, again.err
+    assert again.summary["rows_this_run"] == 20000 - kept
+    assert_proved(tmp_path / "out", 20000)
+    assert run(python_m(*settings[:-1], "output.dir=whole"), tmp_path).code == 0
+    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
+
+
+def test_a_signal_preempts_and_the_exit_code_says_so(tmp_path: Path) -> None:
+    launcher = start(mgpu_infer(*LONG), tmp_path)
+    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+    since = time.monotonic()
+    launcher.terminate()
+    ended = finish(launcher, tmp_path, since)
+    assert ended.code == 75, ended.err
+    assert ended.seconds < 15
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["status"] == "preempted"
+    assert status["counts"]["ok"] == committed_rows(tmp_path / "out") > 0
+    assert "Traceback" not in ended.err
+
+
+def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
+    launcher = start(torchrun(2, *LONG), tmp_path)
+    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+    workers = worker_pids(launcher.pid)
+    assert len(workers) == 2
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived torchrun"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+def test_a_restarted_worker_continues_in_the_same_folder(tmp_path: Path) -> None:
+    settings = (*SMALL, f"data.size={SHORT}", "output.commit_every=200")
+    launcher = start(torchrun(2, *settings, options=("--standalone", "--max-restarts=2")), tmp_path)
+
+    def folders() -> list[Path]:
+        return list(tmp_path.glob("outputs/*/*"))
+
+    wait_until(lambda: bool(folders()) and committed_rows(folders()[0]) > 0, launcher)
+    os.kill(worker_pids(launcher.pid)[0], signal.SIGKILL)
+    ended = finish(launcher, tmp_path, time.monotonic())
+    assert ended.code == 0, ended.err
+    assert len(folders()) == 1
+    assert_proved(folders()[0], SHORT)

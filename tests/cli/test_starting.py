@@ -1,0 +1,115 @@
+"""Every way of starting gives one proved table in one folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
+from tests.conftest import assert_proved, read_rows
+
+
+def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
+    """The command on the box: FakeData, the tutorial's transform, ResNet18."""
+    ended = run(torchrun(4, options=()), tmp_path)
+    assert ended.code == 0, ended.err
+    summary = ended.summary
+    run_dir = Path(summary["run_dir"])
+    assert [run_dir] == list(tmp_path.glob("outputs/*/*")), "one folder, whatever the number of ranks"
+    assert_proved(run_dir, 1000)
+    assert (summary["samples"], summary["rows"], summary["predictions"]) == (1000, 1000, [1000, 1000])
+    assert (summary["missing"], summary["duplicates"], summary["world_size"]) == (0, 0, 4)
+    assert "predictions (1000, 1000)" in ended.out
+    assert sorted(p.name for p in (run_dir / ".hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+    assert [p.name for p in (run_dir / "logs").iterdir()] == ["rank0.log"]
+    assert "CUDA not used: 4 processes" in ended.err
+    assert ended.err.count("random weights") == 1, "INFO comes from rank 0 alone"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert [rank["rows"] for rank in metrics["ranks"]] == [250] * 4
+    assert metrics["bottleneck"] in ("forward", "generate")
+    assert metrics["images_per_s"] > metrics["images_per_s_with_startup"] > 0
+
+
+def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) -> None:
+    settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}")
+    one = run(python_m(*settings, f"hydra.run.dir={tmp_path / 'one'}"), tmp_path)
+    assert one.code == 0, one.err
+    two = run(torchrun(2, *settings, "output.dir=two", "output.format=jsonl"), tmp_path)
+    assert two.code == 0, two.err
+    assert_proved(tmp_path / "one", 41)
+    assert_proved(tmp_path / "two", 41)
+    assert (tmp_path / "two" / ".hydra").is_dir()
+    assert not (tmp_path / "outputs").exists()
+    wide, narrow = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
+    assert [(r["index"], r["path"], r["pred"], r["topk_index"]) for r in wide] == [
+        (r["index"], r["path"], r["pred"], r["topk_index"]) for r in narrow
+    ]
+    assert np.array_equal(
+        np.array([r["topk_prob"] for r in wide], np.float32), np.array([r["topk_prob"] for r in narrow], np.float32)
+    )
+
+
+def test_data_parallel_gives_the_same_rows_as_ddp(tmp_path: Path) -> None:
+    for strategy in ("ddp", "data_parallel"):
+        assert (
+            run(python_m(*SMALL, "data.size=50", f"strategy={strategy}", f"output.dir={strategy}"), tmp_path).code == 0
+        )
+    assert read_rows(tmp_path / "ddp") == read_rows(tmp_path / "data_parallel")
+
+
+def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path, images: Path) -> None:
+    done = run(mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"), tmp_path)
+    assert done.code == 0, done.err
+    assert np.load(tmp_path / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
+    refused = run(mgpu_infer("batch_size=0"), tmp_path)
+    assert refused.code == 2
+    assert "batch_size must be at least 1, got 0" in refused.err
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "x.jpg").write_bytes(b"no")
+    settings = (*SMALL_IMAGES, "data=folder", f"data.root={bad}", "max_errors=0")
+    too_many = run(mgpu_infer(*settings, "output.dir=errors"), tmp_path)
+    assert too_many.code == 3, too_many.err
+    assert json.loads((tmp_path / "errors" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_sweep_runs_every_point_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    ended = run(torchrun(2, *SMALL, "data.size=30", "--multirun", "batch_size=4,8"), tmp_path)
+    assert ended.code == 0, ended.err
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    for number, batch_size in enumerate((4, 8)):
+        assert_proved(sweep / str(number), 30)
+        assert json.loads((sweep / str(number) / "manifest.json").read_text())["batch_size"] == batch_size
+    lines = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
+    assert [line["batch_size"] for line in lines[:2]] == [4, 8]
+    assert lines[-1] == {"status": "complete", "jobs": 2, "failed": 0, "exit_code": 0, "sweep_dir": str(sweep)}
+
+
+def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
+    from mgpu_ddp.config import documented_keys
+
+    ended = run(torchrun(2, "--help"), tmp_path)
+    assert ended.code == 0
+    for key in documented_keys():
+        assert ended.out.count(f"\n{key}  (") == 1, key
+
+
+@pytest.mark.timeout(600)
+def test_the_wheel_runs_in_an_environment_that_holds_nothing_else(tmp_path: Path) -> None:
+    """pyproject names every package that is imported, and the wheel carries the configuration."""
+    root = Path(__file__).parents[2]
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True, capture_output=True, timeout=200)
+    (wheel,) = tmp_path.glob("*.whl")
+    uv = str(BIN / "uv")
+    python = tmp_path / "clean" / "bin" / "python"
+    subprocess.run([uv, "venv", "--python", sys.executable, str(tmp_path / "clean")], check=True, capture_output=True)
+    install = [uv, "pip", "install", "--python", str(python), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=500)
+    command = [str(python.parent / "torchrun"), *torchrun(2, *SMALL, "data.size=20", "output.dir=out")[1:]]
+    ended = run(command, tmp_path)
+    assert ended.code == 0, ended.err
+    assert_proved(tmp_path / "out", 20)

@@ -24,21 +24,13 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from mgpu_ddp.config import GROUPS, documented_keys, require, to_config
 from mgpu_ddp.errors import UsageError
 
-INFORMATIONAL = {
-    "-h",
-    "--help",
-    "--hydra-help",
-    "--version",
-    "-c",
-    "--cfg",
-    "-i",
-    "--info",
-    "-sc",
-    "--shell-completion",
-}
+CFG = {"-c", "--cfg"}
+INFO = {"-i", "--info"}
+INFO_PAGES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+INFORMATIONAL = {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"} | CFG | INFO
 MULTIRUN = {"-m", "--multirun"}
 PLAIN = {"-r", "--run", "--resolve"}
-TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir"}
+TAKES_VALUE = {"-p", "--package", "-cd", "--config-dir"} | CFG
 
 TRUSTED_TARGETS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -62,15 +54,18 @@ CLOSED_GROUPS = ("hydra/callbacks", "hydra/job_logging", "hydra/hydra_logging")
 class Command:
     """A checked command line, the same on every rank once rank 0 has shared it."""
 
+    words: list[str]
+    """What was typed: flags first, because argparse wants overrides in one piece."""
     informational: bool
     multirun: bool
     folder: str = ""
     """The run or sweep folder as rank 0 resolved it: `${now:}` would differ between ranks."""
 
     @property
-    def pinned(self) -> list[str]:
-        """Overrides that give Hydra that folder on every rank."""
-        return [f"hydra.{'sweep' if self.multirun else 'run'}.dir={_quote(self.folder)}"] if self.folder else []
+    def argv(self) -> list[str]:
+        """What Hydra gets on every rank."""
+        pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={_quote(self.folder)}"] if self.folder else []
+        return [*self.words, *pinned]
 
 
 def register_resolvers() -> None:
@@ -89,23 +84,24 @@ def check_command(argv: Sequence[str]) -> Command:
     Raises:
         UsageError: an unknown key or value, or anything that could run code.
     """
-    flags, config_dir, words = _split(argv)
+    flags, words = _split(argv)
     overrides = _parse(words)
-    informational = bool(flags & INFORMATIONAL)
-    multirun = bool(flags & MULTIRUN) or any(
+    informational = not INFORMATIONAL.isdisjoint(flags)
+    multirun = not MULTIRUN.isdisjoint(flags) or any(
         o.key_or_group == "hydra.mode" and "MULTI" in str(o.value()) for o in overrides
     )
-    if informational and not flags & {"-c", "--cfg"}:
-        return Command(informational=True, multirun=False)
+    ordered = [part for flag, value in flags.items() for part in (flag, value) if part is not None] + words
+    if informational and CFG.isdisjoint(flags):
+        return Command(words=ordered, informational=True, multirun=False)
 
     for override in overrides:
         ok = multirun or not override.is_sweep_override()
         require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, or quote it.")
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    cfg = _compose(fixed, config_dir)
+    cfg = _compose(fixed, flags.get("-cd") or flags.get("--config-dir"))
     _refuse_code(cfg)
     if informational:
-        return Command(informational=True, multirun=False)
+        return Command(words=ordered, informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
     folder = OmegaConf.select(cfg, "hydra.sweep.dir" if multirun else "hydra.run.dir")
     if not multirun:
@@ -113,7 +109,7 @@ def check_command(argv: Sequence[str]) -> Command:
         OmegaConf.set_struct(task, False)
         del task["hydra"]
         to_config(task)
-    return Command(informational=False, multirun=multirun, folder=str(Path(str(folder)).absolute()))
+    return Command(words=ordered, informational=False, multirun=multirun, folder=str(Path(str(folder)).absolute()))
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -153,33 +149,23 @@ def _quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _split(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
-    """Sort arguments into flags, the extra config folder and overrides; only known flags pass."""
-    flags: set[str] = set()
+def _split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Sort arguments into flags with their values and overrides; only known flags pass."""
+    flags: dict[str, str | None] = {}
     words: list[str] = []
-    config_dir: str | None = None
-    rest = iter(argv)
-    for word in rest:
-        flag, equals, value = word.partition("=")
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("-"):
             words.append(word)
             continue
+        flag, equals, value = word.partition("=")
         known = flag in INFORMATIONAL | MULTIRUN | PLAIN | TAKES_VALUE
-        require(
-            known,
-            "option",
-            "one of Hydra's safe flags",
-            word,
-            "See --help; overrides are key=value, without dashes.",
-        )
-        flags.add(flag)
-        if flag in TAKES_VALUE or (flag in {"-i", "--info"} and equals):
-            value = value if equals else next(rest, "")
-        elif flag in {"-i", "--info"}:
-            next(rest, "")
-        if flag in {"-cd", "--config-dir"}:
-            config_dir = value
-    return flags, config_dir, words
+        remedy = "See --help; overrides are key=value, without dashes."
+        require(known, "option", "one of Hydra's safe flags", word, remedy)
+        takes_next = flag in TAKES_VALUE or (flag in INFO and rest and rest[0] in INFO_PAGES)
+        flags[flag] = value if equals else rest.pop(0) if takes_next and rest else None
+    return flags, words
 
 
 def _parse(words: list[str]) -> list[Override]:

@@ -101,7 +101,7 @@ def run(session: Session, argv: list[str]) -> None:
         return
     # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *argv, *command.pinned]
+    sys.argv = [sys.argv[0], *command.argv]
 
     @hydra.main(version_base="1.3", config_path="pkg://mgpu_ddp.conf", config_name="config")
     @record

@@ -217,7 +217,7 @@ class World:
         self.link.store.set(f"alarm/{job}", text)
 
     def first_of_launch(self, key: str, value: str) -> str:
-        """The value that this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
+        """What this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
         return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
 
     def once_per_launch(self, key: str) -> bool:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,20 +56,26 @@ def mgpu_infer(*settings: str) -> list[str]:
     return [str(BIN / "mgpu-infer"), *settings]
 
 
-def start(command: list[str], cwd: Path) -> "subprocess.Popen[str]":
-    """Start a command in a process group of its own, its output in files beside its working folder."""
+Process = subprocess.Popen[str]
+
+
+@contextmanager
+def started(command: list[str], cwd: Path) -> Iterator[Process]:
+    """Start a command, its output in files in its working folder; whatever is left of it at the end is killed."""
     with (cwd / "stdout.txt").open("w") as out, (cwd / "stderr.txt").open("w") as err:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, start_new_session=True
         )
-
-
-def finish(process: "subprocess.Popen[str]", cwd: Path, since: float) -> Ended:
     try:
-        code = process.wait(TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finish(process: Process, cwd: Path, since: float) -> Ended:
+    code = process.wait(TIMEOUT_S)
     return Ended(
         code=code,
         out=(cwd / "stdout.txt").read_text(),
@@ -77,11 +85,11 @@ def finish(process: "subprocess.Popen[str]", cwd: Path, since: float) -> Ended:
 
 
 def run(command: list[str], cwd: Path) -> Ended:
-    since = time.monotonic()
-    return finish(start(command, cwd), cwd, since)
+    with started(command, cwd) as process:
+        return finish(process, cwd, time.monotonic())
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_until(condition: Callable[[], bool], process: Process) -> None:
     """Wait for a condition, as long as the process lives."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():

@@ -16,7 +16,7 @@ from tests.cli.starting import (
     mgpu_infer,
     python_m,
     run,
-    start,
+    started,
     torchrun,
     wait_until,
     worker_pids,
@@ -92,66 +92,66 @@ def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
 
 def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Path) -> None:
     settings = (*SMALL, "data.size=20000", "output.commit_every=400", "output.dir=out")
-    launcher = start(torchrun(3, *settings), tmp_path)
-    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
-    since = time.monotonic()
-    os.kill(worker_pids(launcher.pid)[1], signal.SIGKILL)
-    ended = finish(launcher, tmp_path, since)
-    assert ended.code == 1
-    assert ended.seconds < 20
-    assert "PeerLostError" in ended.err
-    report = ended.err.partition("Root Cause")[2]
-    assert "rank      : 1" in report
-    assert "SIGKILL" in report
-    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
-    kept = committed_rows(tmp_path / "out")
-    assert 0 < kept < 20000
-    again = run(torchrun(2, *settings), tmp_path)
-    assert again.code == 0, again.err
-    assert again.summary["rows_this_run"] == 20000 - kept
-    assert_proved(tmp_path / "out", 20000)
-    assert run(python_m(*settings[:-1], "output.dir=whole"), tmp_path).code == 0
-    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
+    with started(torchrun(3, *settings), tmp_path) as launcher:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+        since = time.monotonic()
+        os.kill(worker_pids(launcher.pid)[1], signal.SIGKILL)
+        ended = finish(launcher, tmp_path, since)
+        assert ended.code == 1
+        assert ended.seconds < 20
+        assert "PeerLostError" in ended.err
+        report = ended.err.partition("Root Cause")[2]
+        assert "rank      : 1" in report
+        assert "SIGKILL" in report
+        assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
+        kept = committed_rows(tmp_path / "out")
+        assert 0 < kept < 20000
+        again = run(torchrun(2, *settings), tmp_path)
+        assert again.code == 0, again.err
+        assert again.summary["rows_this_run"] == 20000 - kept
+        assert_proved(tmp_path / "out", 20000)
+        assert run(python_m(*settings[:-1], "output.dir=whole"), tmp_path).code == 0
+        assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
 
 
 def test_a_signal_preempts_and_the_exit_code_says_so(tmp_path: Path) -> None:
-    launcher = start(mgpu_infer(*LONG), tmp_path)
-    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
-    since = time.monotonic()
-    launcher.terminate()
-    ended = finish(launcher, tmp_path, since)
-    assert ended.code == 75, ended.err
-    assert ended.seconds < 15
-    status = json.loads((tmp_path / "out" / "status.json").read_text())
-    assert status["status"] == "preempted"
-    assert status["counts"]["ok"] == committed_rows(tmp_path / "out") > 0
-    assert "Traceback" not in ended.err
+    with started(mgpu_infer(*LONG), tmp_path) as launcher:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+        since = time.monotonic()
+        launcher.terminate()
+        ended = finish(launcher, tmp_path, since)
+        assert ended.code == 75, ended.err
+        assert ended.seconds < 15
+        status = json.loads((tmp_path / "out" / "status.json").read_text())
+        assert status["status"] == "preempted"
+        assert status["counts"]["ok"] == committed_rows(tmp_path / "out") > 0
+        assert "Traceback" not in ended.err
 
 
 def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
-    launcher = start(torchrun(2, *LONG), tmp_path)
-    wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
-    workers = worker_pids(launcher.pid)
-    assert len(workers) == 2
-    launcher.kill()
-    launcher.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlived torchrun"
-        time.sleep(0.05)
+    with started(torchrun(2, *LONG), tmp_path) as launcher:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+        workers = worker_pids(launcher.pid)
+        assert len(workers) == 2
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline, "a worker outlived torchrun"
+            time.sleep(0.05)
 
 
 @pytest.mark.timeout(300)
 def test_a_restarted_worker_continues_in_the_same_folder(tmp_path: Path) -> None:
     settings = (*SMALL, f"data.size={SHORT}", "output.commit_every=200")
-    launcher = start(torchrun(2, *settings, options=("--standalone", "--max-restarts=2")), tmp_path)
+    with started(torchrun(2, *settings, options=("--standalone", "--max-restarts=2")), tmp_path) as launcher:
 
-    def folders() -> list[Path]:
-        return list(tmp_path.glob("outputs/*/*"))
+        def folders() -> list[Path]:
+            return list(tmp_path.glob("outputs/*/*"))
 
-    wait_until(lambda: bool(folders()) and committed_rows(folders()[0]) > 0, launcher)
-    os.kill(worker_pids(launcher.pid)[0], signal.SIGKILL)
-    ended = finish(launcher, tmp_path, time.monotonic())
-    assert ended.code == 0, ended.err
-    assert len(folders()) == 1
-    assert_proved(folders()[0], SHORT)
+        wait_until(lambda: bool(folders()) and committed_rows(folders()[0]) > 0, launcher)
+        os.kill(worker_pids(launcher.pid)[0], signal.SIGKILL)
+        ended = finish(launcher, tmp_path, time.monotonic())
+        assert ended.code == 0, ended.err
+        assert len(folders()) == 1
+        assert_proved(folders()[0], SHORT)

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mgpu_ddp import config, report
 from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
+from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import (
     Job,
     claim_job,
@@ -110,6 +111,10 @@ def run(session: Session, argv: list[str]) -> None:
 
     try:
         task()
+    except SystemExit as left:
+        # Hydra's --help leaves this way, and so does its argument parser, which has said why.
+        if left.code:
+            raise UsageError("the command line must be one that Hydra accepts, see above. See --help.") from None
     finally:
         if command.multirun:
             session.sum_up(command.folder)

@@ -10,7 +10,7 @@ from mgpu_ddp.errors import Exit
 from mgpu_ddp.session import EXIT_CODE_FILE
 
 SHUTDOWN_TIMEOUT_S = 20
-"""More than the 15 s in which a worker ends by itself after a signal."""
+"""What torchrun waits before it kills workers: more than the 15 s in which they end by themselves after a signal."""
 
 
 def main() -> None:
@@ -26,11 +26,12 @@ def launch(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
         exit_code = Path(folder) / "exit_code"
         os.environ[EXIT_CODE_FILE] = str(exit_code)
+        # By the environment, since torch 2.11 has no option for it.
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
         options = [
             "--standalone",
             f"--nproc_per_node={processes}",
             "--local-addr=127.0.0.1",
-            f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         ]
         sys.argv = ["torchrun", *options, "-m", "mgpu_ddp.infer", *argv]

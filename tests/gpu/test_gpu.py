@@ -1,0 +1,87 @@
+"""On real GPUs: the rows of the CPU within the precision's tolerance, and the same bits on one GPU and on two."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.cli.starting import committed_rows, finish, python_m, run, started, torchrun, wait_until, worker_pids
+from tests.conftest import assert_proved, make_images, read_table
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
+GPUS = torch.cuda.device_count()
+COUNT = 301
+if GPUS == 0:
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ResNet18 over real JPEGs: on the CPU, and on one GPU in every precision."""
+    root = tmp_path_factory.mktemp("gpu")
+    make_images(root / "images", COUNT)
+    cpu = run(python_m(*settings(root, "cpu", "fp32"), "runtime.device=cpu"), root)
+    assert cpu.code == 0, cpu.err
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        one = run(python_m(*settings(root, f"one-{precision}", precision)), root)
+        assert one.code == 0, one.err
+        assert one.summary["device"] == torch.cuda.get_device_name(0)
+    return root
+
+
+def settings(root: Path, name: str, precision: str) -> list[str]:
+    fields = "output.fields=[topk,logits,embedding]"
+    images = root / "images"
+    return ["data=folder", f"data.root={images}", f"runtime.precision={precision}", fields, f"output.dir={root / name}"]
+
+
+def column(table: pa.Table, name: str) -> Any:
+    return np.stack(table[name].to_numpy())
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 5e-3), ("fp16", 5e-3), ("bf16", 3e-2)])
+def test_one_gpu_gives_the_rows_of_the_cpu(runs: Path, precision: str, tolerance: float) -> None:
+    cpu, gpu = read_table(runs / "cpu"), read_table(runs / f"one-{precision}")
+    assert_proved(runs / f"one-{precision}", COUNT)
+    assert cpu["path"].equals(gpu["path"])
+    assert cpu["label"].equals(gpu["label"])
+    ours, theirs = (np.exp(column(t, "logits").astype(np.float64)) for t in (gpu, cpu))
+    worst = np.abs(ours / ours.sum(1, keepdims=True) - theirs / theirs.sum(1, keepdims=True)).max()
+    print(f"{precision}: largest difference of a probability {worst:.2e}")
+    assert worst < tolerance
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_two_gpus_give_the_bits_of_one(runs: Path, precision: str) -> None:
+    two = run(torchrun(2, *settings(runs, f"two-{precision}", precision)), runs)
+    assert two.code == 0, two.err
+    assert_proved(runs / f"two-{precision}", COUNT)
+    assert read_table(runs / f"one-{precision}").equals(read_table(runs / f"two-{precision}"))
+
+
+def test_a_killed_gpu_job_resumes_to_the_same_bits(runs: Path) -> None:
+    # Many small batches, so that the kill falls into the middle.
+    many = [*settings(runs, "killed", "fp16"), "batch_size=1", "output.commit_every=10"]
+    with started(torchrun(min(GPUS, 2), *many), runs) as launcher:
+        wait_until(lambda: committed_rows(runs / "killed") > 0, launcher)
+        os.kill(worker_pids(launcher.pid)[0], signal.SIGKILL)
+        assert finish(launcher, runs, 0).code == 1
+    assert committed_rows(runs / "killed") < COUNT
+    again = run(python_m(*many), runs)
+    assert again.code == 0, again.err
+    whole = run(python_m(*settings(runs, "whole", "fp16"), "batch_size=1"), runs)
+    assert whole.code == 0, whole.err
+    assert read_table(runs / "killed").equals(read_table(runs / "whole"))
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
+    ended = run(torchrun(GPUS + 1, "runtime.device=cuda"), tmp_path)
+    assert ended.code == 1
+    line = f"nproc_per_node must be at most {GPUS}, the GPUs of this host, got {GPUS + 1}"
+    assert ended.err.count(line) == 1

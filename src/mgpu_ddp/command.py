@@ -7,6 +7,7 @@ the command line is read, composed and checked here first. A mistake becomes one
 import difflib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,30 +25,24 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from mgpu_ddp.config import GROUPS, documented_keys, require, to_config
 from mgpu_ddp.errors import UsageError
 
+FLAGS: dict[str, str | None] = {
+    **dict.fromkeys(("-h", "--help", "--hydra-help", "--version"), None),
+    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--resolve"), None),
+    **dict.fromkeys(("-c", "--cfg"), "job|hydra|all"),
+    **dict.fromkeys(("-i", "--info"), "(all|config|defaults|defaults-tree|plugins|searchpath)?"),
+    **dict.fromkeys(("-p", "--package"), r"[\w.@]+"),
+    **dict.fromkeys(("-sc", "--shell-completion"), r"(install|uninstall|query)=\w+"),
+    **dict.fromkeys(("-cd", "--config-dir"), "[^-].*"),
+}
+"""Hydra's flags that may pass, each with the values it takes; None for none."""
 CFG = {"-c", "--cfg"}
-INFO = {"-i", "--info"}
-INFO_PAGES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
-INFORMATIONAL = {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"} | CFG | INFO
 MULTIRUN = {"-m", "--multirun"}
-PLAIN = {"-r", "--run", "--resolve"}
-TAKES_VALUE = {"-p", "--package", "-cd", "--config-dir"} | CFG
+INFORMATIONAL = {"-h", "--help", "--hydra-help", "--version", "-i", "--info", "-sc", "--shell-completion"} | CFG
 
-TRUSTED_TARGETS = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-)
-"""The only code that a composed configuration may name: Hydra's own launcher and sweeper."""
-
-CLOSED_KEYS = (
-    "hydra.callbacks",
-    "hydra.searchpath",
-    "hydra.job_logging",
-    "hydra.hydra_logging",
-    "hydra.job.env_set",
-)
-"""Parts of Hydra's configuration that import code, open files or change the environment of the job."""
-
-CLOSED_GROUPS = ("hydra/callbacks", "hydra/job_logging", "hydra/hydra_logging")
+OPEN_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose")
+"""The keys of Hydra's own configuration that cannot make it import code, open files or lead ranks apart."""
+OPEN_GROUPS = {"hydra/launcher": ("basic",), "hydra/sweeper": ("basic",)}
+"""Hydra chooses launchers and sweepers by `_target_`; these are the ones it may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +82,7 @@ def check_command(argv: Sequence[str]) -> Command:
     flags, words = _split(argv)
     overrides = _parse(words)
     informational = not INFORMATIONAL.isdisjoint(flags)
-    multirun = not MULTIRUN.isdisjoint(flags) or any(
-        o.key_or_group == "hydra.mode" and "MULTI" in str(o.value()) for o in overrides
-    )
+    multirun = not MULTIRUN.isdisjoint(flags)
     ordered = [part for flag, value in flags.items() for part in (flag, value) if part is not None] + words
     if informational and CFG.isdisjoint(flags):
         return Command(words=ordered, informational=True, multirun=False)
@@ -99,7 +92,6 @@ def check_command(argv: Sequence[str]) -> Command:
         require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, or quote it.")
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
     cfg = _compose(fixed, flags.get("-cd") or flags.get("--config-dir"))
-    _refuse_code(cfg)
     if informational:
         return Command(words=ordered, informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
@@ -145,7 +137,10 @@ def remove_empty(folders: list[Path]) -> None:
 
 def _quote(value: str) -> str:
     """Quote a string for Hydra's override grammar."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    # Inside quotes a backslash is itself, but for those that stand before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    # OmegaConf reads ${ as its own unless it is escaped, and then backslashes before it as well.
+    escaped = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped)
     return f"'{escaped}'"
 
 
@@ -160,11 +155,13 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
             words.append(word)
             continue
         flag, equals, value = word.partition("=")
-        known = flag in INFORMATIONAL | MULTIRUN | PLAIN | TAKES_VALUE
         remedy = "See --help; overrides are key=value, without dashes."
-        require(known, "option", "one of Hydra's safe flags", word, remedy)
-        takes_next = flag in TAKES_VALUE or (flag in INFO and rest and rest[0] in INFO_PAGES)
-        flags[flag] = value if equals else rest.pop(0) if takes_next and rest else None
+        require(flag in FLAGS, "option", "one of Hydra's safe flags", word, remedy)
+        pattern = FLAGS[flag]
+        if pattern is not None and not equals and rest and re.fullmatch(pattern, rest[0]):
+            value = rest.pop(0)
+        require(re.fullmatch(pattern or "", value) is not None, flag, pattern or "alone", value, remedy)
+        flags[flag] = value or None
     return flags, words
 
 
@@ -183,39 +180,53 @@ def _parse(words: list[str]) -> list[Override]:
 
 
 def _refuse_key(override: Override) -> None:
-    key = override.key_or_group
-    closed = key.startswith(CLOSED_KEYS) or key in CLOSED_GROUPS or key == "hydra"
-    require(not closed, key, "left to mgpu_ddp", override.input_line, "It can run code; leave it out.")
-    nested = "_target_" in (override.input_line or "")
-    require(not nested, key, "free of _target_", override.input_line, "Configuration cannot name code to run.")
-    if not key.startswith("hydra"):
-        require(not override.is_delete(), key, "there", override.input_line, f"Leave ~{key} out.")
+    key, line = override.key_or_group, str(override.input_line)
+    require(bool(key) and override.package is None, "override", "key=value", line, "Leave @package out.")
+    require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
+    if key in OPEN_GROUPS:
+        require(override.value() in OPEN_GROUPS[key], key, " or ".join(OPEN_GROUPS[key]), line, f"Leave {key} out.")
+    elif key.split(".")[0].split("/")[0] == "hydra":
+        rule = f"one of Hydra's harmless keys ({', '.join(OPEN_KEYS)})"
+        require(key in OPEN_KEYS and not override.is_delete(), key, rule, line, "Leave it out; --multirun sweeps.")
+    else:
+        require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
         if override.is_add() and key not in documented_keys():
-            raise UsageError(_unknown_key(key, str(override.input_line)))
-    for group in ("hydra/launcher", "hydra/sweeper"):
-        if key == group:
-            require(override.value() == "basic", key, "basic", override.value(), f"Leave {key} out.")
+            raise UsageError(_unknown_key(key, line))
+
+
+def _refuse_code_in_files(folder: Path) -> None:
+    """Refuse a config folder in which any file speaks of Hydra or of targets, chosen or not: a sweep may choose it."""
+    for name in ("config.yaml", "schema.yaml"):
+        require(
+            not (folder / name).exists(), "--config-dir", f"without {name}", str(folder), "Name the file otherwise."
+        )
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.suffix not in (".yaml", ".yml"):
+            continue
+        try:
+            text = path.read_text()
+            spoken = [
+                text,
+                *(f"{key} {value}" for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(path)), "")),
+            ]
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--config-dir must hold readable YAML, got {str(path)!r} ({reason}). Mend it.") from None
+        for word in ("hydra", "_target_"):
+            ok = not any(word in part for part in spoken)
+            require(ok, "--config-dir", f"free of {word}", str(path), "Configuration files cannot steer Hydra.")
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", "a folder", config_dir, "Name an existing folder.")
+        _refuse_code_in_files(Path(config_dir))
         overrides = [*overrides, f"hydra.searchpath=[{_quote('file://' + str(Path(config_dir).absolute()))}]"]
     try:
         with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
             return compose("config", overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(_explain(error, overrides)) from None
-
-
-def _refuse_code(cfg: DictConfig) -> None:
-    """Refuse code named anywhere in the composed configuration, files of the user's included."""
-    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False), ""):
-        if key.rpartition(".")[2] == "_target_":
-            require(value in TRUSTED_TARGETS, key, "absent", value, "Configuration cannot name code to run.")
-    for key in ("hydra.callbacks", "hydra.job.env_set"):
-        value = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=False)
-        require(not value, key, "empty", value, "It can run code; leave it out.")
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgpu_ddp.errors import UsageError
 
+A_DAY_S = 86_400
 FIELDS = ("topk", "logits", "probs", "embedding")
 
 
@@ -32,13 +33,17 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, f"one of {', '.join(choices)}", value, f"Try {key}={choices[0]}.")
 
 
-def _at_least(key: str, value: Any, low: float, example: object, *, word: str | None = None) -> None:
-    """Check a number that may also be the word `word` (or None, where the field allows it)."""
+def _at_least(
+    key: str, value: Any, low: float, example: object, *, word: str | None = None, high: float = 2**63 - 1
+) -> None:
+    """Check a number up to `high` that may also be the word `word` (or None, where the field allows it)."""
     if value is None or (word is not None and value == word):
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     rule = f"at least {low}" + (f" or {word}" if word else "")
-    require(is_number and value >= low, key, rule, value, f"Try {key}={example}.")
+    if is_number and value > high:
+        rule = f"at most {high}"
+    require(is_number and low <= value <= high, key, rule, value, f"Try {key}={example}.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,7 +146,7 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         _at_least("loader.workers", self.workers, 0, 4, word="auto")
         _at_least("loader.prefetch", self.prefetch, 1, 2)
-        _at_least("loader.timeout_s", self.timeout_s, 0.1, 120)
+        _at_least("loader.timeout_s", self.timeout_s, 0.1, 120, high=A_DAY_S)
         require(self.block == 1, "loader.block", "1", self.block, "Leave loader.block out.")
 
 
@@ -176,7 +181,7 @@ class DistConfig:
     """Seconds without a sign of life after which a rank counts as lost."""
 
     def __post_init__(self) -> None:
-        _at_least("dist.timeout_s", self.timeout_s, 2, 180)
+        _at_least("dist.timeout_s", self.timeout_s, 2, 180, high=A_DAY_S)
 
 
 @dataclass(kw_only=True, slots=True)

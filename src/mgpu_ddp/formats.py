@@ -80,12 +80,7 @@ class Csv:
 
         header = True
         for chunk in _chunks(table):
-            columns = {
-                name: pa.array([None if v is None else json.dumps(v) for v in _values(chunk[name])], type=pa.string())
-                if pa.types.is_list(chunk[name].type) or pa.types.is_fixed_size_list(chunk[name].type)
-                else chunk[name]
-                for name in chunk.column_names
-            }
+            columns = {name: _csv_column(chunk[name]) for name in chunk.column_names}
             csv.write_csv(pa.table(columns), file, csv.WriteOptions(include_header=header))
             header = False
 
@@ -122,6 +117,15 @@ class JsonLines:
         options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         block = arrow_json.ReadOptions(block_size=64 << 20)
         return arrow_json.read_json(path, read_options=block, parse_options=options)
+
+
+def _csv_column(column: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        return pa.array([None if v is None else json.dumps(v) for v in _values(column)], type=pa.string())
+    # As float64, the shortest text of a float32 stays as short.
+    return pa.array(_values(column), type=pa.float64()) if column.type == pa.float32() else column
 
 
 Format = Parquet | Csv | JsonLines

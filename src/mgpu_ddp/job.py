@@ -147,7 +147,7 @@ def _share_claim(manifest: Manifest | None, world: World) -> Claim:
 
 def _furnish(job: Job, files: Listing | None, manifest: Manifest) -> None:
     """Put what belongs into a claimed folder: the listing, the composed configuration, the status."""
-    if files is not None and not (job.run_dir / FILE_NAME).exists():
+    if files is not None and not manifest.parts:
         writing.write_bytes(job.run_dir / FILE_NAME, files.buffer)
     if job.hydra_files:
         (job.run_dir / ".hydra").mkdir(exist_ok=True)

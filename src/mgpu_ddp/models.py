@@ -5,7 +5,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -141,14 +140,19 @@ def _named_state(config: ModelConfig) -> dict[str, torch.Tensor]:
 
     weights = torchvision.models.get_model_weights(config.name)[config.weights]
     try:
-        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError) as error:
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
         raise UsageError(
-            f"model.weights must be on this machine or reachable, got {config.weights!r} ({error}). Put"
+            f"model.weights must be on this machine or reachable, got {config.weights!r} ({_first(error)}). Put"
             f" {weights.url.rpartition('/')[2]} at {file}, or give a checkpoint path."
         ) from None
     return state
+
+
+def _first(error: Exception) -> str:
+    """The gist of an error that tells a long story."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -161,9 +165,8 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         # weights_only: a pickle that wants to run code is refused.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({type(error).__name__}: {first})."
+            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({_first(error)})."
             " Save module.state_dict()."
         ) from None
     for nest in NESTS:

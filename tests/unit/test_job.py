@@ -1,0 +1,68 @@
+"""A job's place in the run folder, before anything is predicted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgpu_ddp import preprocess
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.datasets import Samples, find_listing
+from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, error_limit, open_claimed
+from mgpu_ddp.models import build_model
+from mgpu_ddp.world import World
+
+
+def config(**changes: Any) -> Config:
+    model = ModelConfig(name="squeezenet1_1", num_classes=5)
+    return Config(**{"data": FakeConfig(), "transform": TransformConfig(), "model": model} | changes)
+
+
+def claimed(settings: Config, run_dir: Path, world: World) -> tuple[Claim, Samples]:
+    """Claim a run folder as a job does."""
+    job = Job(name="0", config=settings, run_dir=run_dir)
+    files = find_listing(settings, run_dir, world)
+    claim = claim_job(job, build_model(settings), preprocess.plain(8), files, world)
+    return claim, open_claimed(job, files, world)
+
+
+def listed(samples: Samples) -> list[str | None]:
+    return [samples.path(i) for i in range(len(samples))]
+
+
+@pytest.mark.parametrize("name", ["other", "first"])
+def test_overwrite_lists_the_images_anew(tmp_path: Path, world: World, name: str) -> None:
+    for file in ("first/a.png", "first/b.png", "other/c.png"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    claimed(config(data=FolderConfig(root=str(tmp_path / "first"))), tmp_path / "run", world)
+    (tmp_path / "first/a.png").rename(tmp_path / "first/z.png")
+    again = config(data=FolderConfig(root=str(tmp_path / name)), overwrite=True)
+    claim, samples = claimed(again, tmp_path / "run", world)
+    expected = sorted(path.name for path in (tmp_path / name).iterdir())
+    assert listed(samples) == expected
+    assert (claim.start, claim.stop) == (0, len(expected))
+
+
+def test_a_resumed_job_sees_the_images_it_began_with(tmp_path: Path, world: World) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/b.png").touch()
+    settings = config(data=FolderConfig(root=str(tmp_path / "images")))
+    claimed(settings, tmp_path / "run", world)
+    (tmp_path / "images/a.png").touch()
+    claim, samples = claimed(settings, tmp_path / "run", world)
+    assert (listed(samples), claim.stop) == (["b.png"], 1)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 100])
+@pytest.mark.parametrize("limit", [None, 0, 5, 1000])
+def test_shards_cut_the_limited_dataset_without_gap_or_overlap(length: int, limit: int | None) -> None:
+    total = length if limit is None else min(length, limit)
+    for n in (1, 2, 3, 16):
+        ranges = [dataset_range(config(limit=limit, shard=f"{i}/{n}"), length) for i in range(n)]
+        assert [i for start, stop in ranges for i in range(start, stop)] == list(range(total))
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, float("inf")), (0, 0), (3, 3), (0.5, 100), (1, 1), (0.0, 0)])
+def test_max_errors_is_a_count_or_a_share(limit: float | None, count: float) -> None:
+    assert error_limit(config(max_errors=limit), 200) == count

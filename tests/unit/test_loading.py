@@ -1,0 +1,172 @@
+"""Loader workers → batches: padded, in order, with bad samples kept apart."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mgpu_ddp import preprocess
+from mgpu_ddp.config import FakeConfig, LoaderConfig
+from mgpu_ddp.datasets import Clock, FakeSamples, FolderSamples, Samples
+from mgpu_ddp.listing import Listing
+from mgpu_ddp.loading import BatchMaker, load_batches, num_workers
+from mgpu_ddp.preprocess import Pixels, Transform
+from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.world import World
+from tests.unit.conftest import encoded, photo
+
+SIZE = 16
+
+
+def folder(root: Path, files: dict[str, bytes]) -> FolderSamples:
+    """Samples of files with these contents, listed by name."""
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    return FolderSamples(str(root), Listing.build(sorted(name.encode() for name in files)))
+
+
+def maker(samples: Samples, *, batch_size: int = 4, timeout_s: float = 60) -> BatchMaker:
+    return BatchMaker(samples, preprocess.plain(SIZE), batch_size, timeout_s)
+
+
+def test_a_short_batch_is_padded_with_zeros(tmp_path: Path) -> None:
+    samples = folder(tmp_path, {f"{i}.png": encoded(photo(20, 20, i), "PNG") for i in range(3)})
+    batch = maker(samples).__getitems__([2, 0])
+    assert batch.pixels.shape == (4, SIZE, SIZE, 3)
+    assert batch.pixels.dtype == torch.uint8
+    for place, index in enumerate([2, 0]):
+        expected = np.asarray(photo(20, 20, index).resize((SIZE, SIZE), 2))
+        assert np.array_equal(batch.pixels[place].numpy(), expected)
+    assert not batch.pixels[2:].any()
+    assert (batch.index.tolist(), batch.index.dtype) == ([2, 0], np.int64)
+    assert (batch.label.tolist(), batch.label.dtype) == ([-1, -1], np.int32)
+    assert batch.errors == {}
+    assert set(batch.seconds) == {"read", "decode", "resize"}
+
+
+def test_a_bad_sample_costs_its_neighbours_nothing(tmp_path: Path) -> None:
+    good = encoded(photo(20, 20), "PNG")
+    files = {
+        "0.png": good,
+        "1.png": b"not an image\nat all",
+        "2.png": good,
+        "3.jpg": encoded(photo(90, 90), "JPEG")[:600],
+        "4.png": good,
+        "5.png": b"",
+        "6.png": good[: len(good) // 2],
+        "7.png": good,
+    }
+    samples = folder(tmp_path, files)
+    (tmp_path / "7.png").unlink()
+    batch = maker(samples, batch_size=8).__getitems__(list(range(8)))
+    assert sorted(batch.errors) == [1, 3, 5, 6, 7]
+    for place in (0, 2, 4):
+        assert torch.equal(batch.pixels[place], batch.pixels[0])
+    assert batch.pixels[0].any()
+    assert not batch.pixels[sorted(batch.errors)].any()
+    assert batch.errors[1] == batch.errors[5] == "UnidentifiedImageError: not an image in an allowed format"
+    assert batch.errors[7] == "FileNotFoundError: No such file or directory"
+    assert "truncated" in batch.errors[3].lower()
+    for reason in batch.errors.values():
+        assert "\n" not in reason
+        assert str(tmp_path) not in reason
+        assert "0x" not in reason
+
+
+class Odd:
+    """A dataset whose samples raise what they are told to."""
+
+    def __init__(self, *errors: Callable[[], Exception] | None) -> None:
+        self._errors = errors
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        error = self._errors[index]
+        if error is not None:
+            raise error()
+        return np.full((*transform.out_size, 3), 7, dtype=np.uint8), index
+
+    def path(self, index: int) -> str | None:
+        return None
+
+
+def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:
+    samples = Odd(
+        lambda: ValueError("two\n  lines"), None, lambda: SyntaxError("broken PNG"), lambda: MemoryError("x" * 9000)
+    )
+    batch = maker(samples).__getitems__([0, 1, 2, 3])
+    assert batch.errors[0] == "ValueError: two lines"
+    assert batch.errors[2] == "SyntaxError: broken PNG"
+    assert len(batch.errors[3]) == 500
+    assert batch.label.tolist()[1] == 1
+    assert (batch.pixels[1] == 7).all()
+
+
+def test_a_request_to_stop_is_no_bad_sample() -> None:
+    class Interrupted(Odd):
+        def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        maker(Interrupted(None)).__getitems__([0])
+
+
+def test_a_sample_that_blocks_becomes_an_error_row(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.png")  # opening it waits for a writer that never comes, like a dead mount
+    good = encoded(photo(20, 20), "PNG")
+    for name in ("0.png", "2.png"):
+        (tmp_path / name).write_bytes(good)
+    samples = FolderSamples(str(tmp_path), Listing.build([b"0.png", b"1.png", b"2.png"]))
+    before = signal.getsignal(signal.SIGALRM)
+    started = time.perf_counter()
+    batch = maker(samples, timeout_s=0.2).__getitems__([0, 1, 2])
+    assert 0.2 <= time.perf_counter() - started < 10
+    assert batch.errors == {1: "TimeoutError: took longer than loader.timeout_s=0.2"}
+    assert torch.equal(batch.pixels[0], batch.pixels[2])
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 5])
+def test_batches_come_once_and_in_order(world: World, workers: int, start: int) -> None:
+    samples = FakeSamples(FakeConfig(size=23, image_size=[3, 8, 8]))
+    plan = Plan(
+        start=start,
+        stop=23,
+        size=1,
+        batch_size=4,
+        contiguous=False,
+        smallest_rows=8,
+        largest_rows=8,
+    )
+    config = LoaderConfig(workers=workers)
+    transform = preprocess.plain(8)
+    batches = list(load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world))
+    assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
+    assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
+    for batch, _ in batches:
+        for place, index in enumerate(batch.index.tolist()):
+            pixels, label = samples.load(index, transform, lambda *_: None)
+            assert np.array_equal(batch.pixels[place].numpy(), pixels)
+            assert batch.label[place] == label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_samples_give_no_batches(world: World, workers: int) -> None:
+    plan = Plan(start=0, stop=0, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    samples = FakeSamples(FakeConfig(size=0))
+    config = LoaderConfig(workers=workers)
+    assert list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 4, world)) == []
+
+
+def test_auto_workers_are_this_processes_cpus(world: World) -> None:
+    assert num_workers(LoaderConfig(), world) == len(os.sched_getaffinity(0))
+    assert num_workers(LoaderConfig(workers=0), world) == 0

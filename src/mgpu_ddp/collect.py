@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import Literal
 
 from mgpu_ddp.errors import PeerFailedError, ProtocolError
+from mgpu_ddp.manifest import Manifest, Part
 from mgpu_ddp.rows import Rows, concatenate, in_order
 from mgpu_ddp.sharding import Plan, Window
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import Channel, World, reason_of
-from mgpu_ddp.writing import Manifest, Part, PartWriter, commit
+from mgpu_ddp.writing import PartWriter, commit
 
 State = Literal["rows", "stop", "failed"]
 Ending = Literal["complete", "preempted", "too many errors"]

@@ -22,8 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from mgpu_ddp.config import GROUPS, documented_keys, require, to_config
+from mgpu_ddp.config import GROUPS, require, to_config
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.keys import documented_keys
 
 FLAGS: dict[str, str | None] = {
     **dict.fromkeys(("-h", "--help", "--hydra-help", "--version"), None),

@@ -5,16 +5,9 @@ when it is built, so a `Config` that exists is one whose values make sense on th
 machine (devices, folders, model names) is checked in `checks.py`.
 """
 
-import ast
-import inspect
-from collections.abc import Iterator
-from dataclasses import MISSING as MISSING_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
-from hydra.conf import HelpConf
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgpu_ddp.errors import UsageError
@@ -257,16 +250,6 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 
 
-def register() -> None:
-    """Put the schema into Hydra's ConfigStore."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, options in GROUPS.items():
-        for name, node in options.items():
-            store.store(group=group, name=name, node=node)
-    store.store(group="hydra/help", name="mgpu_ddp", node=HelpConf(app_name="mgpu_ddp", template=help_text()))
-
-
 def to_config(cfg: DictConfig) -> Config:
     """Turn a composed configuration into validated schema objects.
 
@@ -279,60 +262,3 @@ def to_config(cfg: DictConfig) -> Config:
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     return config
-
-
-class Key(NamedTuple):
-    """What `--help` and error lines say about a key."""
-
-    default: Any
-    kind: str
-    doc: str
-
-
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
-
-
-def documented_keys() -> dict[str, Key]:
-    """Every key of the command line, in the order of the schema."""
-    return dict(_keys_of(Config, ""))
-
-
-def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
-    tree = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, after in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
-    for item in fields(schema):
-        name = f"{prefix}{item.name}"
-        if schema is Config and item.name in GROUPS:
-            options = GROUPS[item.name].values()
-            yield name, Key(next(iter(GROUPS[item.name])), f"one of {', '.join(GROUPS[item.name])}", docs[item.name])
-            for option in dict.fromkeys(o if inspect.isclass(o) else type(o) for o in options):
-                yield from ((key, value) for key, value in _keys_of(option, f"{name}.") if key != "data.name")
-        elif is_dataclass(item.type):
-            yield from _keys_of(item.type, f"{name}.")
-        else:
-            default = item.default_factory() if item.default_factory is not MISSING_DEFAULT else item.default
-            kinds = get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
-            yield name, Key(default, " or ".join(KINDS.get(kind, "a list") for kind in kinds), docs[item.name])
-
-
-def help_text() -> str:
-    lines = [
-        "Predict every image of a dataset, on every GPU: one row per image, exactly once.",
-        "",
-        "  torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]",
-        "  mgpu-infer [key=value ...]                  one process per GPU, started for you",
-        "  python -m mgpu_ddp.infer [key=value ...]    one process",
-        "",
-    ]
-    for name, key in documented_keys().items():
-        default = "null" if key.default is None else "required" if key.default is MISSING else key.default
-        shown = str(default).replace("'", "").replace("True", "true").replace("False", "false")
-        lines += [f"{name}  ({shown})", f"    {key.doc}"]
-    lines += ["", "--cfg job prints the composed configuration."]
-    # Hydra runs the text through string.Template, which reads $ as its own.
-    return "\n".join(lines).replace("$", "$$")

@@ -15,16 +15,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mgpu_ddp import config, report
+from mgpu_ddp import config, keys, report
 from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
+from mgpu_ddp.ending import finish_job
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import (
     Job,
     claim_job,
     collecting,
     dry_run,
-    finish_job,
     open_claimed,
     plan_job,
     refuse_bad_samples,
@@ -88,7 +88,7 @@ def main() -> None:
 def run(session: Session, argv: list[str]) -> None:
     """Run the command line on all ranks. Collective: every rank calls this."""
     world = session.world
-    config.register()
+    keys.register()
     register_resolvers()
     command: Command | None = None
     with world.together("read the command line"):

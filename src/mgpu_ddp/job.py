@@ -1,8 +1,8 @@
-"""One job: what it is, its place in the run folder, its plan, and its end."""
+"""One job: what it is, its place in the run folder, and its plan."""
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from mgpu_ddp import report, writing
-from mgpu_ddp.collect import Collector, Ending
+from mgpu_ddp import report
+from mgpu_ddp.claiming import claim_folder
+from mgpu_ddp.collect import Collector
 from mgpu_ddp.config import Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
-from mgpu_ddp.errors import Exit, ProofError, SampleError
+from mgpu_ddp.errors import Exit, SampleError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.loading import num_workers
+from mgpu_ddp.manifest import Manifest, versions, write_bytes, write_status
 from mgpu_ddp.models import Model, precision_of, weights_digest
-from mgpu_ddp.predict import Clock, in_flight
+from mgpu_ddp.predict import in_flight
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.report import Progress
 from mgpu_ddp.rows import Rows
 from mgpu_ddp.sharding import Plan
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import Channel, World
-from mgpu_ddp.writing import Manifest
+from mgpu_ddp.writing import open_writer
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -34,11 +36,7 @@ WINDOW_BYTES = 64 << 20
 """Of the rows that travel to rank 0 in one window, from all ranks together."""
 STRETCH_BYTES = 16 << 20
 """Of the rows that one rank writes itself in one window."""
-ENDINGS: dict[Ending, tuple[str, Exit]] = {
-    "complete": ("complete", Exit.COMPLETE),
-    "preempted": ("preempted", Exit.PREEMPTED),
-    "too many errors": ("failed", Exit.TOO_MANY_ERRORS),
-}
+
 EMBEDDING_DIM = 2048
 """Assumed where the width of an embedding only sizes buffers."""
 
@@ -122,10 +120,10 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 stop=stop,
                 batch_size=config.batch_size,
                 world_sizes=[world.size],
-                versions=writing.versions(),
+                versions=versions(),
             )
             overwrite = config.overwrite and world.once_per_launch(f"overwrite/{run_dir}")
-            manifest = writing.claim_folder(
+            manifest = claim_folder(
                 run_dir,
                 wanted,
                 resume=config.resume,
@@ -148,13 +146,13 @@ def _share_claim(manifest: Manifest | None, world: World) -> Claim:
 def _furnish(job: Job, files: Listing | None, manifest: Manifest) -> None:
     """Put what belongs into a claimed folder: the listing, the composed configuration, the status."""
     if files is not None and not manifest.parts:
-        writing.write_bytes(job.run_dir / FILE_NAME, files.buffer)
+        write_bytes(job.run_dir / FILE_NAME, files.buffer)
     if job.hydra_files:
         (job.run_dir / ".hydra").mkdir(exist_ok=True)
         for name, node in job.hydra_files.items():
             OmegaConf.save(node, job.run_dir / ".hydra" / name)
     if not manifest.complete:
-        writing.write_status(job.run_dir, "running", manifest)
+        write_status(job.run_dir, "running", manifest)
 
 
 def open_claimed(job: Job, files: Listing | None, world: World) -> Samples:
@@ -210,9 +208,7 @@ def collecting(
     config, total = job.config, claim.stop - claim.start
     world.pulse.timeout_s = config.dist.timeout_s
     channel = Channel(world, job.name, config.dist.timeout_s)
-    writer = writing.open_writer(
-        job.run_dir, config.output.format, samples, model.class_names, claim.token, claim.start
-    )
+    writer = open_writer(job.run_dir, config.output.format, samples, model.class_names, claim.token, claim.start)
     collector = Collector(
         job=job.name,
         world=world,
@@ -295,90 +291,3 @@ def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
             f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
         ]
     )
-
-
-def finish_job(
-    job: Job, claim: Claim, samples: Samples, model: Model, world: World, clock: Clock, collector: Collector
-) -> dict[str, Any]:
-    """Prove, report and mark the folder. Collective: every rank calls this; all get the summary.
-
-    Raises:
-        ProofError: the folder does not hold exactly one row per sample.
-    """
-    measured = report.measure(world, clock, collector)
-    ranks = [report.RankMetrics(**values) for values in world.exchange("metrics", asdict(measured))]
-    summary: dict[str, Any] = {}
-    with world.together("prove the table"):
-        if world.rank == 0:
-            assert claim.manifest is not None
-            summary = _conclude(job, claim.manifest, samples, model, world, collector.ending, ranks)
-    return dict(world.share("summary", summary))
-
-
-def _conclude(
-    job: Job,
-    manifest: Manifest,
-    samples: Samples,
-    model: Model,
-    world: World,
-    ending: Ending,
-    ranks: Sequence[report.RankMetrics],
-) -> dict[str, Any]:
-    run_dir, how = job.run_dir, job.config.output.format
-    proof = writing.prove(run_dir, manifest, how)
-    status, code = ENDINGS[ending]
-    reason = None
-    if ending == "too many errors":
-        reason = (
-            f"max_errors must be at least the errors found, got {job.config.max_errors} and {proof.errors} errors."
-            " Raise it to continue."
-        )
-    elif ending == "preempted":
-        reason = f"stopped on request; {proof.missing} rows are left, start again to resume"
-    elif (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
-        raise ProofError(
-            f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
-            f" {proof.duplicates} doubled."
-        )
-    writing.write_errors(run_dir, manifest, how, samples)
-    manifest.complete = ending == "complete"
-    manifest.write(run_dir)
-    writing.write_status(run_dir, status, manifest, reason)
-    summary = {
-        "status": status,
-        "exit_code": int(code),
-        "reason": reason,
-        "samples": proof.total,
-        "rows": proof.rows,
-        "ok": proof.rows - proof.errors,
-        "errors": proof.errors,
-        "missing": proof.missing,
-        "duplicates": proof.duplicates,
-        "predictions": [proof.rows, model.num_classes],
-        "world_size": world.size,
-        "batch_size": manifest.batch_size,
-        "device": manifest.fingerprint["runtime.device"],
-        "precision": manifest.fingerprint["runtime.precision"],
-        "run_dir": str(run_dir),
-    }
-    if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
-        summary |= report.write_metrics(run_dir, ranks)
-    else:
-        ranks = []
-    report.print_table(summary, ranks)
-    return summary
-
-
-def fail_job(job: Job, reason: str) -> dict[str, Any]:
-    """Mark a claimed folder as failed, and say so on stdout. Rank 0 only."""
-    manifest = Manifest.read(job.run_dir)
-    if manifest is not None and not manifest.complete:
-        writing.write_status(job.run_dir, "failed", manifest, reason)
-    summary = {
-        "status": "failed",
-        "exit_code": int(Exit.FAILED),
-        "reason": reason,
-        "run_dir": str(job.run_dir),
-    }
-    report.print_summary(summary)
-    return summary

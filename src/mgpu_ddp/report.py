@@ -18,10 +18,10 @@ import torch
 
 from mgpu_ddp.collect import Collector
 from mgpu_ddp.config import RuntimeConfig
+from mgpu_ddp.manifest import write_json
 from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
-from mgpu_ddp.writing import write_json
 
 log = logging.getLogger("mgpu_ddp")
 

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 from mgpu_ddp import report
 from mgpu_ddp.command import remove_empty
+from mgpu_ddp.ending import fail_job
 from mgpu_ddp.errors import Exit, PeerError, UsageError
-from mgpu_ddp.job import Job, fail_job
+from mgpu_ddp.job import Job
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World, leave, reason_of
 

@@ -89,7 +89,7 @@ def test_a_sweep_runs_every_point_in_a_folder_of_its_own(tmp_path: Path) -> None
 
 
 def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
-    from mgpu_ddp.config import documented_keys
+    from mgpu_ddp.keys import documented_keys
 
     ended = run(torchrun(2, "--help"), tmp_path)
     assert ended.code == 0

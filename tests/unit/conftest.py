@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgpu_ddp import command, config
+from mgpu_ddp import command, keys
 from mgpu_ddp.rows import Rows
 from mgpu_ddp.world import World, join, leave
 
@@ -24,7 +24,7 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="session")
 def registered() -> None:
     """The schema and the resolvers as the job itself registers them."""
-    config.register()
+    keys.register()
     command.register_resolvers()
 
 

@@ -18,12 +18,11 @@ from mgpu_ddp.config import (
     OutputConfig,
     RuntimeConfig,
     TransformConfig,
-    documented_keys,
-    help_text,
     parse_shard,
     to_config,
 )
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.keys import documented_keys, help_text
 
 SCHEMAS: dict[str, Any] = {
     "data": FakeConfig,

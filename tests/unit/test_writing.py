@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgpu_ddp import writing
+from mgpu_ddp import claiming, writing
+from mgpu_ddp import manifest as manifests
+from mgpu_ddp import proof as proofs
 from mgpu_ddp.config import FakeConfig
 from mgpu_ddp.datasets import FakeSamples, Samples
 from mgpu_ddp.errors import ProofError, UsageError, WriteError
 from mgpu_ddp.formats import FORMATS
-from mgpu_ddp.writing import Manifest, Part
+from mgpu_ddp.manifest import Manifest, Part
 from tests.unit.conftest import make_rows
 
 CLASSES = 3
@@ -40,7 +42,7 @@ def wanted(**changes: Any) -> Manifest:
 def claim(run_dir: Path, how: str = "parquet", *, manifest: Manifest | None = None, **changes: Any) -> Manifest:
     settings: dict[str, Any] = {"resume": True, "overwrite": False, "batch_size_given": False}
     columns = CLASSES if how == "npy" else None
-    return writing.claim_folder(run_dir, manifest or wanted(), array_columns=columns, **(settings | changes))
+    return claiming.claim_folder(run_dir, manifest or wanted(), array_columns=columns, **(settings | changes))
 
 
 def write_parts(run_dir: Path, manifest: Manifest, how: str, *stops: int, token: str = "t") -> list[Part]:
@@ -81,15 +83,15 @@ def test_a_broken_manifest_is_refused_in_one_line(tmp_path: Path, content: bytes
 
 def test_replacing_a_file_leaves_no_temporaries(tmp_path: Path) -> None:
     for value in ([1], {"a": "☃"}):
-        writing.write_json(tmp_path / "x.json", value)
+        manifests.write_json(tmp_path / "x.json", value)
         assert json.loads((tmp_path / "x.json").read_text()) == value
     assert files_below(tmp_path) == {"x.json"}
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
-    writing.write_bytes(tmp_path / "x", b"old")
+    manifests.write_bytes(tmp_path / "x", b"old")
     with pytest.raises(TypeError):
-        writing.write_json(tmp_path / "x", object())
+        manifests.write_json(tmp_path / "x", object())
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
@@ -99,7 +101,7 @@ def test_parts_are_listed_whole_and_proved(tmp_path: Path, how: str) -> None:
     parts = write_parts(tmp_path, manifest, how, 8, 12, 20)
     assert Manifest.read(tmp_path) == manifest
     assert [(p.first, p.rows, p.errors) for p in parts] == [(0, 8, 1), (8, 4, 0), (12, 8, 1)]
-    proof = writing.prove(tmp_path, manifest, how)
+    proof = proofs.prove(tmp_path, manifest, how)
     assert (proof.total, proof.rows, proof.errors, proof.missing, proof.duplicates) == (20, 20, 2, 0, 0)
     expected = {"manifest.json", *(p.file for p in parts)}
     assert files_below(tmp_path) == expected, "a temporary file was left"
@@ -114,7 +116,7 @@ def test_a_restart_continues_at_the_prefix(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how, manifest=wanted(world_sizes=[2]))
     assert (manifest.prefix, manifest.world_sizes, manifest.complete) == (8, [4, 2], False)
     write_parts(tmp_path, manifest, how, 20, token="u")
-    assert writing.prove(tmp_path, manifest, how).missing == 0
+    assert proofs.prove(tmp_path, manifest, how).missing == 0
 
 
 def test_a_restart_keeps_the_batch_size_unless_one_is_given(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_overwrite_starts_afresh(tmp_path: Path, before: str, after: str, resume
     assert (manifest.prefix, manifest.complete) == (0, False)
     write_parts(tmp_path, manifest, after, 12, token="u")
     assert files_below(tmp_path) == {"manifest.json", *(p.file for p in manifest.parts)}
-    assert writing.prove(tmp_path, manifest, after).rows == 12
+    assert proofs.prove(tmp_path, manifest, after).rows == 12
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_the_proof_counts_what_the_parts_really_hold(
     write_parts(tmp_path, manifest, how, 8, 16, 20)
     for number, index in tampered.items():
         put_rows(tmp_path, manifest, how, number, index)
-    proof = writing.prove(tmp_path, manifest, how)
+    proof = proofs.prove(tmp_path, manifest, how)
     assert (proof.missing, proof.duplicates) == (missing, duplicates)
     assert proof.rows == 20 - missing + duplicates
 
@@ -297,13 +299,13 @@ def test_changed_bytes_do_not_pass_for_what_was_committed(tmp_path: Path, how: s
     if manifest.prefix != 0:
         write_parts(tmp_path, manifest, how, 20, token="u")
         with pytest.raises(ProofError):
-            writing.prove(tmp_path, manifest, how)
+            proofs.prove(tmp_path, manifest, how)
 
 
 def test_the_proof_counts_what_is_not_listed_yet(tmp_path: Path) -> None:
     manifest = claim(tmp_path)
     write_parts(tmp_path, manifest, "parquet", 8)
-    assert writing.prove(tmp_path, manifest, "parquet").missing == 12
+    assert proofs.prove(tmp_path, manifest, "parquet").missing == 12
 
 
 @pytest.mark.parametrize("how", FORMATS)
@@ -317,17 +319,17 @@ def test_the_proof_refuses_a_folder_that_differs_from_the_manifest(tmp_path: Pat
     else:
         path.unlink()
     with pytest.raises(ProofError, match="must hold the parts of the manifest"):
-        writing.prove(tmp_path, manifest, how)
+        proofs.prove(tmp_path, manifest, how)
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_no_samples_at_all(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how, manifest=wanted(stop=0))
     writing.open_writer(tmp_path, how, SAMPLES, None, "t", 0)
-    assert writing.prove(tmp_path, manifest, how).total == 0
+    assert proofs.prove(tmp_path, manifest, how).total == 0
     if how == "npy":
         assert np.load(tmp_path / "predictions.npy", mmap_mode="r").shape == (0, CLASSES)
-    writing.write_errors(tmp_path, manifest, how, SAMPLES)
+    proofs.write_errors(tmp_path, manifest, how, SAMPLES)
     assert (tmp_path / "errors.jsonl").read_bytes() == b""
 
 
@@ -347,14 +349,14 @@ def test_an_array_of_another_length_is_refused(tmp_path: Path) -> None:
     write_parts(tmp_path, manifest, "npy", 20)
     np.save(tmp_path / "predictions.npy", np.zeros((19, CLASSES), np.float32))
     with pytest.raises(ProofError, match="must have 20 rows, got 19"):
-        writing.prove(tmp_path, manifest, "npy")
+        proofs.prove(tmp_path, manifest, "npy")
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_errors_are_derived_from_the_parts(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how)
     write_parts(tmp_path, manifest, how, 8, 12, 20)
-    writing.write_errors(tmp_path, manifest, how, SAMPLES)
+    proofs.write_errors(tmp_path, manifest, how, SAMPLES)
     found = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert found == [{"index": i, "path": SAMPLES.path(i), "reason": f"{REASON} {i}"} for i in (3, 17)]
 
@@ -363,7 +365,7 @@ def test_errors_are_derived_from_the_parts(tmp_path: Path, how: str) -> None:
 def test_status_counts_every_sample(tmp_path: Path, status: str, reason: str | None) -> None:
     manifest = claim(tmp_path)
     write_parts(tmp_path, manifest, "parquet", 8)
-    writing.write_status(tmp_path, status, manifest, reason)
+    manifests.write_status(tmp_path, status, manifest, reason)
     assert json.loads((tmp_path / "status.json").read_text()) == {
         "status": status,
         "reason": reason,

@@ -1,0 +1,107 @@
+"""Whose folder it is: a fresh run folder, one to continue, or one to refuse."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, sync_folder
+
+
+def claim_folder(
+    run_dir: Path,
+    wanted: Manifest,
+    *,
+    resume: bool,
+    overwrite: bool,
+    batch_size_given: bool,
+    array_columns: int | None,
+) -> Manifest:
+    """Make the folder this job's: new, continued or refused. Rank 0 only, before any rank writes.
+
+    `wanted` is the manifest of a fresh start; the manifest that holds from now on comes back. `array_columns` is
+    the number of classes where the output is one array.
+
+    Raises:
+        UsageError: the folder holds another job, or cannot be written to.
+    """
+    found = Manifest.read(run_dir)
+    if found is None and not overwrite and any((run_dir / name).exists() for name in (PARTS, ARRAY)):
+        raise UsageError(
+            f"output.dir must be empty or hold this job, got {str(run_dir)!r} with foreign predictions. Choose another."
+        )
+    if found is not None and not overwrite:
+        _refuse_another_job(run_dir, found, wanted, resume)
+        if not batch_size_given or found.complete:
+            wanted.batch_size = found.batch_size
+        wanted.parts = list(_whole_parts(run_dir, found.parts))
+        wanted.complete = found.complete and wanted.prefix == wanted.stop
+        wanted.world_sizes = list(dict.fromkeys([*found.world_sizes, *wanted.world_sizes]))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        wanted.write(run_dir)
+        _remove_unlisted(run_dir, wanted)
+        if array_columns is None:
+            (run_dir / PARTS).mkdir(exist_ok=True)
+        else:
+            _allocate_array(run_dir, wanted, array_columns)
+    except OSError as error:
+        raise UsageError(
+            f"output.dir must be a writable folder, got {str(run_dir)!r} ({error.strerror}). Choose another."
+        ) from None
+    return wanted
+
+
+def _refuse_another_job(run_dir: Path, found: Manifest, wanted: Manifest, resume: bool) -> None:
+    if not resume:
+        raise UsageError(
+            f"output.dir must be empty with resume=false, got {str(run_dir)!r}. Set overwrite=true or choose another."
+        )
+    mine = {**wanted.fingerprint, "samples": [wanted.start, wanted.stop]}
+    theirs = {**found.fingerprint, "samples": [found.start, found.stop]}
+    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if differing:
+        shown = "; ".join(f"{key}={theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UsageError(
+            f"output.dir must hold this same job, got {str(run_dir)!r} with {shown}{more}."
+            " Choose another or set overwrite=true."
+        )
+
+
+def _whole_parts(run_dir: Path, parts: Iterable[Part]) -> Iterator[Part]:
+    """The leading parts that are still as they were written; the rest is predicted again."""
+    for part in parts:
+        if not part.has_its_size(run_dir):
+            return
+        yield part
+
+
+def _remove_unlisted(run_dir: Path, manifest: Manifest) -> None:
+    listed = {part.file for part in manifest.parts}
+    if (run_dir / PARTS).is_dir():
+        for path in (run_dir / PARTS).iterdir():
+            if f"{PARTS}/{path.name}" not in listed:
+                path.unlink()
+    if ARRAY not in listed:
+        (run_dir / ARRAY).unlink(missing_ok=True)
+
+
+def _allocate_array(run_dir: Path, manifest: Manifest, num_classes: int) -> None:
+    path = run_dir / ARRAY
+    if path.exists():
+        return
+    shape = (manifest.stop - manifest.start, num_classes)
+    temporary = path.with_name(f".{ARRAY}.tmp")
+    with temporary.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        if shape[0]:
+            # Claim the space now: a full disk should say so at the start.
+            os.posix_fallocate(file.fileno(), file.tell(), shape[0] * shape[1] * 4)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_folder(run_dir)

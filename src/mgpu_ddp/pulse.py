@@ -1,0 +1,81 @@
+"""Signs of life: each rank beats once a second, rank 0 watches all beats, every wait looks at what it saw."""
+
+import json
+import threading
+import time
+from typing import Any
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from mgpu_ddp.errors import PeerLostError
+
+BEAT_S = 1.0
+DEFAULT_TIMEOUT_S = 180.0
+
+
+class Pulse(threading.Thread):
+    """Tell the others that this rank lives and how far it is; learn whether they live.
+
+    The thread owns its store client: a client blocks while it waits, and a beat must not.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.rank, self.size = rank, size
+        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.progress: dict[str, Any] = {"at": "start"}
+        self.peers: list[dict[str, Any]] = [{} for _ in range(size)]
+        self.lost: str | None = None
+        self.alarm: str | None = None
+        self._store = store
+        self._alarm_key: str | None = None
+        self._beats = 0
+        self._last = [(b"", time.monotonic())] * size
+        self._over = threading.Event()
+        self._beat()
+
+    def watch_alarm(self, key: str | None) -> None:
+        """Look for this job's alarm from now on."""
+        self.alarm, self._alarm_key = None, key
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                self._beat()
+                self._look()
+            except RuntimeError as error:
+                self.lost = self.lost or f"the store on rank 0 does not answer ({str(error).splitlines()[0]})"
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"pulse/{self.rank}", json.dumps({**self.progress, "beat": self._beats}))
+
+    def _look(self) -> None:
+        # Rank 0 looks at every rank, the others at rank 0: the store answers O(size) requests per beat.
+        watched = range(self.size) if self.rank == 0 else (0,)
+        now = time.monotonic()
+        for rank, beat in zip(watched, self._store.multi_get([f"pulse/{r}" for r in watched]), strict=True):
+            if beat != self._last[rank][0]:
+                self._last[rank] = (beat, now)
+                self.peers[rank] = json.loads(beat)
+            elif now - self._last[rank][1] > self.timeout_s:
+                silent_s, at = now - self._last[rank][1], self.peers[rank].get("at")
+                text = (
+                    f"rank {rank} of {self.size} must give a sign of life within dist.timeout_s={self.timeout_s:g},"
+                    f" got none for {silent_s:.0f} s, last seen at: {at}"
+                )
+                self._store.set("lost", text)
+        if self._store.check(["lost"]):
+            self.lost = self._store.get("lost").decode()
+        if self._alarm_key and self.alarm is None and self._store.check([self._alarm_key]):
+            self.alarm = self._store.get(self._alarm_key).decode()
+
+    def check(self) -> None:
+        """Raise if a rank is known to be lost."""
+        if self.lost is not None:
+            raise PeerLostError(self.lost)

@@ -31,7 +31,7 @@ from mgpu_ddp.job import (
 )
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.models import choose_transform, load_model, prepare
-from mgpu_ddp.predict import Clock, Predictor, predict
+from mgpu_ddp.predict import Clock, Predictor, in_flight, predict
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish, die_with_parent
@@ -52,7 +52,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     predictor = Predictor(
         prepare(model, job.config, world), transform, job.config.runtime, job.config.output, world.device
     )
-    clock = Clock()
+    clock = Clock(warm_up=in_flight(world))
     with (
         closing(
             load_batches(samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world)

@@ -69,6 +69,8 @@ class Predictor:
 class Clock:
     """Where one rank's time went, in seconds of wall time of its main thread unless said otherwise."""
 
+    warm_up: int
+    """Batches that the steady rate leaves out: the first of each that run side by side."""
     started: float = field(default_factory=time.perf_counter)
     wait_s: float = 0.0
     """Waiting for the loader."""
@@ -78,22 +80,29 @@ class Clock:
     """Seconds of loader workers, per stage."""
     batch_s: list[float] = field(default_factory=list)
     rows: int = 0
-    steady_from: float = 0.0
-    steady_rows: int = 0
-    """Rows after the first batch, which pays for warming up."""
+    first_at: float = 0.0
     ended: float = 0.0
+    _warm_at: float = 0.0
+    _warm_rows: int = 0
 
     def batch(self, rows: int, workers: dict[str, float]) -> None:
         now = time.perf_counter()
-        if self.rows == 0:
-            self.steady_from = now
-        else:
-            self.steady_rows += rows
+        if not self.batch_s:
+            self.first_at = now
+        if len(self.batch_s) < self.warm_up:
+            self._warm_at, self._warm_rows = now, self.rows + rows
         self.batch_s.append(now - (self.ended or self.started))
         self.rows += rows
         self.ended = now
         for stage, seconds in workers.items():
             self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
+
+    @property
+    def steady(self) -> tuple[int, float]:
+        """Rows after warming up and the seconds they took; all of them where there were no more."""
+        if self.rows > self._warm_rows:
+            return self.rows - self._warm_rows, self.ended - self._warm_at
+        return self.rows, max(self.ended - self.started, 0.0)
 
 
 def in_flight(world: World) -> int:

@@ -136,7 +136,7 @@ class RankMetrics:
     rows: int
     errors: int
     images_per_s: float
-    """After the first batch."""
+    """After the first batches, which pay for warming up."""
     steady_rows: int
     steady_s: float
     startup_s: float
@@ -163,17 +163,17 @@ class RankMetrics:
 def measure(world: World, clock: Clock, collector: Collector) -> RankMetrics:
     age = process_age_s()
     now = time.perf_counter()
-    steady_s = clock.ended - clock.steady_from if clock.steady_rows else 0.0
+    steady_rows, steady_s = clock.steady
     batch_ms = np.array(clock.batch_s[1:] or clock.batch_s or [0.0]) * 1e3
     gpu = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
     return RankMetrics(
         rank=world.rank,
         rows=clock.rows,
         errors=collector.errors,
-        images_per_s=clock.steady_rows / steady_s if steady_s else 0.0,
-        steady_rows=clock.steady_rows,
+        images_per_s=steady_rows / steady_s if steady_s else 0.0,
+        steady_rows=steady_rows,
         steady_s=steady_s,
-        startup_s=age - (now - clock.steady_from) if clock.rows else age,
+        startup_s=age - (now - clock.first_at) if clock.rows else age,
         wall_s=age,
         wait_s=clock.wait_s,
         predict_s=clock.predict_s,

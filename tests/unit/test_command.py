@@ -267,12 +267,10 @@ EVIL_FILES = {
 AS_IT_IS = ("target", "nested")
 
 
-@pytest.fixture
-def evil(empty_folder: Path) -> Path:
-    """A folder for --config-dir and --experimental-rerun in which everything is hostile."""
-    root = empty_folder / "evil"
-    for name, text in EVIL_FILES.items():
-        path = root / name
+def write_hostile(root: Path, *names: str) -> None:
+    """Write some of the hostile files, so that each is refused for what it says itself."""
+    for name in names:
+        path, text = root / name, EVIL_FILES[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.startswith("transform/") and path.stem not in AS_IT_IS:
             body = "".join(f"  {line}\n" for line in text.splitlines())
@@ -280,9 +278,22 @@ def evil(empty_folder: Path) -> Path:
             hydra = f"hydra:\n{body}" if body else ""
             text = f"# @package _global_\n{defaults}transform: {{name: auto, size: 224}}\n{hydra}"
         path.write_text(text)
+
+
+@pytest.fixture
+def evil(empty_folder: Path) -> Path:
+    """A folder for --config-dir and --experimental-rerun in which everything is hostile."""
+    root = empty_folder / "evil"
+    write_hostile(root, *EVIL_FILES)
     for name in ("config", "hydra"):
         (root / f"{name}.pickle").write_bytes(pickle.dumps(TouchMarker()))
     return root
+
+
+def write_harmless(root: Path) -> None:
+    """A config folder that adds the option transform=small."""
+    (root / "transform").mkdir(parents=True)
+    (root / "transform/small.yaml").write_text("defaults: [plain]\nsize: 8\n")
 
 
 OPTIONS = [p.stem for p in map(Path, EVIL_FILES) if p.parent.name == "transform"]
@@ -290,17 +301,44 @@ OPTIONS = [p.stem for p in map(Path, EVIL_FILES) if p.parent.name == "transform"
 
 @pytest.mark.parametrize("flag", [["--config-dir", "evil"], ["--config-dir=evil", "-m"], ["-cd", "evil", "-c=job"]])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.usefixtures("evil")
 def test_files_of_a_config_dir_cannot_name_code(option: str, flag: list[str]) -> None:
+    write_hostile(Path("evil"), f"transform/{option}.yaml")
+    if option == "defaults":
+        write_hostile(Path("evil"), "hydra/callbacks/evil.yaml")
     refused(*flag, f"transform={option}")
     assert not Path(MARKER).exists()
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.usefixtures("evil")
 def test_files_of_a_config_dir_cannot_hide_in_a_sweep(option: str) -> None:
+    write_hostile(Path("evil"), f"transform/{option}.yaml")
     for swept in (f"auto,{option}", f"choice(auto,{option})", "glob(*)"):
         refused("-m", "-cd", "evil", f"transform={swept}")
+
+
+@pytest.mark.parametrize("option", ["callback", "logging"])
+def test_files_of_a_config_dir_cannot_hide_behind_a_link(option: str) -> None:
+    """Hydra follows linked folders and files; Path.rglob passes over linked folders."""
+    write_hostile(Path("evil"), f"transform/{option}.yaml")
+    write_harmless(Path("linked"))
+    Path("linked/transform/file.yaml").symlink_to(f"../../evil/transform/{option}.yaml")
+    refused("-cd", "linked", "transform=file")
+    Path("linked/transform/file.yaml").unlink()
+    Path("folder").mkdir()
+    Path("folder/transform").symlink_to("../evil/transform", target_is_directory=True)
+    refused("-cd", "folder", f"transform={option}")
+    Path("whole").symlink_to("evil", target_is_directory=True)
+    refused("-cd", "whole", f"transform={option}")
+
+
+@pytest.mark.parametrize("flags", [("-cd", "--config-dir"), ("--config-dir", "-cd"), ("-cd", "-cd")])
+def test_a_harmless_config_dir_does_not_vouch_for_another(flags: tuple[str, str]) -> None:
+    """The last one wins for argparse, whichever way it is spelled."""
+    write_hostile(Path("evil"), "transform/callback.yaml")
+    write_harmless(Path("mine"))
+    Path("mine/transform/small.yaml").rename("mine/transform/callback.yaml")
+    first, second = flags
+    refused(first, "mine", second, "evil", "transform=callback")
 
 
 @pytest.mark.parametrize("group", ["callbacks", "launcher", "job_logging"])
@@ -319,8 +357,7 @@ def test_a_config_dir_cannot_replace_the_schema(name: str) -> None:
 
 
 def test_a_harmless_config_dir_adds_an_option() -> None:
-    (Path("mine") / "transform").mkdir(parents=True)
-    (Path("mine") / "transform/small.yaml").write_text("defaults: [plain]\nsize: 8\n")
+    write_harmless(Path("mine"))
     assert not check_command(["-cd", "mine", "transform=small"]).informational
 
 

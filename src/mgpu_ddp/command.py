@@ -36,9 +36,17 @@ FLAGS: dict[str, str | None] = {
     **dict.fromkeys(("-cd", "--config-dir"), "[^-].*"),
 }
 """Hydra's flags that may pass, each with the values it takes; None for none."""
-CFG = {"-c", "--cfg"}
-MULTIRUN = {"-m", "--multirun"}
-INFORMATIONAL = {"-h", "--help", "--hydra-help", "--version", "-i", "--info", "-sc", "--shell-completion"} | CFG
+SHORT = {
+    "--help": "-h",
+    "--multirun": "-m",
+    "--run": "-r",
+    "--cfg": "-c",
+    "--info": "-i",
+    "--package": "-p",
+    "--shell-completion": "-sc",
+    "--config-dir": "-cd",
+}
+INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
 
 OPEN_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose")
 """The keys of Hydra's own configuration that cannot make it import code, open files or lead ranks apart."""
@@ -83,16 +91,16 @@ def check_command(argv: Sequence[str]) -> Command:
     flags, words = _split(argv)
     overrides = _parse(words)
     informational = not INFORMATIONAL.isdisjoint(flags)
-    multirun = not MULTIRUN.isdisjoint(flags)
+    multirun = "-m" in flags
     ordered = [part for flag, value in flags.items() for part in (flag, value) if part is not None] + words
-    if informational and CFG.isdisjoint(flags):
+    if informational and "-c" not in flags:
         return Command(words=ordered, informational=True, multirun=False)
 
     for override in overrides:
         ok = multirun or not override.is_sweep_override()
         require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, or quote it.")
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    cfg = _compose(fixed, flags.get("-cd") or flags.get("--config-dir"))
+    cfg = _compose(fixed, flags.get("-cd"))
     if informational:
         return Command(words=ordered, informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
@@ -162,7 +170,8 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
         if pattern is not None and not equals and rest and re.fullmatch(pattern, rest[0]):
             value = rest.pop(0)
         require(re.fullmatch(pattern or "", value) is not None, flag, pattern or "alone", value, remedy)
-        flags[flag] = value or None
+        # One name for both spellings: argparse would take the last of the two.
+        flags[SHORT.get(flag, flag)] = value or None
     return flags, words
 
 
@@ -201,9 +210,9 @@ def _refuse_code_in_files(folder: Path) -> None:
         require(
             not (folder / name).exists(), "--config-dir", f"without {name}", str(folder), "Name the file otherwise."
         )
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.suffix not in (".yaml", ".yml"):
-            continue
+    # Links are followed, as Hydra follows them.
+    paths = [Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names]
+    for path in sorted(path for path in paths if path.suffix in (".yaml", ".yml")):
         try:
             text = path.read_text()
             spoken = [

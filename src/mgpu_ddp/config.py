@@ -2,7 +2,7 @@
 
 The docstring under a field is its documentation; `--help` prints these. A schema object validates itself
 when it is built, so a `Config` that exists is one whose values make sense on their own. What needs the
-machine (devices, folders, model names) is checked in `checks.py`.
+machine (devices, folders, model names) is checked by whoever needs it.
 """
 
 from dataclasses import dataclass, field

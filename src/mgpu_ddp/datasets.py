@@ -30,6 +30,10 @@ class Samples(Protocol):
         """One image as uint8 (height, width, 3) after the transform's geometry, and its label or -1."""
         ...
 
+    def known_label(self, index: int) -> int:
+        """The label as far as it is known without reading the image, or -1."""
+        ...
+
     def path(self, index: int) -> str | None:
         """The name that a row carries."""
         ...
@@ -62,6 +66,9 @@ class FakeSamples:
             clock("resize", time.perf_counter() - generated)
         return pixels, label
 
+    def known_label(self, index: int) -> int:
+        return -1
+
     def path(self, index: int) -> str | None:
         return None
 
@@ -87,7 +94,10 @@ class FolderSamples:
         clock("decode", decoded - was_read)
         pixels = transform.geometry(image)
         clock("resize", time.perf_counter() - decoded)
-        return pixels, self._files.label(index)
+        return pixels, self.known_label(index)
+
+    def known_label(self, index: int) -> int:
+        return self._files.label(index)
 
     def path(self, index: int) -> str | None:
         return listing.readable(self._files.path(index))

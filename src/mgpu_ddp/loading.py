@@ -68,8 +68,9 @@ class BatchMaker(Dataset[Batch]):
             try:
                 with _time_limit(self._timeout_s):
                     view[place], labels[place] = self._samples.load(index, self._transform, clock)
-            except Exception as error:  # decoders raise all kinds; each bad image is one row with its reason
+            except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                 view[place] = 0
+                labels[place] = self._samples.known_label(index)
                 errors[index] = _reason(error)
         return Batch(
             index=np.asarray(indices, dtype=np.int64),
@@ -80,20 +81,25 @@ class BatchMaker(Dataset[Batch]):
         )
 
 
-def _reason(error: Exception) -> str:
+class TookTooLongError(BaseException):
+    """A sample's time is over. No Exception, so that no decoder's own `except Exception` can swallow it."""
+
+
+def _reason(error: BaseException) -> str:
     """Why a sample has no prediction, in words, without the path: the row carries that."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if "cannot identify image file" in text:
         text = "not an image in an allowed format"
-    return " ".join(f"{type(error).__name__}: {text}".split())[:500]
+    kind = TimeoutError if isinstance(error, TookTooLongError) else type(error)
+    return " ".join(f"{kind.__name__}: {text}".split())[:500]
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block once it has taken too long (a stuck network mount, say)."""
+    """Raise in the block once it has taken too long (a stuck network mount, say)."""
 
     def ring(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"took longer than loader.timeout_s={seconds:g}")
+        raise TookTooLongError(f"took longer than loader.timeout_s={seconds:g}")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

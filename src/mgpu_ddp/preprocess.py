@@ -21,6 +21,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 EXIF_ORIENTATION = 0x0112
+MAX_RESIZED_PIXELS = 89_478_485
+"""Pillow's own limit for an image that is opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +48,18 @@ class Transform:
         return height, width
 
     def geometry(self, image: Image.Image) -> Pixels:
-        """Resize and crop an RGB image: uint8 (height, width, 3), bitwise as torchvision does for PIL images."""
+        """Resize and crop an RGB image: uint8 (height, width, 3), bitwise as torchvision does for PIL images.
+
+        Raises:
+            ValueError: a strip so narrow that resizing its shorter side would blow it up beyond reason.
+        """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as tvf
 
+        if len(self.resize) == 1:
+            short, long = sorted(image.size)
+            if self.resize[0] ** 2 * long / short > MAX_RESIZED_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to resize and crop")
         image = tvf.resize(image, list(self.resize), InterpolationMode(self.interpolation))
         if self.crop is not None:
             image = tvf.center_crop(image, [self.crop, self.crop])

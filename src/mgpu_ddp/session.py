@@ -64,7 +64,7 @@ class Session:
 
     def sum_up(self, sweep_dir: str) -> None:
         """Print the JSON line that ends a sweep. Rank 0 prints."""
-        failed = sum(outcome["status"] != "complete" for outcome in self.outcomes)
+        failed = sum(outcome["exit_code"] != Exit.COMPLETE for outcome in self.outcomes)
         status = "failed" if failed else "complete"
         counts = {"jobs": len(self.outcomes), "failed": failed, "exit_code": self.exit_code}
         if self.world.rank == 0:

@@ -211,3 +211,8 @@ def test_unreadable_metadata_does_not_cost_the_pixels() -> None:
     image = photo(16, 16)
     data = encoded(image, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert np.array_equal(np.asarray(decode(data)), np.asarray(image))
+
+
+def test_a_strip_too_narrow_to_resize_is_refused_before_it_takes_the_memory() -> None:
+    with pytest.raises(ValueError, match="20000x1 pixels are too narrow"):
+        preprocess.imagenet(224).geometry(Image.new("RGB", (20000, 1)))

@@ -1,13 +1,51 @@
 """Whose folder it is: a fresh run folder, one to continue, or one to refuse."""
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, sync_folder
+
+LOCK = ".lock"
+
+
+def hold_folder(run_dir: Path) -> IO[str]:
+    """Keep other jobs out of a folder for as long as the returned file is open and this process lives. Rank 0 only.
+
+    A POSIX record lock: the kernel drops it with its process, however that dies, and NFS servers carry it. It is
+    advisory, and a file system mounted without locks refuses it, which is an error here rather than a risk.
+
+    Raises:
+        UsageError: another job holds the folder, or it cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("a+")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or error.strerror
+        file.close()
+        raise UsageError(
+            f"output.dir must not be in use, got {str(run_dir)!r} ({holder}). Wait for that job or choose another."
+        ) from None
+    file.truncate(0)
+    file.write(f"held by process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UsageError:
+    return UsageError(f"output.dir must be a writable folder, got {str(run_dir)!r} ({error.strerror}). Choose another.")
 
 
 def claim_folder(
@@ -27,13 +65,8 @@ def claim_folder(
     Raises:
         UsageError: the folder holds another job, or cannot be written to.
     """
-    found = Manifest.read(run_dir)
-    if found is None and not overwrite and any((run_dir / name).exists() for name in (PARTS, ARRAY)):
-        raise UsageError(
-            f"output.dir must be empty or hold this job, got {str(run_dir)!r} with foreign predictions. Choose another."
-        )
-    if found is not None and not overwrite:
-        _refuse_another_job(run_dir, found, wanted, resume)
+    found = None if overwrite else to_continue(run_dir, wanted, resume=resume)
+    if found is not None:
         if not batch_size_given or found.complete:
             wanted.batch_size = found.batch_size
         wanted.parts = list(_whole_parts(run_dir, found.parts))
@@ -48,13 +81,24 @@ def claim_folder(
         else:
             _allocate_array(run_dir, wanted, array_columns)
     except OSError as error:
-        raise UsageError(
-            f"output.dir must be a writable folder, got {str(run_dir)!r} ({error.strerror}). Choose another."
-        ) from None
+        raise _unwritable(run_dir, error) from None
     return wanted
 
 
-def _refuse_another_job(run_dir: Path, found: Manifest, wanted: Manifest, resume: bool) -> None:
+def to_continue(run_dir: Path, wanted: Manifest, *, resume: bool) -> Manifest | None:
+    """The manifest of this same job that a folder already holds, None for a fresh start. Touches nothing.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    found = Manifest.read(run_dir)
+    if found is None:
+        if any((run_dir / name).exists() for name in (PARTS, ARRAY)):
+            raise UsageError(
+                f"output.dir must be empty or hold this job, got {str(run_dir)!r} with foreign predictions."
+                " Choose another."
+            )
+        return None
     if not resume:
         raise UsageError(
             f"output.dir must be empty with resume=false, got {str(run_dir)!r}. Set overwrite=true or choose another."
@@ -69,6 +113,7 @@ def _refuse_another_job(run_dir: Path, found: Manifest, wanted: Manifest, resume
             f"output.dir must hold this same job, got {str(run_dir)!r} with {shown}{more}."
             " Choose another or set overwrite=true."
         )
+    return found
 
 
 def _whole_parts(run_dir: Path, parts: Iterable[Part]) -> Iterator[Part]:

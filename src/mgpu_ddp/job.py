@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
 
 from mgpu_ddp import report
-from mgpu_ddp.claiming import claim_folder
+from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
 from mgpu_ddp.collect import Collector
 from mgpu_ddp.config import Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
@@ -70,6 +70,8 @@ class Claim:
     """Of this attempt; part names carry it."""
     manifest: Manifest | None
     """On rank 0."""
+    held: IO[str] | None
+    """On rank 0: open for as long as the folder is this job's."""
 
 
 def dataset_range(config: Config, length: int) -> tuple[int, int]:
@@ -111,6 +113,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
     """
     config, run_dir = job.config, job.run_dir
     manifest: Manifest | None = None
+    held: IO[str] | None = None
     with world.together("claim the run folder"):
         if world.rank == 0:
             start, stop = dataset_range(config, len(open_samples(config, files)))
@@ -123,24 +126,30 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 versions=versions(),
             )
             overwrite = config.overwrite and world.once_per_launch(f"overwrite/{run_dir}")
+            # A restarted attempt finds what the dead one of the same launch has left.
+            resume = config.resume or world.attempt > 0
+            if not overwrite:
+                to_continue(run_dir, wanted, resume=resume)
+            # What is refused must not even be touched by a lock; what is not may change until the lock is there.
+            held = hold_folder(run_dir)
             manifest = claim_folder(
                 run_dir,
                 wanted,
-                resume=config.resume,
+                resume=resume,
                 overwrite=overwrite,
                 batch_size_given=job.batch_size_given,
                 array_columns=model.num_classes if config.output.format == "npy" else None,
             )
             _furnish(job, files, manifest)
-    return _share_claim(manifest, world)
+    return _share_claim(manifest, held, world)
 
 
-def _share_claim(manifest: Manifest | None, world: World) -> Claim:
+def _share_claim(manifest: Manifest | None, held: IO[str] | None, world: World) -> Claim:
     mine: dict[str, Any] | None = None
     if manifest is not None:
         mine = {name: getattr(manifest, name) for name in ("start", "stop", "prefix", "errors", "batch_size")}
         mine["token"] = secrets.token_hex(3)
-    return Claim(**world.share("claim", mine), manifest=manifest)
+    return Claim(**world.share("claim", mine), manifest=manifest, held=held)
 
 
 def _furnish(job: Job, files: Listing | None, manifest: Manifest) -> None:
@@ -264,6 +273,7 @@ def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict
         batch_size=job.config.batch_size,
         token="",
         manifest=None,
+        held=None,
     )
     plan = plan_job(job.config, claim, model.num_classes, world)
     summary = {

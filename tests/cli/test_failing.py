@@ -128,6 +128,23 @@ def test_a_signal_preempts_and_the_exit_code_says_so(tmp_path: Path) -> None:
         assert "Traceback" not in ended.err
 
 
+def test_a_folder_in_use_is_refused_until_its_job_is_dead(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    settings = (*LONG[:-1], f"output.dir={tmp_path / 'out'}")
+    with started(python_m(*settings), tmp_path) as first:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, first)
+        second = run(python_m(*settings), other)
+        assert second.code == 2, second.err
+        assert f"(held by process {first.pid} on " in second.err
+        assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "running"
+        first.kill()
+        first.wait()
+    with started(python_m(*settings), other) as third:
+        before = committed_rows(tmp_path / "out")
+        wait_until(lambda: committed_rows(tmp_path / "out") > before, third)
+
+
 def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
     with started(torchrun(2, *LONG), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)

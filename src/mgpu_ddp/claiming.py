@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, sync_folder
 LOCK = ".lock"
 
 
-def hold_folder(run_dir: Path) -> IO[str]:
-    """Keep other jobs out of a folder for as long as the returned file is open and this process lives. Rank 0 only.
+def hold_folder(run_dir: Path) -> int:
+    """Keep other jobs out of a folder while the returned file descriptor is open. Rank 0 only.
 
     A POSIX record lock: the kernel drops it with its process, however that dies, and NFS servers carry it. It is
     advisory, and a file system mounted without locks refuses it, which is an error here rather than a risk.
@@ -26,22 +25,20 @@ def hold_folder(run_dir: Path) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK).open("a+")
+        held = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise _unwritable(run_dir, error) from None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or error.strerror
-        file.close()
+        holder = os.read(held, 500).decode(errors="replace").strip() or error.strerror
+        os.close(held)
         raise UsageError(
             f"output.dir must not be in use, got {str(run_dir)!r} ({holder}). Wait for that job or choose another."
         ) from None
-    file.truncate(0)
-    file.write(f"held by process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+    os.ftruncate(held, 0)
+    os.write(held, f"held by process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return held
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UsageError:

@@ -1,5 +1,6 @@
 """How a job ends: proved and reported, or marked as failed."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +38,8 @@ def finish_job(
         if world.rank == 0:
             assert claim.manifest is not None
             summary = _conclude(job, claim.manifest, samples, model, world, collector.ending, ranks)
+    if claim.held is not None:
+        os.close(claim.held)
     return dict(world.share("summary", summary))
 
 

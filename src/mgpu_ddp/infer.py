@@ -35,12 +35,12 @@ from mgpu_ddp.predict import Clock, Predictor, in_flight, predict
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish, die_with_parent
-from mgpu_ddp.world import World, join
+from mgpu_ddp.world import World, choose_device, join
 
 
 def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
-    world = world.on(job.config)
+    world = choose_device(job.config, world)
     files = find_listing(job.config, job.run_dir, world)
     model = load_model(job.config, world)
     if job.config.dry_run:

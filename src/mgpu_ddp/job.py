@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -70,8 +70,8 @@ class Claim:
     """Of this attempt; part names carry it."""
     manifest: Manifest | None
     """On rank 0."""
-    held: IO[str] | None
-    """On rank 0: open for as long as the folder is this job's."""
+    held: int | None
+    """On rank 0: the descriptor that keeps other jobs out."""
 
 
 def dataset_range(config: Config, length: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
     """
     config, run_dir = job.config, job.run_dir
     manifest: Manifest | None = None
-    held: IO[str] | None = None
+    held: int | None = None
     with world.together("claim the run folder"):
         if world.rank == 0:
             start, stop = dataset_range(config, len(open_samples(config, files)))
@@ -144,7 +144,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
     return _share_claim(manifest, held, world)
 
 
-def _share_claim(manifest: Manifest | None, held: IO[str] | None, world: World) -> Claim:
+def _share_claim(manifest: Manifest | None, held: int | None, world: World) -> Claim:
     mine: dict[str, Any] | None = None
     if manifest is not None:
         mine = {name: getattr(manifest, name) for name in ("start", "stop", "prefix", "errors", "batch_size")}

@@ -57,31 +57,6 @@ class World:
     def pulse(self) -> Pulse:
         return self.link.pulse
 
-    def on(self, config: Config) -> "World":
-        """This world on the device that `runtime.device` and `strategy` ask for.
-
-        Raises:
-            UsageError: no CUDA, or more processes than GPUs on this host.
-        """
-        if config.strategy == "data_parallel" and self.size > 1:
-            raise UsageError(
-                f"strategy must be ddp for {self.size} processes, got 'data_parallel'."
-                " Start that with python -m mgpu_ddp.infer."
-            )
-        wanted = config.runtime.device
-        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-        if wanted == "cuda" and gpus == 0:
-            raise UsageError("runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.")
-        if gpus == 0:
-            return replace(self, device=torch.device("cpu"))
-        if self.local_size > gpus:
-            raise UsageError(
-                f"nproc_per_node must be at most {gpus}, the GPUs of this host, got {self.local_size} on rank"
-                f" {self.rank} of {self.size}. Start fewer processes or use runtime.device=cpu."
-            )
-        torch.cuda.set_device(self.local_rank)
-        return replace(self, device=torch.device("cuda", self.local_rank))
-
     @property
     def share_of_cpus(self) -> int:
         """CPUs for this rank: those its process may use, shared among the ranks of its host."""
@@ -228,6 +203,33 @@ def join() -> World:
         device=torch.device("cpu"),
         link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),
     )
+
+
+def choose_device(config: Config, world: World) -> World:
+    """This world on the device that `runtime.device` and `strategy` ask for. Collective: every rank calls this.
+
+    Raises:
+        UsageError: no CUDA, or more processes than GPUs on this host.
+    """
+    with world.together("choose the device"):
+        if config.strategy == "data_parallel" and world.size > 1:
+            raise UsageError(
+                f"strategy must be ddp for {world.size} processes, got 'data_parallel'."
+                " Start that with python -m mgpu_ddp.infer."
+            )
+        wanted = config.runtime.device
+        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+        if wanted == "cuda" and gpus == 0:
+            raise UsageError("runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.")
+        if gpus == 0:
+            return replace(world, device=torch.device("cpu"))
+        if world.local_size > gpus:
+            raise UsageError(
+                f"nproc_per_node must be at most {gpus}, the GPUs of this host, got {world.local_size} on rank"
+                f" {world.rank} of {world.size}. Start fewer processes or use runtime.device=cpu."
+            )
+        torch.cuda.set_device(world.local_rank)
+        return replace(world, device=torch.device("cuda", world.local_rank))
 
 
 def leave(world: World) -> None:

@@ -34,7 +34,7 @@ log = logging.getLogger("mgpu_ddp")
 
 WINDOW_BYTES = 64 << 20
 """Of the rows that travel to rank 0 in one window, from all ranks together."""
-STRETCH_BYTES = 16 << 20
+STRETCH_BYTES = 8 << 20
 """Of the rows that one rank writes itself in one window."""
 
 EMBEDDING_DIM = 2048

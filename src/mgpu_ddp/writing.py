@@ -119,6 +119,10 @@ def open_writer(
 ) -> PartWriter:
     if how == "npy":
         return ArrayWriter(run_dir, start)
+    import pyarrow as pa
+
+    # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
+    pa.set_memory_pool(pa.system_memory_pool())
     return TableWriter(run_dir, FORMATS[how], samples, class_names, token)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from mgpu_ddp.config import LoaderConfig
@@ -87,9 +88,9 @@ class TookTooLongError(BaseException):
 
 def _reason(error: BaseException) -> str:
     """Why a sample has no prediction, in words, without the path: the row carries that."""
+    if isinstance(error, UnidentifiedImageError):
+        return "UnidentifiedImageError: empty, or not an image in an allowed format"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if "cannot identify image file" in text:
-        text = "not an image in an allowed format"
     kind = TimeoutError if isinstance(error, TookTooLongError) else type(error)
     return " ".join(f"{kind.__name__}: {text}".split())[:500]
 

@@ -69,7 +69,7 @@ def test_a_bad_sample_costs_its_neighbours_nothing(tmp_path: Path) -> None:
         assert torch.equal(batch.pixels[place], batch.pixels[0])
     assert batch.pixels[0].any()
     assert not batch.pixels[sorted(batch.errors)].any()
-    assert batch.errors[1] == batch.errors[5] == "UnidentifiedImageError: not an image in an allowed format"
+    assert batch.errors[1] == batch.errors[5] == "UnidentifiedImageError: empty, or not an image in an allowed format"
     assert batch.errors[7] == "FileNotFoundError: No such file or directory"
     assert "truncated" in batch.errors[3].lower()
     for reason in batch.errors.values():

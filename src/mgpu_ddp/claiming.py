@@ -72,7 +72,9 @@ def claim_folder(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         wanted.write(run_dir)
-        _remove_unlisted(run_dir, wanted)
+        remove_unlisted(run_dir, wanted)
+        if not wanted.parts:
+            (run_dir / ARRAY).unlink(missing_ok=True)
         if array_columns is None:
             (run_dir / PARTS).mkdir(exist_ok=True)
         else:
@@ -121,14 +123,13 @@ def _whole_parts(run_dir: Path, parts: Iterable[Part]) -> Iterator[Part]:
         yield part
 
 
-def _remove_unlisted(run_dir: Path, manifest: Manifest) -> None:
+def remove_unlisted(run_dir: Path, manifest: Manifest) -> None:
+    """Delete parts that were never committed. Rank 0 only, while no rank writes."""
     listed = {part.file for part in manifest.parts}
     if (run_dir / PARTS).is_dir():
         for path in (run_dir / PARTS).iterdir():
             if f"{PARTS}/{path.name}" not in listed:
                 path.unlink()
-    if ARRAY not in listed:
-        (run_dir / ARRAY).unlink(missing_ok=True)
 
 
 def _allocate_array(run_dir: Path, manifest: Manifest, num_classes: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mgpu_ddp import report
+from mgpu_ddp.claiming import remove_unlisted
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import Exit, ProofError
@@ -53,6 +54,9 @@ def _conclude(
     ranks: Sequence[report.RankMetrics],
 ) -> dict[str, Any]:
     run_dir, how = job.run_dir, job.config.output.format
+    if ending != "complete":
+        # Ranks past the first one that stopped have written what was then not committed.
+        remove_unlisted(run_dir, manifest)
     proof = prove(run_dir, manifest, how)
     status, code = ENDINGS[ending]
     reason = None

@@ -66,7 +66,7 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         Case(name="raised-limit", config=tiny(data=folder(bad), max_errors=0.5), run_dir=str(root / "limited")),
         Case(name="stopped", config=stopped, stop_at=(1, 100)),
         Case(name="continued", config=tiny(data={"size": MANY}), run_dir=str(root / "stopped")),
-        Case(name="stopped-shards", config=stopped_shards, stop_at=(2, 100)),
+        Case(name="stopped-shards", config=stopped_shards, stop_at=(0, 100)),
         Case(name="continued-shards", config=tiny(**resumed), run_dir=str(root / "stopped-shards")),
         Case(name="again", config=tiny(data={"size": MANY}), run_dir=str(root / "stopped")),
         Case(name="another", config=tiny(data={"size": MANY}, seed=1), run_dir=str(root / "stopped")),

@@ -2,16 +2,22 @@
 
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from mgpu_ddp.durable import is_temporary, replace_bytes, replace_file
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, sync_folder
+from mgpu_ddp.listing import FILE_NAME, Listing
+from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part
+from mgpu_ddp.replacing import holds_result
 
 LOCK = ".lock"
+COPIED_ROWS = 4096
 
 
 def hold_folder(run_dir: Path) -> int:
@@ -46,13 +52,14 @@ def _unwritable(run_dir: Path, error: OSError) -> UsageError:
 
 
 def claim_folder(
-    run_dir: Path,
+    folder: Path,
     wanted: Manifest,
     *,
     resume: bool,
     overwrite: bool,
     batch_size_given: bool,
     array_columns: int | None,
+    files: Listing | None,
 ) -> Manifest:
     """Make the folder this job's: new, continued or refused. Rank 0 only, before any rank writes.
 
@@ -62,54 +69,65 @@ def claim_folder(
     Raises:
         UsageError: the folder holds another job, or cannot be written to.
     """
-    found = None if overwrite else to_continue(run_dir, wanted, resume=resume)
+    found = None if overwrite else to_continue(folder, wanted, resume=resume, files=files)
+    grown = found is None or found.stop != wanted.stop
     if found is not None:
-        if not batch_size_given or found.complete:
+        if not batch_size_given or (found.complete and not grown):
             wanted.batch_size = found.batch_size
-        wanted.parts = list(_whole_parts(run_dir, found.parts))
+        wanted.parts = list(_whole_parts(folder, found.parts))
         wanted.complete = found.complete and wanted.prefix == wanted.stop
         wanted.world_sizes = list(dict.fromkeys([*found.world_sizes, *wanted.world_sizes]))
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        wanted.write(run_dir)
-        remove_unlisted(run_dir, wanted)
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if files is not None and grown:
+            # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
+            replace_bytes(folder / FILE_NAME, files.buffer)
+        wanted.write(folder)
+        remove_unlisted(folder, wanted)
         if not wanted.parts:
-            (run_dir / ARRAY).unlink(missing_ok=True)
+            (folder / ARRAY).unlink(missing_ok=True)
         if array_columns is None:
-            (run_dir / PARTS).mkdir(exist_ok=True)
+            (folder / PARTS).mkdir(exist_ok=True)
         else:
-            _allocate_array(run_dir, wanted, array_columns)
+            _allocate_array(folder, wanted, array_columns)
     except OSError as error:
-        raise _unwritable(run_dir, error) from None
+        raise _unwritable(folder, error) from None
     return wanted
 
 
-def to_continue(run_dir: Path, wanted: Manifest, *, resume: bool) -> Manifest | None:
+def to_continue(folder: Path, wanted: Manifest, *, resume: bool, files: Listing | None) -> Manifest | None:
     """The manifest of this same job that a folder already holds, None for a fresh start. Touches nothing.
+
+    The same job may have more samples than before at its end, never fewer.
 
     Raises:
         UsageError: the folder holds something else.
     """
-    found = Manifest.read(run_dir)
+    found = Manifest.read(folder)
     if found is None:
-        if any((run_dir / name).exists() for name in (PARTS, ARRAY)):
+        if holds_result(folder):
             raise UsageError(
-                f"output.dir must be empty or hold this job, got {str(run_dir)!r} with foreign predictions."
+                f"output.dir must be empty or hold this job, got {str(folder)!r} with foreign predictions."
                 " Choose another."
             )
         return None
     if not resume:
         raise UsageError(
-            f"output.dir must be empty with resume=false, got {str(run_dir)!r}. Set overwrite=true or choose another."
+            f"output.dir must be empty with resume=false, got {str(folder)!r}. Set overwrite=true or choose another."
         )
-    mine = {**wanted.fingerprint, "samples": [wanted.start, wanted.stop]}
-    theirs = {**found.fingerprint, "samples": [found.start, found.stop]}
+    mine, theirs = dict(wanted.fingerprint), dict(found.fingerprint)
+    if files is not None:
+        mine["listing"] = files.digest(found.stop)
+    if found.start != wanted.start or found.stop > wanted.stop:
+        mine["samples"], theirs["samples"] = [wanted.start, wanted.stop], [found.start, found.stop]
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if differing:
         shown = "; ".join(f"{key}={theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UsageError(
-            f"output.dir must hold this same job, got {str(run_dir)!r} with {shown}{more}."
+            f"output.dir must hold this same job, got {str(folder)!r} with {shown}{more}."
             " Choose another or set overwrite=true."
         )
     return found
@@ -123,28 +141,33 @@ def _whole_parts(run_dir: Path, parts: Iterable[Part]) -> Iterator[Part]:
         yield part
 
 
-def remove_unlisted(run_dir: Path, manifest: Manifest) -> None:
-    """Delete parts that were never committed. Rank 0 only, while no rank writes."""
+def remove_unlisted(folder: Path, manifest: Manifest) -> None:
+    """Delete parts that were never committed, and temporaries. Rank 0 only, while no rank writes."""
     listed = {part.file for part in manifest.parts}
-    if (run_dir / PARTS).is_dir():
-        for path in (run_dir / PARTS).iterdir():
+    if (folder / PARTS).is_dir():
+        for path in (folder / PARTS).iterdir():
             if f"{PARTS}/{path.name}" not in listed:
                 path.unlink()
+    for path in filter(is_temporary, folder.iterdir()):
+        path.unlink()
 
 
-def _allocate_array(run_dir: Path, manifest: Manifest, num_classes: int) -> None:
-    path = run_dir / ARRAY
-    if path.exists():
+def _allocate_array(folder: Path, manifest: Manifest, num_classes: int) -> None:
+    """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there."""
+    path, rows = folder / ARRAY, manifest.stop - manifest.start
+    before = np.load(path, mmap_mode="r") if path.exists() else None
+    if before is not None and len(before) == rows:
         return
-    shape = (manifest.stop - manifest.start, num_classes)
-    temporary = path.with_name(f".{ARRAY}.tmp")
-    with temporary.open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+
+    def fill(file: BinaryIO) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, num_classes)}
         np.lib.format.write_array_header_1_0(file, header)
-        if shape[0]:
-            # Claim the space now: a full disk should say so at the start.
-            os.posix_fallocate(file.fileno(), file.tell(), shape[0] * shape[1] * 4)
         file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_folder(run_dir)
+        if rows:
+            # Claim the space now: a full disk should say so at the start.
+            os.posix_fallocate(file.fileno(), file.tell(), rows * num_classes * 4)
+        if before is not None:
+            for first in range(0, len(before), COPIED_ROWS):
+                file.write(before[first : first + COPIED_ROWS].tobytes())
+
+    replace_file(path, fill)

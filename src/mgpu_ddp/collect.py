@@ -8,18 +8,20 @@ acknowledges the last window. At most two windows are in flight per rank: one ga
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from mgpu_ddp.errors import PeerFailedError, ProtocolError
-from mgpu_ddp.manifest import Manifest, Part
+from mgpu_ddp.manifest import Part
+from mgpu_ddp.predict import Clock
 from mgpu_ddp.rows import Rows, concatenate, in_order
 from mgpu_ddp.sharding import Plan, Window
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import Channel, World, reason_of
-from mgpu_ddp.writing import PartWriter, commit
+from mgpu_ddp.writing import PartWriter, Table
 
 State = Literal["rows", "stop", "failed"]
 Ending = Literal["complete", "preempted", "too many errors"]
@@ -60,24 +62,18 @@ class Collector:
         plan: Plan,
         channel: Channel,
         writer: PartWriter,
-        manifest: Manifest | None,
-        run_dir: Path,
+        table: Table | None,
+        clock: Clock,
         stop: StopWish,
         errors_before: int,
         max_errors: float,
     ) -> None:
         self._job, self._world, self._plan, self._channel = job, world, plan, channel
-        self._writer, self._manifest, self._run_dir = writer, manifest, run_dir
+        self._writer, self._table, self._clock = writer, table, clock
         self._stop, self._errors_before, self._max_errors = stop, errors_before, max_errors
         self.ending: Ending = "complete"
-        self.peers_s = 0.0
-        """Seconds the predicting thread waited here for windows of all ranks."""
-        self.gather_s = 0.0
-        """Seconds the collecting thread spent gathering, waiting for slower ranks included."""
-        self.write_s = 0.0
         self._done_rows = 0
-        self.errors = 0
-        """Error rows of this rank so far."""
+        self._errors = 0
         self._error: Exception | None = None
         self._chunks: list[Rows] = []
         self._window: Window | None = None
@@ -111,11 +107,11 @@ class Collector:
         self._chunks.append(rows)
         self._window_rows += len(rows)
         self._done_rows += len(rows)
-        self.errors += len(rows.errors)
+        self._errors += len(rows.errors)
         self._world.pulse.progress = {
             "at": f"row {int(rows.index[-1])}",
             "rows": self._done_rows,
-            "errors": self.errors,
+            "errors": self._errors,
         }
         self._post_finished_windows()
 
@@ -150,7 +146,7 @@ class Collector:
             state=state,
             reason=reason,
             next_missing=owed[self._window_rows] if self._window_rows < len(owed) else window.stop,
-            errors=self.errors,
+            errors=self._errors,
             seconds=now - self._since,
             rows=concatenate(self._chunks) if self._chunks else None,
             part=None,
@@ -166,7 +162,7 @@ class Collector:
                 self._turn.wait()
             self._handed = None if self._over else payload
             self._turn.notify_all()
-        self.peers_s += time.perf_counter() - started
+        self._clock.peers_s += time.perf_counter() - started
         return not self._over
 
     def _run(self) -> None:
@@ -194,7 +190,8 @@ class Collector:
         """Gather one window of all ranks and commit what they have done of it. True when the job ends with it."""
         if self._plan.contiguous and payload.rows is not None:
             try:
-                payload = replace(payload, part=self._timed_write(payload.rows), rows=None)
+                with self._timing_writes():
+                    payload = replace(payload, part=self._writer.write(payload.rows), rows=None)
             except Exception as error:
                 self._fail(error)
                 owed = self._plan.rows(window, self._world.rank)
@@ -204,9 +201,10 @@ class Collector:
         payloads = self._gather(window.number, payload)
         ended = [p for p in payloads if p.state != "rows"]
         frontier = min([window.stop, *(p.next_missing for p in payloads)])
-        if self._world.rank == 0 and self._error is None:
+        if self._table is not None and self._error is None:
             try:
-                self._commit(payloads, frontier)
+                with self._timing_writes():
+                    self._commit(self._table, payloads, frontier)
             except Exception as error:
                 self._fail(error)
         self._plan.gathered(window, max(p.seconds for p in payloads))
@@ -229,7 +227,7 @@ class Collector:
     def _gather(self, window: int, payload: Payload) -> list[Payload]:
         started = time.perf_counter()
         payloads: list[Payload] = self._channel.gather(window, payload)
-        self.gather_s += time.perf_counter() - started
+        self._clock.gather_s += time.perf_counter() - started
         for rank, other in enumerate(payloads):
             if (other.job, other.attempt, other.window) != (payload.job, payload.attempt, payload.window):
                 raise ProtocolError(
@@ -238,24 +236,22 @@ class Collector:
                 )
         return payloads
 
-    def _commit(self, payloads: list[Payload], frontier: int) -> None:
-        if not self._plan.contiguous:
-            chunks = [p.rows for p in payloads if p.rows is not None]
-            rows = in_order(chunks, frontier) if chunks else None
-            parts = [self._timed_write(rows)] if rows is not None and len(rows) else []
-        else:
+    def _commit(self, table: Table, payloads: list[Payload], frontier: int) -> None:
+        if self._plan.contiguous:
             parts = [p.part for p in payloads if p.part is not None and p.part.stop <= frontier]
-        started = time.perf_counter()
-        if parts:
-            assert self._manifest is not None, "rank 0 holds the manifest"
-            commit(self._run_dir, self._manifest, sorted(parts, key=lambda part: part.first))
-        self.write_s += time.perf_counter() - started
+            if parts:
+                table.list(sorted(parts, key=lambda part: part.first))
+            return
+        chunks = [p.rows for p in payloads if p.rows is not None]
+        rows = in_order(chunks, frontier) if chunks else None
+        if rows is not None and len(rows):
+            table.add(rows)
 
-    def _timed_write(self, rows: Rows) -> Part:
+    @contextmanager
+    def _timing_writes(self) -> Iterator[None]:
         started = time.perf_counter()
-        part = self._writer.write(rows)
-        self.write_s += time.perf_counter() - started
-        return part
+        yield
+        self._clock.write_s += time.perf_counter() - started
 
     def _fail(self, error: Exception) -> None:
         self._error = error
@@ -271,7 +267,7 @@ class Collector:
             state=state,
             reason=reason_of(self._error) if self._error else "",
             next_missing=self._plan.stop,
-            errors=self.errors,
+            errors=self._errors,
             seconds=0.0,
             rows=None,
             part=None,

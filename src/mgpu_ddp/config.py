@@ -112,6 +112,8 @@ class RuntimeConfig:
     """Keep images and weights in the channels-last memory format."""
     fold: bool = True
     """Fold each batch norm into the convolution before it."""
+    deterministic: bool = True
+    """Same bits at any world size and after any resume. false lets cuDNN time its kernels and take the fastest."""
     compile: str = "auto"
     """auto, on or off: torch.compile. auto is off."""
     decode: str = "auto"
@@ -133,6 +135,8 @@ class LoaderConfig:
     """Batches each worker keeps ready."""
     timeout_s: float = 120.0
     """A sample that takes longer than this many seconds becomes an error row."""
+    max_pixels: int = 178_956_970
+    """An image of more pixels becomes an error row: it may be a decompression bomb."""
     block: int = 1
     """Consecutive samples that go to one rank; 1 is DistributedSampler's own rule."""
 
@@ -140,6 +144,7 @@ class LoaderConfig:
         _at_least("loader.workers", self.workers, 0, 4, word="auto")
         _at_least("loader.prefetch", self.prefetch, 1, 2)
         _at_least("loader.timeout_s", self.timeout_s, 0.1, 120, high=A_DAY_S)
+        _at_least("loader.max_pixels", self.max_pixels, 1, 178_956_970)
         require(self.block == 1, "loader.block", "1", self.block, "Leave loader.block out.")
 
 
@@ -156,12 +161,15 @@ class OutputConfig:
     collect: str = "auto"
     """gather: rows travel to rank 0, which writes. shards: each rank writes its own parts. auto: gather for
     top-k, shards for wide fields and npy."""
+    nonfinite: str = "record"
+    """record: a row whose outputs hold NaN or Inf becomes an error row. raise: it ends the job."""
     commit_every: int | str = "auto"
     """Samples of all ranks together that become durable at once. auto aims at about 10 seconds."""
 
     def __post_init__(self) -> None:
         _one_of("output.format", self.format, ("parquet", "csv", "jsonl", "npy"))
         _one_of("output.collect", self.collect, ("auto", "gather", "shards"))
+        _one_of("output.nonfinite", self.nonfinite, ("record", "raise"))
         _at_least("output.topk", self.topk, 1, 5)
         _at_least("output.commit_every", self.commit_every, 1, 10000, word="auto")
         for name in self.fields:
@@ -198,7 +206,9 @@ class Config:
     resume: bool = True
     """Continue a folder that holds the same job; false refuses it."""
     overwrite: bool = False
-    """Replace what the folder holds."""
+    """Start anew; an older result in the folder stays until the new one is complete."""
+    retry_failed: bool = False
+    """Also predict the samples again whose rows are errors."""
     on_error: str = "record"
     """record: a bad sample becomes an error row. raise: it ends the job."""
     max_errors: int | float | None = None

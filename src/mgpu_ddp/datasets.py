@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -14,6 +15,7 @@ from mgpu_ddp import listing
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import Listing
+from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.preprocess import Pixels, Transform, decode
 from mgpu_ddp.world import World
 
@@ -103,7 +105,26 @@ class FolderSamples:
         return listing.readable(self._files.path(index))
 
 
-def find_listing(config: Config, run_dir: Path, world: World) -> Listing | None:
+class ChosenSamples:
+    """Some samples of a dataset, numbered from 0."""
+
+    def __init__(self, samples: Samples, chosen: npt.NDArray[np.int64]) -> None:
+        self._samples, self._chosen = samples, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        return self._samples.load(int(self._chosen[index]), transform, clock)
+
+    def known_label(self, index: int) -> int:
+        return self._samples.known_label(int(self._chosen[index]))
+
+    def path(self, index: int) -> str | None:
+        return self._samples.path(int(self._chosen[index]))
+
+
+def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -> Listing | None:
     """List the dataset on rank 0. Collective: every rank calls this; None elsewhere and where none is needed.
 
     Raises:
@@ -111,15 +132,19 @@ def find_listing(config: Config, run_dir: Path, world: World) -> Listing | None:
     """
     with world.together("list the images"):
         if world.rank == 0 and isinstance(config.data, FolderConfig):
-            return _list_folder(config, config.data, run_dir)
+            return _list_folder(config, config.data, run_dir, afresh=afresh)
     return None
 
 
-def _list_folder(config: Config, data: FolderConfig, run_dir: Path) -> Listing:
+def _list_folder(config: Config, data: FolderConfig, run_dir: Path, *, afresh: bool) -> Listing:
     # A folder that is continued keeps its listing: it alone says which index is which file.
-    if config.resume and not config.overwrite and (run_dir / listing.FILE_NAME).exists():
-        return Listing.open(run_dir / listing.FILE_NAME)
+    known = None if afresh or Manifest.read(run_dir) is None else Listing.open(run_dir / listing.FILE_NAME)
+    if known is not None and config.shard is not None:
+        # More samples would move the borders between the shards.
+        return known
     paths = listing.find_images(data.root, follow_outside=data.follow_outside)
+    if known is not None:
+        return known.grown(paths)
     if not paths:
         kinds = ", ".join(e.decode().lstrip(".") for e in listing.EXTENSIONS)
         raise UsageError(f"data.root must hold at least one image ({kinds}), got {data.root!r}. Name another folder.")

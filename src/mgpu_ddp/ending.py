@@ -1,21 +1,27 @@
 """How a job ends: proved and reported, or marked as failed."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mgpu_ddp import report
 from mgpu_ddp.claiming import remove_unlisted
-from mgpu_ddp.collect import Collector, Ending
-from mgpu_ddp.datasets import Samples
-from mgpu_ddp.errors import Exit, ProofError
+from mgpu_ddp.collect import Ending
+from mgpu_ddp.errors import Exit, ProofError, UsageError
 from mgpu_ddp.job import Claim, Job
 from mgpu_ddp.manifest import Manifest, write_status
 from mgpu_ddp.models import Model
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.proof import prove, write_errors
-from mgpu_ddp.world import World
+from mgpu_ddp.replacing import put_in_place
+from mgpu_ddp.world import World, reason_of
+from mgpu_ddp.writing import write_error
+
+log = logging.getLogger("mgpu_ddp")
 
 ENDINGS: dict[Ending, tuple[str, Exit]] = {
     "complete": ("complete", Exit.COMPLETE),
@@ -24,39 +30,61 @@ ENDINGS: dict[Ending, tuple[str, Exit]] = {
 }
 
 
-def finish_job(
-    job: Job, claim: Claim, samples: Samples, model: Model, world: World, clock: Clock, collector: Collector
-) -> dict[str, Any]:
+@contextmanager
+def holding(claim: Claim, world: World) -> Iterator[None]:
+    """Let go of the claimed folder at the end of the block, and mark it as failed where that raised."""
+    try:
+        yield
+    except Exception as error:
+        if claim.manifest is not None:
+            _mark_failed(claim.folder, reason_of(error))
+        raise
+    finally:
+        if claim.held is not None:
+            os.close(claim.held)
+
+
+def _mark_failed(folder: Path, reason: str) -> None:
+    try:
+        # What is on disk counts, not what a failed commit left in memory.
+        manifest = Manifest.read(folder)
+        if manifest is not None and not manifest.complete:
+            write_status(folder, "failed", manifest, reason)
+    except (OSError, UsageError) as error:
+        log.error("%s must be writable to say that the job failed, got: %s", folder / "status.json", error)
+
+
+def finish_job(job: Job, claim: Claim, model: Model, world: World, clock: Clock, ending: Ending) -> dict[str, Any]:
     """Prove, report and mark the folder. Collective: every rank calls this; all get the summary.
 
     Raises:
         ProofError: the folder does not hold exactly one row per sample.
     """
-    measured = report.measure(world, clock, collector)
+    measured = report.measure(world, clock)
     ranks = [report.RankMetrics(**values) for values in world.exchange("metrics", asdict(measured))]
     summary: dict[str, Any] = {}
     with world.together("prove the table"):
         if world.rank == 0:
             assert claim.manifest is not None
-            summary = _conclude(job, claim.manifest, samples, model, world, collector.ending, ranks)
-    if claim.held is not None:
-        os.close(claim.held)
+            try:
+                summary = _conclude(job, claim, claim.manifest, model, world, ending, ranks)
+            except OSError as error:
+                raise write_error(job.run_dir, error) from error
     return dict(world.share("summary", summary))
 
 
 def _conclude(
     job: Job,
+    claim: Claim,
     manifest: Manifest,
-    samples: Samples,
     model: Model,
     world: World,
     ending: Ending,
     ranks: Sequence[report.RankMetrics],
 ) -> dict[str, Any]:
     run_dir, how = job.run_dir, job.config.output.format
-    if ending != "complete":
-        # Ranks past the first one that stopped have written what was then not committed.
-        remove_unlisted(run_dir, manifest)
+    # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
+    remove_unlisted(run_dir, manifest)
     proof = prove(run_dir, manifest, how)
     status, code = ENDINGS[ending]
     reason = None
@@ -72,7 +100,7 @@ def _conclude(
             f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
             f" {proof.duplicates} doubled."
         )
-    write_errors(run_dir, manifest, how, samples)
+    write_errors(run_dir, manifest, how, claim.samples.path)
     manifest.complete = ending == "complete"
     manifest.write(run_dir)
     write_status(run_dir, status, manifest, reason)
@@ -91,26 +119,25 @@ def _conclude(
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
         "precision": manifest.fingerprint["runtime.precision"],
-        "run_dir": str(run_dir),
+        "run_dir": str(job.home),
     }
     if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
-        summary |= report.write_metrics(run_dir, ranks)
+        summary |= report.write_metrics(run_dir, ranks, deterministic=job.config.runtime.deterministic)
     else:
         ranks = []
+    if job.replaces is not None and ending == "complete":
+        put_in_place(job.replaces)
     report.print_table(summary, ranks)
     return summary
 
 
 def fail_job(job: Job, reason: str) -> dict[str, Any]:
-    """Mark a claimed folder as failed, and say so on stdout. Rank 0 only."""
-    manifest = Manifest.read(job.run_dir)
-    if manifest is not None and not manifest.complete:
-        write_status(job.run_dir, "failed", manifest, reason)
+    """Say on stdout that a job failed. Rank 0 only."""
     summary = {
         "status": "failed",
         "exit_code": int(Exit.FAILED),
         "reason": reason,
-        "run_dir": str(job.run_dir),
+        "run_dir": str(job.home),
     }
     report.print_summary(summary)
     return summary

@@ -65,6 +65,11 @@ class Parquet:
 
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
+    def read(self, path: Path, schema: Any) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path, schema=schema, partitioning=None)
+
     def columns(self, path: Path, names: list[str]) -> Any:
         import pyarrow.parquet as pq
 
@@ -84,14 +89,31 @@ class Csv:
             csv.write_csv(pa.table(columns), file, csv.WriteOptions(include_header=header))
             header = False
 
+    def read(self, path: Path, schema: Any) -> Any:
+        import pyarrow as pa
+
+        types = {field.name: pa.string() if _is_list(field.type) else field.type for field in schema}
+        table = self._read(path, types)
+        columns = [
+            pa.array([None if v is None else json.loads(v) for v in table[field.name].to_pylist()], type=field.type)
+            if _is_list(field.type)
+            else table[field.name]
+            for field in schema
+        ]
+        return pa.table(columns, schema=schema)
+
     def columns(self, path: Path, names: list[str]) -> Any:
         import pyarrow as pa
-        from pyarrow import csv
 
         types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
+        return self._read(path, {name: types[name] for name in names})
+
+    def _read(self, path: Path, types: dict[str, Any]) -> Any:
+        from pyarrow import csv
+
         convert = csv.ConvertOptions(
-            include_columns=names,
-            column_types={n: types[n] for n in names},
+            include_columns=list(types),
+            column_types=types,
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         )
@@ -108,21 +130,37 @@ class JsonLines:
                 record = dict(zip(chunk.column_names, row, strict=True))
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
+    def read(self, path: Path, schema: Any) -> Any:
+        import pyarrow as pa
+
+        # Arrow's reader of JSON knows lists of any length only.
+        loose = [(f.name, pa.list_(f.type.value_type) if _is_list(f.type) else f.type) for f in schema]
+        return self._read(path, pa.schema(loose)).cast(schema)
+
     def columns(self, path: Path, names: list[str]) -> Any:
         import pyarrow as pa
-        from pyarrow import json as arrow_json
 
         types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
-        schema = pa.schema([(name, types[name]) for name in names])
+        return self._read(path, pa.schema([(name, types[name]) for name in names]))
+
+    def _read(self, path: Path, schema: Any) -> Any:
+        from pyarrow import json as arrow_json
+
         options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         block = arrow_json.ReadOptions(block_size=64 << 20)
         return arrow_json.read_json(path, read_options=block, parse_options=options)
 
 
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def _csv_column(column: Any) -> Any:
     import pyarrow as pa
 
-    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    if _is_list(column.type):
         return pa.array([None if v is None else json.dumps(v) for v in _values(column)], type=pa.string())
     # As float64, the shortest text of a float32 stays as short.
     return pa.array(_values(column), type=pa.float64()) if column.type == pa.float32() else column

@@ -16,22 +16,17 @@ from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mgpu_ddp import config, keys, report
+from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
-from mgpu_ddp.ending import finish_job
+from mgpu_ddp.ending import finish_job, holding
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.job import (
-    Job,
-    claim_job,
-    collecting,
-    dry_run,
-    open_claimed,
-    plan_job,
-    refuse_bad_samples,
-)
+from mgpu_ddp.job import Claim, Job, claim_job, place_job
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.models import choose_transform, load_model, prepare
+from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks
 from mgpu_ddp.predict import Clock, Predictor, in_flight, predict
+from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish, die_with_parent
@@ -41,31 +36,48 @@ from mgpu_ddp.world import World, choose_device, join
 def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
     world = choose_device(job.config, world)
-    files = find_listing(job.config, job.run_dir, world)
+    job = place_job(job, world)
+    files = find_listing(job.config, job.run_dir, afresh=job.starts_over, world=world)
     model = load_model(job.config, world)
     if job.config.dry_run:
         return dry_run(job, model, files, world)
     transform = choose_transform(job.config, model)
     claim = claim_job(job, model, transform, files, world)
-    samples = open_claimed(job, files, world)
-    plan = plan_job(job.config, claim, model.num_classes, world)
-    predictor = Predictor(
-        prepare(model, job.config, world), transform, job.config.runtime, job.config.output, world.device
-    )
-    clock = Clock(warm_up=in_flight(world))
+    with holding(claim, world):
+        module = prepare(model, job.config, world)
+        predictor = Predictor(module, transform, job.config.runtime, job.config.output, world.device)
+        clock = Clock(warm_up=in_flight(world))
+        ending: Ending = "complete"
+        for task in tasks(job, claim, model, world):
+            with collecting(job, task, claim, model, transform, world, stop, clock) as collector:
+                predict_task(job, task, claim, predictor, transform, world, clock, collector)
+            ending = collector.ending
+            if ending != "complete":
+                break
+        return finish_job(job, claim, model, world, clock, ending)
+
+
+def predict_task(
+    job: Job,
+    task: Task,
+    claim: Claim,
+    predictor: Predictor,
+    transform: Transform,
+    world: World,
+    clock: Clock,
+    collector: Collector,
+) -> None:
+    """Predict this rank's share of a task, with nothing collective in the loop."""
+    sampler = ShardSampler(task.plan, world.rank)
     with (
-        closing(
-            load_batches(samples, ShardSampler(plan, world.rank), transform, job.config.loader, claim.batch_size, world)
-        ) as batches,
+        closing(load_batches(task.samples, sampler, transform, job.config.loader, claim.batch_size, world)) as batches,
         closing(predict(batches, predictor, world, clock)) as predicted,
-        collecting(job, claim, plan, samples, model, transform, world, stop) as collector,
     ):
         for rows in predicted:
-            refuse_bad_samples(rows, job, samples)
+            refuse_bad_samples(rows, job, task.samples)
             collector.add(rows)
             if collector.over:
-                break
-    return finish_job(job, claim, samples, model, world, clock, collector)
+                return
 
 
 def main() -> None:

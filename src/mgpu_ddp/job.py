@@ -1,44 +1,27 @@
-"""One job: what it is, its place in the run folder, and its plan."""
+"""One job: what it is, and the run folder it makes its own."""
 
 import logging
+import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from mgpu_ddp import report
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
-from mgpu_ddp.collect import Collector
 from mgpu_ddp.config import Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
-from mgpu_ddp.errors import Exit, SampleError
 from mgpu_ddp.listing import FILE_NAME, Listing
-from mgpu_ddp.loading import num_workers
-from mgpu_ddp.manifest import Manifest, versions, write_bytes, write_status
+from mgpu_ddp.manifest import Manifest, versions, write_status
 from mgpu_ddp.models import Model, precision_of, weights_digest
-from mgpu_ddp.predict import in_flight
 from mgpu_ddp.preprocess import Transform
-from mgpu_ddp.report import Progress
-from mgpu_ddp.rows import Rows
-from mgpu_ddp.sharding import Plan
-from mgpu_ddp.signals import StopWish
-from mgpu_ddp.world import Channel, World
-from mgpu_ddp.writing import open_writer
+from mgpu_ddp.replacing import NEXT, holds_result, is_half_replaced, put_in_place
+from mgpu_ddp.world import World
+from mgpu_ddp.writing import write_error
 
 log = logging.getLogger("mgpu_ddp")
-
-WINDOW_BYTES = 64 << 20
-"""Of the rows that travel to rank 0 in one window, from all ranks together."""
-STRETCH_BYTES = 8 << 20
-"""Of the rows that one rank writes itself in one window."""
-
-EMBEDDING_DIM = 2048
-"""Assumed where the width of an embedding only sizes buffers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +32,19 @@ class Job:
     """Unique in this process; payloads carry it."""
     config: Config
     run_dir: Path
+    """Where it works."""
+    replaces: Path | None = None
+    """The folder with an older result whose place `run_dir` takes once it is complete."""
+    starts_over: bool = False
+    """Whether what `run_dir` holds is discarded."""
     batch_size_given: bool = True
     hydra_files: dict[str, Any] | None = None
     """What goes into RUN/.hydra, by file name."""
+
+    @property
+    def home(self) -> Path:
+        """The run folder as the user knows it."""
+        return self.replaces or self.run_dir
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +65,8 @@ class Claim:
     """On rank 0."""
     held: int | None
     """On rank 0: the descriptor that keeps other jobs out."""
+    folder: Path
+    samples: Samples
 
 
 def dataset_range(config: Config, length: int) -> tuple[int, int]:
@@ -88,7 +83,7 @@ def fingerprint(
     runtime = config.runtime
     return {
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
-        "listing": files.digest if files is not None else None,
+        "listing": None,
         **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(transform).items()},
         "model.name": config.model.name,
         "model.num_classes": model.num_classes,
@@ -98,11 +93,42 @@ def fingerprint(
         "runtime.precision": precision_of(runtime, world.device),
         "runtime.channels_last": runtime.channels_last,
         "runtime.fold": runtime.fold,
+        "runtime.deterministic": runtime.deterministic,
         "runtime.compile": runtime.compile == "on",
         "output.format": config.output.format,
         "output.fields": sorted(config.output.fields),
         "output.topk": config.output.topk,
     }
+
+
+def place_job(job: Job, world: World) -> Job:
+    """The job with the place where it works: beside an older result until it is complete. Collective.
+
+    Raises:
+        UsageError: another job holds the folder.
+    """
+    if job.config.dry_run:
+        return job
+    place: tuple[bool, bool] | None = None
+    with world.together("find the run folder"):
+        if world.rank == 0:
+            place = _find_place(job.run_dir, job.config.overwrite, world)
+    beside, starts_over = world.share("place", place)
+    if not beside:
+        return job
+    return replace(job, run_dir=job.run_dir / NEXT, replaces=job.run_dir, starts_over=starts_over)
+
+
+def _find_place(run_dir: Path, overwrite: bool, world: World) -> tuple[bool, bool]:
+    """(whether the job works beside an older result, whether it discards what is there)."""
+    if is_half_replaced(run_dir):
+        held = hold_folder(run_dir)
+        put_in_place(run_dir)
+        os.close(held)
+    # Neither a restart by torchrun nor a requeue by SLURM is another launch.
+    first = overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    starts_over = first and world.once_per_launch(f"overwrite/{run_dir}") and holds_result(run_dir)
+    return starts_over or (run_dir / NEXT).exists(), starts_over
 
 
 def claim_job(job: Job, model: Model, transform: Transform, files: Listing | None, world: World) -> Claim:
@@ -125,179 +151,44 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 world_sizes=[world.size],
                 versions=versions(),
             )
-            overwrite = config.overwrite and world.once_per_launch(f"overwrite/{run_dir}")
+            if files is not None:
+                wanted.fingerprint["listing"] = files.digest(stop)
             # A restarted attempt finds what the dead one of the same launch has left.
             resume = config.resume or world.attempt > 0
-            if not overwrite:
-                to_continue(run_dir, wanted, resume=resume)
+            if not job.starts_over:
+                to_continue(run_dir, wanted, resume=resume, files=files)
             # What is refused must not even be touched by a lock; what is not may change until the lock is there.
-            held = hold_folder(run_dir)
+            held = hold_folder(job.home)
             manifest = claim_folder(
                 run_dir,
                 wanted,
                 resume=resume,
-                overwrite=overwrite,
+                overwrite=job.starts_over,
                 batch_size_given=job.batch_size_given,
                 array_columns=model.num_classes if config.output.format == "npy" else None,
+                files=files,
             )
-            _furnish(job, files, manifest)
-    return _share_claim(manifest, held, world)
-
-
-def _share_claim(manifest: Manifest | None, held: int | None, world: World) -> Claim:
+            try:
+                _furnish(job, manifest)
+            except OSError as error:
+                raise write_error(run_dir, error) from error
     mine: dict[str, Any] | None = None
     if manifest is not None:
         mine = {name: getattr(manifest, name) for name in ("start", "stop", "prefix", "errors", "batch_size")}
         mine["token"] = secrets.token_hex(3)
-    return Claim(**world.share("claim", mine), manifest=manifest, held=held)
+    shared = world.share("claim", mine)
+    with world.together("open the samples"):
+        if isinstance(config.data, FolderConfig):
+            files = Listing.open(run_dir / FILE_NAME)
+        samples = open_samples(config, files)
+    return Claim(**shared, manifest=manifest, held=held, folder=run_dir, samples=samples)
 
 
-def _furnish(job: Job, files: Listing | None, manifest: Manifest) -> None:
-    """Put what belongs into a claimed folder: the listing, the composed configuration, the status."""
-    if files is not None and not manifest.parts:
-        write_bytes(job.run_dir / FILE_NAME, files.buffer)
+def _furnish(job: Job, manifest: Manifest) -> None:
+    """Put what belongs into a claimed folder: the composed configuration and the status."""
     if job.hydra_files:
         (job.run_dir / ".hydra").mkdir(exist_ok=True)
         for name, node in job.hydra_files.items():
             OmegaConf.save(node, job.run_dir / ".hydra" / name)
     if not manifest.complete:
         write_status(job.run_dir, "running", manifest)
-
-
-def open_claimed(job: Job, files: Listing | None, world: World) -> Samples:
-    """The samples as every process of the job sees them. Collective: every rank calls this."""
-    with world.together("open the samples"):
-        if isinstance(job.config.data, FolderConfig) and job.run_dir.is_dir():
-            files = Listing.open(job.run_dir / FILE_NAME)
-        return open_samples(job.config, files)
-
-
-def row_bytes(config: Config, num_classes: int) -> int:
-    """About how many bytes one row takes on its way."""
-    fields = config.output.fields
-    wide = ("logits" in fields or config.output.format == "npy") + ("probs" in fields)
-    numbers = num_classes * wide + EMBEDDING_DIM * ("embedding" in fields) + 2 * config.output.topk
-    return 64 + 4 * numbers
-
-
-def plan_job(config: Config, claim: Claim, num_classes: int, world: World) -> Plan:
-    """The windows that are left to do. Collective: every rank calls this."""
-    contiguous = config.collect == "shards"
-    ahead = num_workers(config.loader, world) * config.loader.prefetch + in_flight(world) + 1
-    if config.output.commit_every == "auto":
-        step = world.size * claim.batch_size
-        smallest = max(world.exchange("batches read ahead", ahead)) * step
-        budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
-        largest = budget // row_bytes(config, num_classes)
-    else:
-        smallest = largest = int(config.output.commit_every)
-    return Plan(
-        start=claim.prefix,
-        stop=claim.stop,
-        size=world.size,
-        batch_size=claim.batch_size,
-        contiguous=contiguous,
-        smallest_rows=smallest,
-        largest_rows=largest,
-    )
-
-
-@contextmanager
-def collecting(
-    job: Job,
-    claim: Claim,
-    plan: Plan,
-    samples: Samples,
-    model: Model,
-    transform: Transform,
-    world: World,
-    stop: StopWish,
-) -> Iterator[Collector]:
-    """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
-    config, total = job.config, claim.stop - claim.start
-    world.pulse.timeout_s = config.dist.timeout_s
-    channel = Channel(world, job.name, config.dist.timeout_s)
-    writer = open_writer(job.run_dir, config.output.format, samples, model.class_names, claim.token, claim.start)
-    collector = Collector(
-        job=job.name,
-        world=world,
-        plan=plan,
-        channel=channel,
-        writer=writer,
-        manifest=claim.manifest,
-        run_dir=job.run_dir,
-        stop=stop,
-        errors_before=claim.errors,
-        max_errors=error_limit(config, total),
-    )
-    with report.log_into(job.run_dir, world), Progress(world, total, claim.prefix - claim.start), collector:
-        height, width = transform.out_size
-        model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
-        report.log_plan(world, config.runtime, model_bytes, claim.batch_size * 3 * height * width * 4)
-        left = claim.stop - claim.prefix
-        log.info("%s; batch_size %d; %s of %s rows to do", model.origin, claim.batch_size, f"{left:,}", f"{total:,}")
-        yield collector
-    channel.close()
-
-
-def error_limit(config: Config, total: int) -> float:
-    """`max_errors` as a count."""
-    limit = config.max_errors
-    if limit is None:
-        return float("inf")
-    return limit * total if isinstance(limit, float) and limit < 1 else limit
-
-
-def refuse_bad_samples(rows: Rows, job: Job, samples: Samples) -> None:
-    """End the job for a bad sample, as `on_error=raise` asks.
-
-    Raises:
-        SampleError: names the file and the reason.
-    """
-    for index, reason in rows.errors.items() if job.config.on_error == "raise" else ():
-        name = samples.path(index) or f"sample {index}"
-        raise SampleError(f"{name} (index {index}) must be readable, got {reason}. Mend it or set on_error=record.")
-
-
-def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict[str, Any]:
-    """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
-    start, stop = world.share(
-        "samples",
-        dataset_range(job.config, len(open_samples(job.config, files))) if world.rank == 0 else None,
-    )
-    claim = Claim(
-        start=start,
-        stop=stop,
-        prefix=start,
-        errors=0,
-        batch_size=job.config.batch_size,
-        token="",
-        manifest=None,
-        held=None,
-    )
-    plan = plan_job(job.config, claim, model.num_classes, world)
-    summary = {
-        "status": "planned",
-        "exit_code": int(Exit.COMPLETE),
-        "samples": stop - start,
-        "run_dir": str(job.run_dir),
-    }
-    if world.rank == 0:
-        print(describe_plan(job, plan, model.num_classes))
-        report.print_summary(summary)
-    return summary
-
-
-def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
-    rows = plan.stop - plan.start
-    windows = "about " if plan.smallest != plan.largest else ""
-    num_bytes = rows * row_bytes(job.config, num_classes)
-    return "\n".join(
-        [
-            f"run folder     {job.run_dir}",
-            f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
-            f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
-            f"windows        {windows}{-(-rows // plan.smallest):,} of at least {plan.smallest:,} rows",
-            f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
-        ]
-    )

@@ -1,8 +1,8 @@
 """The listing of an image folder: index → path and label, written once by rank 0 and mapped by every process.
 
 `listing.arrow` is an Arrow IPC file with the columns `path` (raw bytes relative to the root, since names need
-not be UTF-8) and `label` (int32, null where folders are not classes). It is sorted by the bytes of the path,
-and it alone defines which index is which file.
+not be UTF-8) and `label` (int32, null where folders are not classes). It is sorted by the bytes of the path;
+what a later start finds besides is appended. It alone defines which index is which file.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mgpu_ddp.errors import UsageError
 
@@ -112,12 +114,18 @@ class Listing:
         import pyarrow as pa
 
         labels, _names = class_labels(paths)
-        columns = {
-            "path": pa.array(paths, type=pa.large_binary()),
-            "label": pa.array(labels if labels is not None else [None] * len(paths), type=pa.int32()),
-        }
+        return cls.of(
+            pa.array(paths, type=pa.large_binary()),
+            pa.array(labels if labels is not None else [None] * len(paths), type=pa.int32()),
+        )
+
+    @classmethod
+    def of(cls, paths: Any, labels: Any) -> "Listing":
+        """A listing of Arrow arrays: large_binary and int32."""
+        import pyarrow as pa
+
         sink = pa.BufferOutputStream()
-        batch = pa.record_batch(columns)
+        batch = pa.record_batch({"path": paths, "label": labels})
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return cls(sink.getvalue())
@@ -126,8 +134,15 @@ class Listing:
     def open(cls, path: Path) -> "Listing":
         import pyarrow as pa
 
-        with pa.memory_map(str(path)) as mapped:
-            return cls(mapped.read_buffer())
+        try:
+            with pa.memory_map(str(path)) as mapped:
+                return cls(mapped.read_buffer())
+        except (OSError, pa.ArrowException, IndexError, KeyError) as error:
+            text = " ".join(str(error).split())
+            raise UsageError(
+                f"{path} must be the listing this job began with, got a file that cannot be read ({text})."
+                " Choose another output.dir."
+            ) from None
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -140,6 +155,38 @@ class Listing:
         value = self._labels[index].as_py()
         return -1 if value is None else int(value)
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.buffer).hexdigest()
+    def digest(self, stop: int) -> str:
+        """sha256 over the paths and labels of the first `stop` rows."""
+        paths, labels = self._paths.slice(0, stop), self._labels.slice(0, stop)
+        ends = np.frombuffer(paths.buffers()[1], np.int64, stop + 1) if stop else np.zeros(1, np.int64)
+        digest = hashlib.sha256(np.diff(ends).tobytes())
+        digest.update(memoryview(paths.buffers()[2] or b"")[: int(ends[-1])])
+        digest.update(labels.fill_null(-1).to_numpy())
+        return digest.hexdigest()
+
+    def grown(self, found: list[bytes]) -> "Listing":
+        """This listing with the paths that it lacks appended; what it has keeps its index and its label."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        seen = pa.array(found, type=pa.large_binary())
+        new = seen.filter(compute.invert(compute.is_in(seen, value_set=self._paths))).to_pylist()
+        if not new:
+            return self
+        numbers = {path.partition(b"/")[0]: number for path, number in self._classes()}
+        labels: list[int | None] = []
+        for path in new:
+            is_class = numbers and path.count(b"/") == 1
+            labels.append(numbers.setdefault(path.partition(b"/")[0], len(numbers)) if is_class else None)
+        return Listing.of(
+            pa.concat_arrays([self._paths, pa.array(new, type=pa.large_binary())]),
+            pa.concat_arrays([self._labels, pa.array(labels, type=pa.int32())]),
+        )
+
+    def _classes(self) -> list[tuple[bytes, int]]:
+        """One path of each class, with its number."""
+        import pyarrow as pa
+
+        table = pa.table({"path": self._paths, "label": self._labels}).filter(self._labels.is_valid())
+        firsts = table.group_by("label", use_threads=False).aggregate([("path", "first")])
+        return list(zip(firsts["path_first"].to_pylist(), firsts["label"].to_pylist(), strict=True))

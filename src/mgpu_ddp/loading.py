@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from mgpu_ddp.config import LoaderConfig
@@ -131,6 +131,8 @@ def load_batches(
 ) -> Generator[tuple[Batch, float]]:
     """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited."""
     workers = num_workers(config, world)
+    # Pillow warns from here on and refuses at twice as much. Workers inherit it.
+    Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     maker = BatchMaker(samples, transform, batch_size, config.timeout_s)
     # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
     ahead: dict[str, Any] = {

@@ -1,9 +1,7 @@
-"""The manifest: what is done, and what the job is. Small files are replaced whole, durably."""
+"""The manifest: what is done, and what the job is."""
 
 import json
-import os
 import platform
-import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mgpu_ddp import __version__
+from mgpu_ddp.durable import replace_json
 from mgpu_ddp.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -29,6 +28,8 @@ class Part:
     errors: int
     num_bytes: int
     sha256: str
+    split_rows: int = 0
+    """Rows whose batch was split for lack of memory: their last bits may differ."""
     reasons: dict[str, str] = field(default_factory=dict)
     """index → reason, for a format that has no place for reasons."""
 
@@ -91,38 +92,14 @@ class Manifest:
             ) from None
 
     def write(self, run_dir: Path) -> None:
-        write_json(run_dir / MANIFEST, asdict(self))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a small file durably: its old or its new content is there at any moment, never a mixture."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_bytes(path: Path, data: Any) -> None:
-    """Replace a file durably by the bytes of a buffer."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        replace_json(run_dir / MANIFEST, asdict(self))
 
 
 def write_status(run_dir: Path, status: str, manifest: Manifest, reason: str | None = None) -> None:
     """Write `status.json`: running, complete, failed or preempted, with counts. Rank 0 only."""
     total, rows = manifest.stop - manifest.start, manifest.prefix - manifest.start
     counts = {"total": total, "ok": rows - manifest.errors, "error": manifest.errors, "missing": total - rows}
-    write_json(run_dir / "status.json", {"status": status, "reason": reason, "counts": counts})
+    replace_json(run_dir / "status.json", {"status": status, "reason": reason, "counts": counts})
 
 
 def versions() -> dict[str, str]:

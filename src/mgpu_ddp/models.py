@@ -221,9 +221,9 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     if config.runtime.fold:
         module = _fold(module)
     precision = precision_of(config.runtime, device)
-    # One process may run jobs of several precisions: set both ways. cuDNN may not choose kernels by timing them,
-    # since that breaks bitwise equality between processes.
-    torch.backends.cudnn.benchmark = False
+    # One process may run jobs of several precisions: set both ways. Where cuDNN chooses kernels by timing them,
+    # bitwise equality between processes is gone.
+    torch.backends.cudnn.benchmark = not config.runtime.deterministic
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format

@@ -1,5 +1,6 @@
 """The loop and its clock: batches → model → rows, with nothing collective in it."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,7 +19,10 @@ from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.rows import Rows
 from mgpu_ddp.world import World
 
+log = logging.getLogger("mgpu_ddp")
+
 Columns = dict[str, torch.Tensor]
+NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 
 
 class Predictor:
@@ -44,16 +48,47 @@ class Predictor:
         features = inputs[0]
         self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
-    @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> Columns:
-        """Predict uint8 (batch_size, height, width, 3): columns as `Rows` has them, on the device."""
+        """Predict uint8 (batch_size, height, width, 3): columns as `Rows` has them, on the device.
+
+        Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, maybe more
+        than once, because the device lacked the memory for it.
+        """
+        columns = self._attempt(pixels)
+        if columns is None:
+            log.warning("a batch of %d did not fit in memory and was split: lower batch_size", len(pixels))
+            columns = self._in_halves(pixels)
+            columns["split"] = torch.ones(len(pixels), dtype=torch.bool)
+        return columns
+
+    def _attempt(self, pixels: torch.Tensor) -> Columns | None:
+        try:
+            return self._predict(pixels)
+        except RuntimeError as error:
+            if len(pixels) == 1 or not _is_out_of_memory(error):
+                raise
+        return None
+
+    def _in_halves(self, pixels: torch.Tensor) -> Columns:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = pixels.split(-(-len(pixels) // 2))
+        parts = [self._attempt(half) or self._in_halves(half) for half in halves]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.inference_mode()
+    def _predict(self, pixels: torch.Tensor) -> Columns:
         images = self._transform.normalise(
             pixels.to(self._device, non_blocking=True), dtype=self._dtype, channels_last=self._channels_last
         )
         logits = self._module(images).float()
         probs = logits.softmax(dim=1)
         top = probs.topk(min(self._topk, probs.shape[1]), dim=1)
-        columns = {"pred": top.indices[:, 0].int(), "prob": top.values[:, 0]}
+        columns = {
+            "pred": top.indices[:, 0].int(),
+            "prob": top.values[:, 0],
+            "finite": logits.isfinite().all(dim=1),
+        }
         if "topk" in self._fields:
             columns |= {"topk_index": top.indices.int(), "topk_prob": top.values}
         if "logits" in self._fields:
@@ -76,10 +111,21 @@ class Clock:
     """Waiting for the loader."""
     predict_s: float = 0.0
     """Preprocessing and forward; on CUDA until the result is on the host."""
+    peers_s: float = 0.0
+    """Waiting for the windows of all ranks."""
+    gather_s: float = 0.0
+    """Of the collecting thread: gathering, waiting for slower ranks included."""
+    write_s: float = 0.0
+    """Of the collecting thread: writing and listing parts."""
     workers_s: dict[str, float] = field(default_factory=dict)
     """Seconds of loader workers, per stage."""
     batch_s: list[float] = field(default_factory=list)
     rows: int = 0
+    errors: int = 0
+    nonfinite: int = 0
+    """Rows whose outputs held NaN or Inf; they count as errors."""
+    split_rows: int = 0
+    """Rows whose batch was split for lack of memory."""
     first_at: float = 0.0
     ended: float = 0.0
     _warm_at: float = 0.0
@@ -157,5 +203,16 @@ def _harvest(pending: deque[tuple[Batch, Callable[[], Columns]]], clock: Clock) 
     n = len(batch.index)
     # Copies, so that rows do not keep the padded buffers alive.
     columns = {name: np.array(column.numpy()[:n]) for name, column in finish().items()}
+    nonfinite = {i: NONFINITE for i in batch.index[~columns.pop("finite")].tolist() if i not in batch.errors}
+    split = frozenset(batch.index[columns.pop("split")].tolist()) if "split" in columns else frozenset()
+    errors = batch.errors | nonfinite
     clock.batch(n, batch.seconds)
-    return Rows(index=batch.index, label=batch.label, columns=columns, errors=batch.errors)
+    clock.errors += len(errors)
+    clock.nonfinite += len(nonfinite)
+    clock.split_rows += len(split)
+    return Rows(index=batch.index, label=batch.label, columns=columns, errors=errors, split=split)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU torch has no class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

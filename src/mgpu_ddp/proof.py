@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.datasets import Samples
+from mgpu_ddp.durable import replace_bytes
 from mgpu_ddp.errors import ProofError
 from mgpu_ddp.formats import FORMATS
-from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, write_bytes
+from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part
+from mgpu_ddp.writing import array_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +69,7 @@ def _count(run_dir: Path, manifest: Manifest, how: str) -> tuple[int, int]:
 
 def _digest(run_dir: Path, part: Part, start: int) -> str:
     if part.file == ARRAY:
-        rows = np.load(run_dir / ARRAY, mmap_mode="r")[part.first - start : part.stop - start]
-        return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
+        return array_digest(np.load(run_dir / ARRAY, mmap_mode="r"), part, start)
     with (run_dir / part.file).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,18 +80,24 @@ def _index_of(run_dir: Path, part: Part, how: str) -> Any:
     return FORMATS[how].columns(run_dir / part.file, ["index"])["index"].to_numpy()
 
 
-def write_errors(run_dir: Path, manifest: Manifest, how: str, samples: Samples) -> None:
+def write_errors(run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]) -> None:
     """Derive `errors.jsonl` (index, path, reason) from the parts. Rank 0 only."""
     lines: list[bytes] = []
+    for index, path, reason in error_rows(run_dir, manifest, how, path_of):
+        record = {"index": index, "path": path, "reason": reason}
+        lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    replace_bytes(run_dir / "errors.jsonl", b"".join(lines))
+
+
+def error_rows(
+    run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]
+) -> Iterator[tuple[int, str | None, str]]:
+    """(index, path, reason) of every error row, ascending, read from the parts. Rank 0 only."""
     for part in manifest.parts:
         if part.errors == 0:
             continue
         if how == "npy":
-            found = [(int(i), samples.path(int(i)), reason) for i, reason in part.reasons.items()]
+            yield from sorted((int(i), path_of(int(i)), reason) for i, reason in part.reasons.items())
         else:
             table = FORMATS[how].columns(run_dir / part.file, ["index", "path", "error"]).to_pylist()
-            found = [(row["index"], row["path"], row["error"]) for row in table if row["error"]]
-        for index, path, reason in found:
-            record = {"index": index, "path": path, "reason": reason}
-            lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    write_bytes(run_dir / "errors.jsonl", b"".join(lines))
+            yield from ((row["index"], row["path"], row["error"]) for row in table if row["error"])

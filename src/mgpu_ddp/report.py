@@ -16,9 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from mgpu_ddp.collect import Collector
 from mgpu_ddp.config import RuntimeConfig
-from mgpu_ddp.manifest import write_json
+from mgpu_ddp.durable import replace_json
 from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
@@ -135,6 +134,10 @@ class RankMetrics:
     rank: int
     rows: int
     errors: int
+    nonfinite: int
+    """Error rows for outputs that held NaN or Inf."""
+    split_rows: int
+    """Rows whose batch was split for lack of memory."""
     images_per_s: float
     """After the first batches, which pay for warming up."""
     steady_rows: int
@@ -160,7 +163,7 @@ class RankMetrics:
     peak_gpu_bytes: int
 
 
-def measure(world: World, clock: Clock, collector: Collector) -> RankMetrics:
+def measure(world: World, clock: Clock) -> RankMetrics:
     age = process_age_s()
     now = time.perf_counter()
     steady_rows, steady_s = clock.steady
@@ -169,7 +172,9 @@ def measure(world: World, clock: Clock, collector: Collector) -> RankMetrics:
     return RankMetrics(
         rank=world.rank,
         rows=clock.rows,
-        errors=collector.errors,
+        errors=clock.errors,
+        nonfinite=clock.nonfinite,
+        split_rows=clock.split_rows,
         images_per_s=steady_rows / steady_s if steady_s else 0.0,
         steady_rows=steady_rows,
         steady_s=steady_s,
@@ -177,9 +182,9 @@ def measure(world: World, clock: Clock, collector: Collector) -> RankMetrics:
         wall_s=age,
         wait_s=clock.wait_s,
         predict_s=clock.predict_s,
-        peers_s=collector.peers_s,
-        gather_s=collector.gather_s,
-        write_s=collector.write_s,
+        peers_s=clock.peers_s,
+        gather_s=clock.gather_s,
+        write_s=clock.write_s,
         workers_s=clock.workers_s,
         batch_p50_ms=float(np.percentile(batch_ms, 50)),
         batch_p95_ms=float(np.percentile(batch_ms, 95)),
@@ -213,7 +218,7 @@ def bottleneck(ranks: Sequence[RankMetrics]) -> str:
     return worst
 
 
-def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics]) -> dict[str, Any]:
+def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, deterministic: bool) -> dict[str, Any]:
     """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
     rows = sum(r.rows for r in ranks)
     wall_s = max(r.wall_s for r in ranks)
@@ -225,10 +230,13 @@ def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics]) -> dict[str, Any]
         "wall_s": wall_s,
         "startup_s": max(r.startup_s for r in ranks),
         "rows_this_run": rows,
+        "nonfinite": sum(r.nonfinite for r in ranks),
+        "split_rows": sum(r.split_rows for r in ranks),
+        "deterministic": deterministic,
         "bottleneck": stage,
         "remedy": REMEDIES[stage],
     }
-    write_json(run_dir / "metrics.json", {**together, "ranks": [asdict(r) for r in ranks]})
+    replace_json(run_dir / "metrics.json", {**together, "ranks": [asdict(r) for r in ranks]})
     return together
 
 
@@ -246,6 +254,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         lines += [
             f"{summary['wall_s']:.1f} s, {steady:,.1f} images/s steady, {start}",
             f"bottleneck: {summary['bottleneck']} ({summary['remedy']})",
+            *_warnings(summary),
             "",
             f"{'rank':>4}" + "".join(f"{title:>12}" for title in RANK_COLUMNS) + f"{'batch p50/p95':>18}",
         ]
@@ -257,6 +266,13 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
     print("\n".join(lines))
     print_summary(summary)
+
+
+def _warnings(summary: dict[str, Any]) -> Iterator[str]:
+    if summary["nonfinite"]:
+        yield f"WARNING: {summary['nonfinite']:,} rows had NaN or Inf in their outputs and are errors"
+    if summary["split_rows"]:
+        yield f"WARNING: {summary['split_rows']:,} rows were predicted in smaller batches for lack of memory"
 
 
 def print_summary(summary: dict[str, Any]) -> None:

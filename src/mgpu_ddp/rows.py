@@ -1,7 +1,7 @@
 """Predicted rows on their way from a rank to the table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,15 @@ class Rows:
 
     `index`: int64 (n,). `label`: int32 (n,), -1 where unknown. `columns`: `pred` int32 (n,), `prob` float32
     (n,), `topk_index` int32 (n, k), `topk_prob` float32 (n, k) and any of `logits`, `probs`, `embedding`
-    float32 (n, d). `errors`: dataset index → reason; such a row's columns hold nothing of meaning.
+    float32 (n, d). `errors`: dataset index → reason; such a row's columns hold nothing of meaning. `split`:
+    indices of rows whose batch was split for lack of memory.
     """
 
     index: npt.NDArray[np.int64]
     label: npt.NDArray[np.int32]
     columns: dict[str, Column]
     errors: dict[int, str]
+    split: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -36,12 +38,22 @@ class Rows:
     def take(self, which: Column) -> "Rows":
         """The rows that an integer or boolean array selects."""
         index = self.index[which]
-        kept = set(index.tolist()) if self.errors else set()
+        kept = frozenset(index.tolist()) if self.errors or self.split else frozenset()
         return Rows(
             index=index,
             label=self.label[which],
             columns={name: column[which] for name, column in self.columns.items()},
             errors={i: reason for i, reason in self.errors.items() if i in kept},
+            split=self.split & kept,
+        )
+
+    def renumbered(self, numbers: npt.NDArray[np.int64]) -> "Rows":
+        """The same rows with index numbers[i] in the place of i."""
+        return replace(
+            self,
+            index=numbers[self.index],
+            errors={int(numbers[i]): reason for i, reason in self.errors.items()},
+            split=frozenset(int(numbers[i]) for i in self.split),
         )
 
 
@@ -53,6 +65,7 @@ def concatenate(chunks: Sequence[Rows]) -> Rows:
         label=np.concatenate([c.label for c in filled]),
         columns={name: np.concatenate([c.columns[name] for c in filled]) for name in filled[0].columns},
         errors={i: reason for c in filled for i, reason in c.errors.items()},
+        split=frozenset().union(*(c.split for c in filled)),
     )
 
 

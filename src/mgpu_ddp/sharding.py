@@ -97,6 +97,10 @@ class Plan:
         first = window.start + rank * each + min(rank, extra)
         return range(first, first + each + (rank < extra))
 
+    @property
+    def rows_left(self) -> int:
+        return self.stop - self.start
+
     def windows(self) -> Iterator[Window]:
         number = 0
         while (window := self.window(number)) is not None:

@@ -13,6 +13,7 @@ from mgpu_ddp.config import Config, FakeConfig, FolderConfig, ModelConfig, Trans
 from mgpu_ddp.datasets import FakeSamples, FolderSamples, find_listing, open_samples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing, find_images
+from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.world import World
 from tests.unit.conftest import encoded, ignore_time, photo
@@ -87,30 +88,35 @@ def folder_config(root: Path) -> Config:
 def test_a_folder_without_images_is_the_users_mistake(tmp_path: Path, world: World) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UsageError, match=r"data\.root must hold at least one image \(jpg, jpeg, .*\), got "):
-        find_listing(folder_config(tmp_path), tmp_path / "run", world)
+        find_listing(folder_config(tmp_path), tmp_path / "run", afresh=False, world=world)
 
 
-def test_a_continued_folder_keeps_its_listing(tmp_path: Path, world: World) -> None:
+def test_a_continued_folder_keeps_its_listing_and_appends(tmp_path: Path, world: World) -> None:
     root, run_dir = tmp_path / "images", tmp_path / "run"
     root.mkdir()
     run_dir.mkdir()
     (root / "b.png").touch()
     config = folder_config(root)
-    files = find_listing(config, run_dir, world)
+    files = find_listing(config, run_dir, afresh=False, world=world)
     assert files is not None
     (run_dir / FILE_NAME).write_bytes(files.buffer)
     (root / "a.png").touch()
-    kept = find_listing(config, run_dir, world)
-    assert kept is not None
-    assert [kept.path(i) for i in range(len(kept))] == [b"b.png"]
-    assert open_samples(config, kept).path(0) == "b.png"
-    config.overwrite = True
-    fresh = find_listing(config, run_dir, world)
-    assert fresh is not None
-    assert len(fresh) == 2
+
+    def listed(*, afresh: bool) -> list[bytes]:
+        found = find_listing(config, run_dir, afresh=afresh, world=world)
+        assert found is not None
+        return [found.path(i) for i in range(len(found))]
+
+    assert listed(afresh=False) == [b"a.png", b"b.png"], "without a manifest, a listing is a leftover"
+    Manifest(fingerprint={}, start=0, stop=1, batch_size=1).write(run_dir)
+    assert listed(afresh=False) == [b"b.png", b"a.png"]
+    assert listed(afresh=True) == [b"a.png", b"b.png"]
+    config.shard = "0/2"
+    assert listed(afresh=False) == [b"b.png"], "the borders of shards must not move"
+    assert open_samples(config, files).path(0) == "b.png"
 
 
 def test_fake_data_needs_no_listing(tmp_path: Path, world: World) -> None:
     config = Config(data=FakeConfig(size=3), transform=TransformConfig(), model=ModelConfig())
-    assert find_listing(config, tmp_path, world) is None
+    assert find_listing(config, tmp_path, afresh=False, world=world) is None
     assert isinstance(open_samples(config, None), FakeSamples)

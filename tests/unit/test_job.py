@@ -1,5 +1,6 @@
 """A job's place in the run folder, before anything is predicted."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.datasets import Samples, find_listing
-from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, error_limit, open_claimed
+from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, place_job
 from mgpu_ddp.models import build_model
+from mgpu_ddp.planning import error_limit
 from mgpu_ddp.world import World
 
 
@@ -19,11 +21,13 @@ def config(**changes: Any) -> Config:
 
 
 def claimed(settings: Config, run_dir: Path, world: World) -> tuple[Claim, Samples]:
-    """Claim a run folder as a job does."""
-    job = Job(name="0", config=settings, run_dir=run_dir)
-    files = find_listing(settings, run_dir, world)
+    """Claim a run folder as a job does, and let go of it."""
+    job = place_job(Job(name="0", config=settings, run_dir=run_dir), world)
+    files = find_listing(settings, job.run_dir, afresh=job.starts_over, world=world)
     claim = claim_job(job, build_model(settings), preprocess.plain(8), files, world)
-    return claim, open_claimed(job, files, world)
+    assert claim.held is not None
+    os.close(claim.held)
+    return claim, claim.samples
 
 
 def listed(samples: Samples) -> list[str | None]:
@@ -41,17 +45,21 @@ def test_overwrite_lists_the_images_anew(tmp_path: Path, world: World, name: str
     claim, samples = claimed(again, tmp_path / "run", world)
     expected = sorted(path.name for path in (tmp_path / name).iterdir())
     assert listed(samples) == expected
+    assert claim.folder == tmp_path / "run/.next"
     assert (claim.start, claim.stop) == (0, len(expected))
 
 
-def test_a_resumed_job_sees_the_images_it_began_with(tmp_path: Path, world: World) -> None:
+def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, world: World) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/b.png").touch()
     settings = config(data=FolderConfig(root=str(tmp_path / "images")))
     claimed(settings, tmp_path / "run", world)
     (tmp_path / "images/a.png").touch()
     claim, samples = claimed(settings, tmp_path / "run", world)
-    assert (listed(samples), claim.stop) == (["b.png"], 1)
+    assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2)
+    (tmp_path / "images/b.png").unlink()
+    claim, samples = claimed(settings, tmp_path / "run", world)
+    assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 100])

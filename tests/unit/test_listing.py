@@ -49,13 +49,37 @@ def test_any_name_survives_the_round_trip(tmp_path: Path) -> None:
     assert len(opened) == len(odd)
     assert [opened.path(i) for i in range(len(opened))] == found
     assert {opened.label(i) for i in range(len(opened))} == {-1}
-    assert opened.digest == built.digest
+    assert opened.digest(6) == built.digest(6)
 
 
 def test_digest_is_stable_and_sees_every_path() -> None:
-    digest = Listing.build([b"a/1.png", b"a/2.png"]).digest
-    assert Listing.build([b"a/1.png", b"a/2.png"]).digest == digest
-    assert len({digest, Listing.build([b"a/1.png", b"a/3.png"]).digest, Listing.build([b"a/1.png"]).digest}) == 3
+    listings = [[b"a/1.png", b"a/2.png"], [b"a/1.png", b"a/3.png"], [b"a/1.png"], [b"a/1.pnga", b"/2.png"], []]
+    digests = [Listing.build(paths).digest(len(paths)) for paths in listings]
+    assert len(set(digests)) == len(listings)
+    assert Listing.build(listings[0]).digest(2) == digests[0]
+    assert Listing.build([*listings[0], b"b/1.png"]).digest(2) == digests[0], "what comes later does not count"
+
+
+def test_a_grown_listing_keeps_every_index_and_label() -> None:
+    first = Listing.build([b"cat/2.png", b"dog/1.png"])
+    assert first.grown([b"cat/2.png"]) is first
+    grown = first.grown([b"ant/1.png", b"cat/1.png", b"cat/2.png", b"top.png"])
+    found = [(grown.path(i), grown.label(i)) for i in range(len(grown))]
+    assert found == [(b"cat/2.png", 0), (b"dog/1.png", 1), (b"ant/1.png", 2), (b"cat/1.png", 0), (b"top.png", -1)]
+    again = grown.grown([b"eel/1.png", b"ant/2.png"])
+    assert [again.label(i) for i in range(5, 7)] == [3, 2]
+    assert again.digest(2) == first.digest(2)
+    without = Listing.build([b"1.png"]).grown([b"cat/1.png"])
+    assert without.label(1) == -1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100, -9, -1])
+def test_a_damaged_listing_is_refused_in_one_line(tmp_path: Path, kept: int) -> None:
+    data = bytes(Listing.build([b"a/1.png", b"a/2.png"]).buffer)
+    (tmp_path / "listing.arrow").write_bytes(data[:kept])
+    with pytest.raises(UsageError, match=r"listing\.arrow must be the listing this job began with") as raised:
+        Listing.open(tmp_path / "listing.arrow")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

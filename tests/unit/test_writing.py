@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgpu_ddp import claiming, writing
+from mgpu_ddp import claiming, durable, writing
 from mgpu_ddp import manifest as manifests
 from mgpu_ddp import proof as proofs
 from mgpu_ddp.config import FakeConfig
@@ -40,20 +40,20 @@ def wanted(**changes: Any) -> Manifest:
 
 
 def claim(run_dir: Path, how: str = "parquet", *, manifest: Manifest | None = None, **changes: Any) -> Manifest:
-    settings: dict[str, Any] = {"resume": True, "overwrite": False, "batch_size_given": False}
+    settings: dict[str, Any] = {"resume": True, "overwrite": False, "batch_size_given": False, "files": None}
     columns = CLASSES if how == "npy" else None
     return claiming.claim_folder(run_dir, manifest or wanted(), array_columns=columns, **(settings | changes))
 
 
 def write_parts(run_dir: Path, manifest: Manifest, how: str, *stops: int, token: str = "t") -> list[Part]:
     """Write and commit parts from the prefix to each stop; rows 3 and 17 are errors."""
-    writer = writing.open_writer(run_dir, how, SAMPLES, None, token, manifest.start)
+    writer = writing.open_writer(run_dir, how, SAMPLES.path, None, token, manifest.start)
     parts = []
     for stop in stops:
         first = manifest.prefix
         errors = {i: f"{REASON} {i}" for i in (3, 17) if first <= i < stop}
         parts.append(writer.write(make_rows(first, stop - first, errors=errors, classes=CLASSES)))
-        writing.commit(run_dir, manifest, parts[-1:])
+        writing.Table(run_dir, manifest, writer).list(parts[-1:])
     return parts
 
 
@@ -83,15 +83,15 @@ def test_a_broken_manifest_is_refused_in_one_line(tmp_path: Path, content: bytes
 
 def test_replacing_a_file_leaves_no_temporaries(tmp_path: Path) -> None:
     for value in ([1], {"a": "☃"}):
-        manifests.write_json(tmp_path / "x.json", value)
+        durable.replace_json(tmp_path / "x.json", value)
         assert json.loads((tmp_path / "x.json").read_text()) == value
     assert files_below(tmp_path) == {"x.json"}
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
-    manifests.write_bytes(tmp_path / "x", b"old")
+    durable.replace_bytes(tmp_path / "x", b"old")
     with pytest.raises(TypeError):
-        manifests.write_json(tmp_path / "x", object())
+        durable.replace_json(tmp_path / "x", object())
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
@@ -140,7 +140,7 @@ def test_a_complete_folder_stays_complete(tmp_path: Path) -> None:
 def test_what_the_manifest_does_not_list_is_deleted(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how)
     (kept,) = write_parts(tmp_path, manifest, how, 8)
-    writer = writing.open_writer(tmp_path, how, SAMPLES, None, "dead", 0)
+    writer = writing.open_writer(tmp_path, how, SAMPLES.path, None, "dead", 0)
     writer.write(make_rows(8, 4))  # written, never committed
     (tmp_path / "predictions/.part-x.tmp").touch()
     (tmp_path / "predictions/notes.txt").touch()
@@ -178,14 +178,14 @@ def test_a_truncated_array_is_predicted_again(tmp_path: Path) -> None:
 def test_another_job_is_refused_and_its_keys_are_named(tmp_path: Path) -> None:
     write_parts(tmp_path, claim(tmp_path), "parquet", 8)
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
-    other = wanted(fingerprint={**wanted().fingerprint, "seed": 7, "data.size": 20}, stop=30)
+    other = wanted(fingerprint={**wanted().fingerprint, "seed": 7, "data.size": 20}, stop=10)
     with pytest.raises(UsageError) as raised:
         claim(tmp_path, manifest=other)
     text = str(raised.value)
     assert "output.dir must hold this same job" in text
     assert "seed=0 there, 7 here" in text
     assert "data.size=None there, 20 here" in text
-    assert "samples=[0, 20] there, [0, 30] here" in text
+    assert "samples=[0, 20] there, [0, 10] here" in text
     assert "model.name" not in text
     assert "\n" not in text
     assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
@@ -232,9 +232,9 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> No
 def test_commit_refuses_what_does_not_follow(tmp_path: Path, first: int) -> None:
     manifest = claim(tmp_path)
     write_parts(tmp_path, manifest, "parquet", 8)
-    part = writing.open_writer(tmp_path, "parquet", SAMPLES, None, "u", 0).write(make_rows(first, 4))
+    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.path, None, "u", 0)
     with pytest.raises(ProofError, match=f"must begin at 8, got {first}"):
-        writing.commit(tmp_path, manifest, [part])
+        writing.Table(tmp_path, manifest, writer).add(make_rows(first, 4))
     on_disk = Manifest.read(tmp_path)
     assert on_disk is not None
     assert on_disk.prefix == 8
@@ -243,19 +243,20 @@ def test_commit_refuses_what_does_not_follow(tmp_path: Path, first: int) -> None
 @pytest.mark.parametrize("damage", ["short", "missing"])
 def test_commit_refuses_a_part_that_is_not_there_as_described(tmp_path: Path, damage: str) -> None:
     manifest = claim(tmp_path)
-    part = writing.open_writer(tmp_path, "parquet", SAMPLES, None, "t", 0).write(make_rows(0, 8))
+    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.path, None, "t", 0)
+    part = writer.write(make_rows(0, 8))
     path = tmp_path / part.file
     if damage == "short":
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
     with pytest.raises(WriteError, match=r"must hold .* bytes"):
-        writing.commit(tmp_path, manifest, [part])
+        writing.Table(tmp_path, manifest, writer).list([part])
 
 
 def put_rows(run_dir: Path, manifest: Manifest, how: str, number: int, index: list[int]) -> None:
     """Make a listed part hold other rows than it should, as a defect of a writer would."""
-    fake = writing.open_writer(run_dir, how, SAMPLES, None, "fake", 0).write(make_rows(0, 20).take(np.array(index)))
+    fake = writing.open_writer(run_dir, how, SAMPLES.path, None, "fake", 0).write(make_rows(0, 20).take(np.array(index)))
     part = manifest.parts[number]
     (run_dir / fake.file).replace(run_dir / part.file)
     manifest.parts[number] = dataclasses.replace(part, num_bytes=fake.num_bytes, sha256=fake.sha256)
@@ -325,11 +326,11 @@ def test_the_proof_refuses_a_folder_that_differs_from_the_manifest(tmp_path: Pat
 @pytest.mark.parametrize("how", HOWS)
 def test_no_samples_at_all(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how, manifest=wanted(stop=0))
-    writing.open_writer(tmp_path, how, SAMPLES, None, "t", 0)
+    writing.open_writer(tmp_path, how, SAMPLES.path, None, "t", 0)
     assert proofs.prove(tmp_path, manifest, how).total == 0
     if how == "npy":
         assert np.load(tmp_path / "predictions.npy", mmap_mode="r").shape == (0, CLASSES)
-    proofs.write_errors(tmp_path, manifest, how, SAMPLES)
+    proofs.write_errors(tmp_path, manifest, how, SAMPLES.path)
     assert (tmp_path / "errors.jsonl").read_bytes() == b""
 
 
@@ -356,7 +357,7 @@ def test_an_array_of_another_length_is_refused(tmp_path: Path) -> None:
 def test_errors_are_derived_from_the_parts(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how)
     write_parts(tmp_path, manifest, how, 8, 12, 20)
-    proofs.write_errors(tmp_path, manifest, how, SAMPLES)
+    proofs.write_errors(tmp_path, manifest, how, SAMPLES.path)
     found = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert found == [{"index": i, "path": SAMPLES.path(i), "reason": f"{REASON} {i}"} for i in (3, 17)]
 

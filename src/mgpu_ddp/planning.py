@@ -1,0 +1,227 @@
+"""What is left to do of a job: its tasks, their windows, and the collector that takes their rows."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgpu_ddp import report
+from mgpu_ddp.collect import Collector
+from mgpu_ddp.config import Config
+from mgpu_ddp.datasets import ChosenSamples, Samples, open_samples
+from mgpu_ddp.errors import Exit, SampleError
+from mgpu_ddp.job import Claim, Job, dataset_range
+from mgpu_ddp.listing import Listing
+from mgpu_ddp.loading import num_workers
+from mgpu_ddp.models import Model
+from mgpu_ddp.predict import NONFINITE, Clock, in_flight
+from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.proof import error_rows
+from mgpu_ddp.report import Progress
+from mgpu_ddp.rows import Rows
+from mgpu_ddp.sharding import Plan
+from mgpu_ddp.signals import StopWish
+from mgpu_ddp.world import Channel, World
+from mgpu_ddp.writing import MendedTable, Table, open_writer
+
+log = logging.getLogger("mgpu_ddp")
+
+WINDOW_BYTES = 64 << 20
+"""Of the rows that travel to rank 0 in one window, from all ranks together."""
+STRETCH_BYTES = 8 << 20
+"""Of the rows that one rank writes itself in one window."""
+
+EMBEDDING_DIM = 2048
+"""Assumed where the width of an embedding only sizes buffers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One pass over samples, window by window."""
+
+    name: str
+    """What its rows are, for the log."""
+    plan: Plan
+    samples: Samples
+    chosen: npt.NDArray[np.int64] | None
+    """Dataset indices of the samples, where they are some and not all."""
+    total: int
+    errors_before: int
+    """Errors that count against `max_errors` besides those of this task."""
+
+
+def tasks(job: Job, claim: Claim, model: Model, world: World) -> Iterator[Task]:
+    """The samples without a row, then those to retry. Collective: every rank walks it to its end or leaves it."""
+    config, samples = job.config, claim.samples
+    sizes = {"batch_size": claim.batch_size, "num_classes": model.num_classes}
+    plan = _plan(config, claim.prefix, claim.stop, contiguous=config.collect == "shards", **sizes, world=world)
+    yield Task(
+        name="rows",
+        plan=plan,
+        samples=samples,
+        chosen=None,
+        total=claim.stop - claim.start,
+        errors_before=claim.errors,
+    )
+    if not config.retry_failed:
+        return
+    failed: list[int] = []
+    with world.together("find the failed rows"):
+        if claim.manifest is not None:
+            failed = [
+                index for index, _, _ in error_rows(job.run_dir, claim.manifest, config.output.format, samples.path)
+            ]
+    chosen = np.array(world.share("failed rows", failed), dtype=np.int64)
+    plan = _plan(config, 0, len(chosen), contiguous=False, **sizes, world=world)
+    yield Task(
+        name="failed rows",
+        plan=plan,
+        samples=ChosenSamples(samples, chosen),
+        chosen=chosen,
+        total=len(chosen),
+        errors_before=0,
+    )
+
+
+def row_bytes(config: Config, num_classes: int) -> int:
+    """About how many bytes one row takes on its way."""
+    fields = config.output.fields
+    wide = ("logits" in fields or config.output.format == "npy") + ("probs" in fields)
+    numbers = num_classes * wide + EMBEDDING_DIM * ("embedding" in fields) + 2 * config.output.topk
+    return 64 + 4 * numbers
+
+
+def _plan(
+    config: Config, start: int, stop: int, *, contiguous: bool, batch_size: int, num_classes: int, world: World
+) -> Plan:
+    """Windows over [start, stop). Collective: every rank calls this."""
+    ahead = num_workers(config.loader, world) * config.loader.prefetch + in_flight(world) + 1
+    if config.output.commit_every == "auto":
+        step = world.size * batch_size
+        smallest = max(world.exchange("batches read ahead", ahead)) * step
+        budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
+        largest = budget // row_bytes(config, num_classes)
+    else:
+        smallest = largest = int(config.output.commit_every)
+    return Plan(
+        start=start,
+        stop=stop,
+        size=world.size,
+        batch_size=batch_size,
+        contiguous=contiguous,
+        smallest_rows=smallest,
+        largest_rows=largest,
+    )
+
+
+@contextmanager
+def collecting(
+    job: Job, task: Task, claim: Claim, model: Model, transform: Transform, world: World, stop: StopWish, clock: Clock
+) -> Iterator[Collector]:
+    """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
+    config, plan = job.config, task.plan
+    world.pulse.timeout_s = config.dist.timeout_s
+    channel = Channel(world, f"{job.name}/{task.name}", config.dist.timeout_s)
+    # A task may choose among the samples; parts name them as the dataset does.
+    path_of = claim.samples.path
+    writer = open_writer(job.run_dir, config.output.format, path_of, model.class_names, claim.token, claim.start)
+    table: Table | None = None
+    if claim.manifest is not None:
+        table = Table(job.run_dir, claim.manifest, writer)
+        if task.chosen is not None:
+            table = MendedTable(job.run_dir, claim.manifest, writer, task.chosen)
+    collector = Collector(
+        job=job.name,
+        world=world,
+        plan=plan,
+        channel=channel,
+        writer=writer,
+        table=table,
+        clock=clock,
+        stop=stop,
+        errors_before=task.errors_before,
+        max_errors=error_limit(config, claim.stop - claim.start),
+    )
+    with report.log_into(job.run_dir, world), Progress(world, task.total, task.total - plan.rows_left), collector:
+        height, width = transform.out_size
+        model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
+        report.log_plan(world, config.runtime, model_bytes, claim.batch_size * 3 * height * width * 4)
+        log.info(
+            "%s; batch_size %d; %s of %s %s to do",
+            model.origin,
+            claim.batch_size,
+            f"{plan.rows_left:,}",
+            f"{task.total:,}",
+            task.name,
+        )
+        yield collector
+    channel.close()
+
+
+def error_limit(config: Config, total: int) -> float:
+    """`max_errors` as a count."""
+    limit = config.max_errors
+    if limit is None:
+        return float("inf")
+    return limit * total if isinstance(limit, float) and limit < 1 else limit
+
+
+def refuse_bad_samples(rows: Rows, job: Job, samples: Samples) -> None:
+    """End the job for a bad sample, as `on_error=raise` and `output.nonfinite=raise` ask.
+
+    Raises:
+        SampleError: names the file and the reason.
+    """
+    config = job.config
+    for index, reason in rows.errors.items():
+        key = "output.nonfinite" if reason == NONFINITE else "on_error"
+        if (config.output.nonfinite if reason == NONFINITE else config.on_error) == "raise":
+            name = samples.path(index) or f"sample {index}"
+            raise SampleError(f"{name} (index {index}) must be predicted, got {reason}. Mend it or set {key}=record.")
+
+
+def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict[str, Any]:
+    """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
+    start, stop = world.share(
+        "samples",
+        dataset_range(job.config, len(open_samples(job.config, files))) if world.rank == 0 else None,
+    )
+    contiguous, batch_size = job.config.collect == "shards", job.config.batch_size
+    plan = _plan(
+        job.config,
+        start,
+        stop,
+        contiguous=contiguous,
+        batch_size=batch_size,
+        num_classes=model.num_classes,
+        world=world,
+    )
+    summary = {
+        "status": "planned",
+        "exit_code": int(Exit.COMPLETE),
+        "samples": stop - start,
+        "run_dir": str(job.run_dir),
+    }
+    if world.rank == 0:
+        print(describe_plan(job, plan, model.num_classes))
+        report.print_summary(summary)
+    return summary
+
+
+def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
+    rows = plan.stop - plan.start
+    windows = "about " if plan.smallest != plan.largest else ""
+    num_bytes = rows * row_bytes(job.config, num_classes)
+    return "\n".join(
+        [
+            f"run folder     {job.run_dir}",
+            f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
+            f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
+            f"windows        {windows}{-(-rows // plan.smallest):,} of at least {plan.smallest:,} rows",
+            f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
+        ]
+    )

@@ -92,6 +92,7 @@ def claim_folder(
             (folder / PARTS).mkdir(exist_ok=True)
         else:
             _allocate_array(folder, wanted, array_columns)
+            _blank_errors(folder, wanted)
     except OSError as error:
         raise _unwritable(folder, error) from None
     return wanted
@@ -171,3 +172,12 @@ def _allocate_array(folder: Path, manifest: Manifest, num_classes: int) -> None:
                 file.write(before[first : first + COPIED_ROWS].tobytes())
 
     replace_file(path, fill)
+
+
+def _blank_errors(folder: Path, manifest: Manifest) -> None:
+    """Make error rows NaN again: a retry that was cut short may have left numbers that nobody listed."""
+    failed = [int(index) - manifest.start for part in manifest.parts for index in part.reasons]
+    if failed:
+        array = np.load(folder / ARRAY, mmap_mode="r+")
+        array[failed] = np.nan
+        array.flush()

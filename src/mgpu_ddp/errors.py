@@ -37,17 +37,21 @@ class PeerLostError(PeerError):
     """Another rank died or fell silent, so no further collective of this process group can succeed."""
 
 
-class SampleError(MgpuError):
-    """A sample could not be read and `on_error=raise` ends the job for it."""
+class StateError(MgpuError):
+    """The fault of the data or the machine, which one line names; a traceback would say no more."""
+
+
+class SampleError(StateError):
+    """A sample could not be predicted, and the job is to end for it."""
 
 
 class ProtocolError(MgpuError):
     """Ranks disagree about which job, window or topic they are in: a defect of this package."""
 
 
-class ProofError(MgpuError):
+class ProofError(StateError):
     """The final proof failed: the folder does not hold exactly one row for every sample."""
 
 
-class WriteError(MgpuError):
+class WriteError(StateError):
     """The output folder could not be written to; what was committed before stays valid."""

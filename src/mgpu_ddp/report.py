@@ -21,6 +21,7 @@ from mgpu_ddp.durable import replace_json
 from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
+from mgpu_ddp.writing import write_error
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -47,6 +48,8 @@ def start_logging(world: World) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+    # A full disk must not print a traceback for every line of the log file.
+    logging.raiseExceptions = False
 
 
 @contextmanager
@@ -55,8 +58,11 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
     if world.rank != 0:
         yield
         return
-    (run_dir / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(run_dir / "logs" / "rank0.log")
+    try:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        handler = logging.FileHandler(run_dir / "logs" / "rank0.log")
+    except OSError as error:
+        raise write_error(run_dir / "logs", error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from mgpu_ddp import report
 from mgpu_ddp.command import remove_empty
 from mgpu_ddp.ending import fail_job
-from mgpu_ddp.errors import Exit, PeerError, UsageError
+from mgpu_ddp.errors import Exit, PeerError, StateError, UsageError
 from mgpu_ddp.job import Job
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World, leave, reason_of
@@ -82,6 +82,8 @@ class Session:
         code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
         if isinstance(error, PeerError):
             log.warning("%s: %s", type(error).__name__, error)
+        elif isinstance(error, StateError):
+            log.error("%s", error)
         elif error is not None and not isinstance(error, UsageError):
             traceback.print_exception(error)
         if self.world.rank == 0 and EXIT_CODE_FILE in os.environ:

@@ -1,10 +1,13 @@
 """How jobs end: together on all ranks, with what was committed kept, and the next job unharmed."""
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,9 +53,58 @@ def at_different_topics(world: World) -> str:
     return "nothing"
 
 
+def mend(path: Path, world: World) -> None:
+    """Replace a broken image by a good one."""
+    if world.rank == 0:
+        make_images(path.parent / "good", 1)[0].replace(path)
+        (path.parent / "good").rename(path.parent.parent.parent / "rest")
+    world.exchange("mended", None)
+
+
+def grow(root: Path, world: World) -> None:
+    """Add images that sort before, between and after those that are there, and take one away."""
+    if world.rank == 0:
+        for number, path in enumerate(make_images(root / "new", 3, seed=9)):
+            path.replace(root / f"class{number}" / f"image {'0009x' if number else '0000'} {number}.png")
+        (root / "class0" / "image 0000.jpg").unlink()
+    world.exchange("grown", None)
+
+
+def remember(folder: Path, copy: Path, world: World) -> None:
+    """Keep a copy of a folder as it is between two jobs."""
+    if world.rank == 0:
+        shutil.copytree(folder, copy)
+    world.exchange("remembered", None)
+
+
+def retries(root: Path, bad: Path) -> list[Case]:
+    """Jobs with an error row each, whose image is mended; then they retry."""
+    broken = sorted(bad.rglob("*.*"))[-1]
+    outputs: dict[str, dict[str, Any]] = {
+        "parquet": {},
+        "csv": {"format": "csv", "fields": ["topk", "logits"]},
+        "jsonl": {"format": "jsonl", "collect": "shards"},
+        "npy": {"format": "npy"},
+    }
+    configs = {
+        name: {"data": folder(bad), "output": {"commit_every": 12, **output}} for name, output in outputs.items()
+    }
+    return [
+        *(Case(name=f"failed-{name}", config=tiny(**config)) for name, config in configs.items()),
+        Case(name="mend", call=partial(mend, broken)),
+        *(
+            Case(name=f"retried-{name}", config=tiny(**config, retry_failed=True), run_dir=str(root / f"failed-{name}"))
+            for name, config in configs.items()
+        ),
+        *(Case(name=f"good-{name}", config=tiny(**config)) for name, config in configs.items()),
+    ]
+
+
 def jobs(root: Path, bad: Path) -> list[Case]:
     steps = {"commit_every": 48}
-    stopped = tiny(data={"size": MANY}, output=steps)
+    stopping: dict[str, Any] = {"data": {"size": MANY}, "output": steps}
+    stopped = tiny(**stopping)
+    growing = root.parent / "growing images"
     stopped_shards = tiny(data={"size": MANY}, output={**steps, "collect": "shards", "format": "jsonl"})
     resumed = {"data": {"size": MANY}, "output": {"collect": "shards", "format": "jsonl"}}
     return [
@@ -76,6 +128,15 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         Case(name="missing-root", config=tiny(data=folder(root / "nothing"))),
         Case(name="two-processes", config=tiny(strategy="data_parallel")),
         Case(name="dry", config=tiny(dry_run=True)),
+        Case(name="old", config=tiny()),
+        Case(name="replacing", config=tiny(**stopping, overwrite=True), run_dir=str(root / "old"), stop_at=(2, 100)),
+        Case(name="halfway", call=partial(remember, root / "old", root / "old halfway")),
+        Case(name="meanwhile", config=tiny(), run_dir=str(root / "old")),
+        Case(name="replaced", config=tiny(data={"size": MANY}), run_dir=str(root / "old")),
+        Case(name="growing", config=tiny(data=folder(growing))),
+        Case(name="grow", call=partial(grow, growing)),
+        Case(name="grown", config=tiny(data=folder(growing)), run_dir=str(root / "growing")),
+        *retries(root, bad),
         Case(name="last", config=tiny()),
     ]
 
@@ -85,6 +146,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("endings")
     paths = make_images(root / "bad", 37)
     paths[35].write_bytes(b"broken")
+    make_images(root / "growing images", 20)
     run_world(SIZE, jobs(root / "out", root / "bad"), root / "out")
     return root / "out"
 
@@ -178,3 +240,43 @@ def test_user_mistakes_are_one_line_on_all_ranks(out: Path, end_of: Ends) -> Non
 def test_dry_run_writes_nothing(out: Path, end_of: Ends) -> None:
     assert end_of("dry")[0]["samples"] == 97
     assert not (out / "dry").exists()
+
+
+def test_an_older_result_stays_until_the_new_one_is_complete(out: Path, end_of: Ends) -> None:
+    assert end_of("replacing")[0]["status"] == "preempted"
+    assert_proved(out / "old halfway", 97)
+    assert read_rows(out / "old halfway") == read_rows(out / "after")
+    assert len(read_rows(out / "old halfway" / ".next")) == end_of("replacing")[0]["rows"]
+    assert "output.dir must hold this same job" in end_of("meanwhile")[0]["reason"]
+    assert end_of("replaced")[0]["rows_this_run"] == MANY - end_of("replacing")[0]["rows"]
+    assert end_of("replaced")[0]["run_dir"] == str(out / "old")
+    assert_proved(out / "old", MANY)
+    assert read_rows(out / "old") == read_rows(out / "whole")
+    assert not {".next", ".ready", ".old"} & {path.name for path in (out / "old").iterdir()}
+
+
+def test_new_images_are_appended_and_vanished_ones_keep_their_rows(out: Path, end_of: Ends) -> None:
+    assert [end["rows_this_run"] for end in end_of("grown")] == [3] * SIZE
+    assert_proved(out / "growing", 23)
+    rows = read_rows(out / "growing")
+    assert rows[0]["path"] == "class0/image 0000.jpg"
+    assert rows[0]["error"] is None
+    new = [(row["path"], row["label"], row["error"]) for row in rows[20:]]
+    assert new == [(f"class{n}/image {'0009x' if n else '0000'} {n}.png", n, None) for n in range(3)]
+
+
+@pytest.mark.parametrize("how", ["parquet", "csv", "jsonl"])
+def test_retried_rows_equal_those_of_a_run_without_errors(out: Path, end_of: Ends, how: str) -> None:
+    assert end_of(f"failed-{how}")[0]["errors"] == 1
+    assert [end["rows_this_run"] for end in end_of(f"retried-{how}")] == [1] * SIZE
+    assert_proved(out / f"failed-{how}", 37)
+    assert read_rows(out / f"failed-{how}") == read_rows(out / f"good-{how}")
+    assert (out / f"failed-{how}" / "errors.jsonl").read_bytes() == b""
+
+
+def test_retried_rows_of_an_array_equal_those_of_a_run_without_errors(out: Path, end_of: Ends) -> None:
+    assert end_of("failed-npy")[0]["errors"] == 1
+    assert_proved(out / "failed-npy", 37)
+    retried, good = np.load(out / "failed-npy" / "predictions.npy"), np.load(out / "good-npy" / "predictions.npy")
+    assert np.array_equal(retried, good)
+    assert np.isfinite(retried).all()

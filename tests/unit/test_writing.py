@@ -256,7 +256,9 @@ def test_commit_refuses_a_part_that_is_not_there_as_described(tmp_path: Path, da
 
 def put_rows(run_dir: Path, manifest: Manifest, how: str, number: int, index: list[int]) -> None:
     """Make a listed part hold other rows than it should, as a defect of a writer would."""
-    fake = writing.open_writer(run_dir, how, SAMPLES.path, None, "fake", 0).write(make_rows(0, 20).take(np.array(index)))
+    fake = writing.open_writer(run_dir, how, SAMPLES.path, None, "fake", 0).write(
+        make_rows(0, 20).take(np.array(index))
+    )
     part = manifest.parts[number]
     (run_dir / fake.file).replace(run_dir / part.file)
     manifest.parts[number] = dataclasses.replace(part, num_bytes=fake.num_bytes, sha256=fake.sha256)
@@ -360,6 +362,70 @@ def test_errors_are_derived_from_the_parts(tmp_path: Path, how: str) -> None:
     proofs.write_errors(tmp_path, manifest, how, SAMPLES.path)
     found = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert found == [{"index": i, "path": SAMPLES.path(i), "reason": f"{REASON} {i}"} for i in (3, 17)]
+
+
+def test_a_name_that_is_taken_stays_with_its_owner(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"committed")
+    with pytest.raises(FileExistsError):
+        durable.create_file(tmp_path / "part", lambda file: file.write(b"late"))
+    assert (tmp_path / "part").read_bytes() == b"committed"
+    assert files_below(tmp_path) == {"part"}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_retried_rows_take_the_place_of_error_rows_alone(tmp_path: Path, how: str) -> None:
+    manifest = claim(tmp_path, how)
+    parts = write_parts(tmp_path, manifest, how, 8, 12, 20)
+    untouched = {p.file: (tmp_path / p.file).read_bytes() for p in parts if p.errors == 0 and how != "npy"}
+    writer = writing.open_writer(tmp_path, how, SAMPLES.path, None, "again", 0)
+    table = writing.MendedTable(tmp_path, manifest, writer, np.array([3, 17]))
+    retried = make_rows(0, 20, errors={17: "still bad"}, classes=CLASSES).take(np.array([3, 17]))
+    table.add(dataclasses.replace(retried, index=np.array([0, 1]), errors={1: "still bad"}, split=frozenset({0})))
+    assert Manifest.read(tmp_path) == manifest
+    assert [(p.first, p.rows, p.errors, p.split_rows) for p in manifest.parts] == [
+        (0, 8, 0, 1),
+        (8, 4, 0, 0),
+        (12, 8, 1, 0),
+    ]
+    proof = proofs.prove(tmp_path, manifest, how)
+    assert (proof.rows, proof.errors, proof.missing, proof.duplicates) == (20, 1, 0, 0)
+    assert {file: (tmp_path / file).read_bytes() for file in untouched} == untouched
+    assert list(proofs.error_rows(tmp_path, manifest, how, SAMPLES.path)) == [(17, SAMPLES.path(17), "still bad")]
+    # The same table as one that was predicted with this outcome at once.
+    at_once = claim(tmp_path / "at once", how)
+    writer = writing.open_writer(tmp_path / "at once", how, SAMPLES.path, None, "t", 0)
+    table = writing.Table(tmp_path / "at once", at_once, writer)
+    for first, stop in ((0, 8), (8, 12), (12, 20)):
+        errors = {17: "still bad"} if first == 12 else {}
+        table.add(make_rows(first, stop - first, errors=errors, classes=CLASSES))
+    assert [p.sha256 for p in manifest.parts] == [p.sha256 for p in at_once.parts]
+
+
+def test_array_rows_that_are_being_retried_do_not_count_until_listed(tmp_path: Path) -> None:
+    manifest = claim(tmp_path, "npy")
+    write_parts(tmp_path, manifest, "npy", 20)
+    writer = writing.open_writer(tmp_path, "npy", SAMPLES.path, None, "again", 0)
+    writer.rewrite(manifest.parts[0], make_rows(3, 1, classes=CLASSES))  # written, never listed
+    proof = proofs.prove(tmp_path, claim(tmp_path, "npy"), "npy")
+    assert (proof.rows, proof.errors) == (20, 2)
+    assert np.isnan(np.load(tmp_path / "predictions.npy")[3]).all()
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_folder_grows_with_its_input(tmp_path: Path, how: str) -> None:
+    manifest = claim(tmp_path, how)
+    write_parts(tmp_path, manifest, how, 20)
+    manifest.complete = True
+    manifest.write(tmp_path)
+    grown = claim(tmp_path, how, manifest=wanted(stop=25))
+    assert (grown.prefix, grown.stop, grown.complete) == (20, 25, False)
+    write_parts(tmp_path, grown, how, 25, token="u")
+    proof = proofs.prove(tmp_path, grown, how)
+    assert (proof.rows, proof.missing, proof.errors) == (25, 0, 2)
+    if how == "npy":
+        expected = make_rows(0, 25, classes=CLASSES).columns["logits"].copy()
+        expected[[3, 17]] = np.nan
+        assert np.array_equal(np.load(tmp_path / "predictions.npy"), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(("status", "reason"), [("running", None), ("failed", "why")])

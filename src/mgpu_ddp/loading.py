@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import Samples
+from mgpu_ddp.errors import StateError
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
@@ -157,6 +158,11 @@ def load_batches(
         for batch in batches:
             yield batch, time.perf_counter() - started
             started = time.perf_counter()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise StateError(f"loader workers must live, got: {first} Look for what killed it; lack of memory?") from error
     finally:
         # Ends the workers now, and not when the garbage collector comes by.
         del batches

@@ -75,6 +75,13 @@ class Pulse(threading.Thread):
         if self._alarm_key and self.alarm is None and self._store.check([self._alarm_key]):
             self.alarm = self._store.get(self._alarm_key).decode()
 
+    def wait_for_lost(self, timeout_s: float) -> None:
+        """Raise as soon as a rank is known to be lost; return when the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.check()
+            time.sleep(BEAT_S / 10)
+
     def check(self) -> None:
         """Raise if a rank is known to be lost."""
         if self.lost is not None:

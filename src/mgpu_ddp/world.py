@@ -27,6 +27,8 @@ from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError
 from mgpu_ddp.pulse import Pulse
 
 POLL_S = 0.05
+NAMING_S = 5.0
+"""How long a rank that knows of a loss waits to hear who it was."""
 
 
 @dataclass(slots=True)
@@ -174,6 +176,9 @@ class Channel:
             dist.all_gather_object(payloads, payload, group=self._group)
         except RuntimeError as error:
             first = str(error).splitlines()[0].partition(". ")[0]
+            if "Timed out" in first:
+                # A rank hangs inside the collective: the pulse is about to say which one, and where.
+                self._pulse.wait_for_lost(NAMING_S)
             raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
         return payloads
 

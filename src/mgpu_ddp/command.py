@@ -199,7 +199,7 @@ def _refuse_key(override: Override) -> None:
         rule = f"one of Hydra's harmless keys ({', '.join(OPEN_KEYS)})"
         require(key in OPEN_KEYS and not override.is_delete(), key, rule, line, "Leave it out; --multirun sweeps.")
     else:
-        is_name = override.is_sweep_override() or isinstance(override.value(), str)
+        is_name = override.is_delete() or override.is_sweep_override() or isinstance(override.value(), str)
         require(key not in GROUPS or is_name, key, f"one of {', '.join(GROUPS.get(key, ()))}", line, "See --help.")
         require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
         if (override.is_add() or override.is_force_add()) and key not in documented_keys():

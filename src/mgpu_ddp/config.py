@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mgpu_ddp.errors import UsageError
 
@@ -266,9 +267,16 @@ def to_config(cfg: DictConfig) -> Config:
     Raises:
         UsageError: a value breaks its rule or a mandatory one is missing.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UsageError(f"{missing[0]} must be given, got nothing. Add {missing[0]}=VALUE.")
-    config = OmegaConf.to_object(cfg)
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UsageError(f"{missing[0]} must be given, got nothing. Add {missing[0]}=VALUE.")
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        text = " ".join((error.msg or str(error)).split())
+        raise UsageError(f"{error.full_key} must resolve to its type, got: {text}. Write the value out.") from None
+    except AttributeError as error:
+        # A key put in with + may be one of another option of its group.
+        raise UsageError(f"{error.name} must be a key of what was chosen, got another's. See --help.") from None
     assert isinstance(config, Config)
     return config

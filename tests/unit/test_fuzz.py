@@ -94,6 +94,9 @@ def overrides(draw: st.DrawFn) -> str:
 @example(argv=["data=folder", "data.root=${oc.env:HOME}"], flags=[])
 @example(argv=["data.size=0", "++A="], flags=[])
 @example(argv=["data=[0]"], flags=[])
+@example(argv=["data.size=${oc.env:HOME}"], flags=[])
+@example(argv=["data.size=${0}"], flags=[])
+@example(argv=["+data.root=x"], flags=[])
 def test_any_line_is_a_command_or_one_line_of_refusal(
     tmp_path_factory: pytest.TempPathFactory, argv: list[str], flags: list[str]
 ) -> None:

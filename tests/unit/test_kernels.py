@@ -1,0 +1,157 @@
+"""The fused kernel, run by Triton's interpreter on the CPU, against Pillow; and its arithmetic at full size."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+from mgpu_ddp import kernels, preprocess
+from mgpu_ddp.preprocess import Transform
+from tests import kernel_cases as cases
+
+# Up and down, wide and tall; (31, 5) and (40, 9) are what Pillow 13 resizes vertically first.
+SIZES = [(1, 1), (1, 7), (9, 1), (8, 8), (5, 6), (31, 5), (13, 17), (40, 9), (9, 23), (6, 12), (12, 11), (16, 16)]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets: it decides that when it is imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"
+        yield pool
+
+
+def run(
+    images: list[torch.Tensor], orientations: list[int], transform: Transform, out: torch.Tensor, places: list[int]
+) -> torch.Tensor:
+    kernels.preprocess_images(images, orientations, transform, out=out, places=places)
+    return out
+
+
+def pictures() -> tuple[list[torch.Tensor], list[int]]:
+    images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES)]
+    return images, [i % 8 + 1 for i in range(len(SIZES))]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", cases.transforms(8))
+def test_the_kernel_yields_the_bits_of_the_cpu_path(
+    interpreter: ProcessPoolExecutor, name: str, channels_last: bool
+) -> None:
+    transform = cases.transforms(8)[name]
+    images, orientations = pictures()
+    if transform.interpolation == "bicubic":
+        images, orientations = images[5:], orientations[5:]
+    want = cases.expected(images, orientations, transform)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.full_like(want, torch.nan, memory_format=layout)
+    places = list(reversed(range(len(images))))
+    got = interpreter.submit(run, images, orientations, transform, out, places).result()[places]
+    largest, mean = cases.difference(got, want, transform)
+    print(f"{name}: differs by at most {largest}/255, {mean}/255 on average")
+    assert (largest, mean) == (0, 0)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
+    transform, images = preprocess.imagenet(8), [cases.picture(9, 14, seed=0)]
+    out = torch.zeros(1, 3, 8, 8, dtype=dtype)
+    got = interpreter.submit(run, images, [6], transform, out, [0]).result()
+    assert torch.equal(got, cases.expected(images, [6], transform).to(dtype))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(interpreter: ProcessPoolExecutor, orientation: int) -> None:
+    transform, images = preprocess.imagenet(8), [cases.picture(11, 19, seed=0)]
+    got = interpreter.submit(run, images, [orientation], transform, torch.zeros(1, 3, 8, 8), [0]).result()
+    assert torch.equal(got, cases.expected(images, [orientation], transform))
+
+
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(interpreter: ProcessPoolExecutor) -> None:
+    transform = preprocess.imagenet(8)
+    images, orientations = pictures()
+    places = list(range(1, len(images) + 1))
+    rows = interpreter.submit(
+        run, images, orientations, transform, torch.full((len(images) + 2, 3, 8, 8), 7.0), places
+    ).result()
+    for i in (0, 6):
+        out = torch.zeros(1, 3, 8, 8)
+        alone = interpreter.submit(run, images[i : i + 1], orientations[i : i + 1], transform, out, [0]).result()
+        assert torch.equal(alone[0], rows[places[i]])
+    # Rows that nobody names stay as they are.
+    assert (rows[[0, -1]] == 7).all()
+
+
+def test_no_images_are_no_work() -> None:
+    kernels.preprocess_images([], [], preprocess.plain(8), out=torch.zeros(0, 3, 8, 8), places=[])
+
+
+def test_what_the_kernel_could_not_hold_is_refused() -> None:
+    image, transform, out = torch.zeros(3, 5, 6, dtype=torch.uint8), preprocess.plain(8), torch.zeros(2, 3, 8, 8)
+    for images, orientations, places, rows in [
+        ([image.float()], [1], [0], out),
+        ([image[:, :, ::2]], [1], [0], out),
+        ([image[:1]], [1], [0], out),
+        ([image[0]], [1], [0], out),
+        ([image[:, :0]], [1], [0], out),
+        ([image], [0], [0], out),
+        ([image], [9], [0], out),
+        ([image], [1, 1], [0], out),
+        ([image], [1], [2], out),
+        ([image], [1], [-1], out),
+        ([image], [1], [0], out[:, :, :7]),
+        ([image], [1], [0], out.to(torch.uint8)),
+    ]:
+        with pytest.raises(ValueError, match=r"must be|do not pair"):
+            kernels.preprocess_images(images, orientations, transform, out=rows, places=places)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 60), (60, 1), (17, 224), (224, 224), (375, 500), (1200, 301), (4000, 6000)]
+)
+@pytest.mark.parametrize("name", ["plain", "imagenet", "bicubic weights", "padded"])
+def test_the_arithmetic_is_pillows(name: str, height: int, width: int) -> None:
+    transform = cases.transforms(224)[name]
+    if height == 4000 and name != "imagenet":
+        pytest.skip("one of this size is enough")
+    image = cases.picture(height, width, seed=1)
+    got, want = cases.reference(image, transform), cases.oracle(image, 1, transform).permute(2, 0, 1)
+    apart = (got.int() - want.int()).abs()
+    print(f"{name} {width}x{height}: at most {apart.max()}/255, {apart.double().mean()}/255 on average")
+    assert apart.max() == 0
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 30), (375, 500), (500, 375), (1800, 2400)])
+def test_the_arithmetic_is_near_torchvisions_for_tensors(interpolation: str, height: int, width: int) -> None:
+    image = cases.picture(height, width, seed=2)
+    got = cases.reference(image, Transform(resize=(112, 96), interpolation=interpolation))
+    want = tvf.resize(image, [112, 96], InterpolationMode(interpolation), antialias=True)
+    apart = (got.int() - want.int()).abs()
+    print(f"{interpolation} {width}x{height}: at most {apart.max()}/255, {apart.double().mean()}/255 on average")
+    # Torch keeps what a cubic overshoots between the passes, and with it noise that is enlarged swings further.
+    assert apart.max() <= (1 if interpolation == "bilinear" else 20)
+    assert apart.double().mean() < 0.25
+
+
+@pytest.mark.parametrize("name", cases.transforms(224))
+def test_sizes_and_corners_are_torchvisions(name: str) -> None:
+    transform = cases.transforms(224)[name]
+    sizes = [*np.random.default_rng(3).integers(1, 3000, (300, 2)).tolist(), [256, 257], [257, 256], [1, 5000]]
+    # No pixel is touched here, so an image may be one pixel that is seen many times.
+    images = [torch.zeros(1, dtype=torch.uint8).expand(3, height, width) for height, width in sizes]
+    fields = kernels._plan(images, [1] * len(images), transform, range(len(images)), rows=len(images))
+    for (height, width), (resized_height, resized_width, top, left) in zip(sizes, fields[:, 6:10], strict=True):
+        want = tvf._compute_resized_output_size((height, width), list(transform.resize))
+        assert [resized_height, resized_width] == want
+        for corner, size, crop in zip((top, left), want, transform.out_size, strict=True):
+            to, source = cases._centre(size, crop)
+            assert corner == source.start - to.start

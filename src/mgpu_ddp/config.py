@@ -118,13 +118,13 @@ class RuntimeConfig:
     compile: str = "auto"
     """auto, on or off: torch.compile. auto is off."""
     decode: str = "auto"
-    """auto or cpu: where images are decoded. auto is cpu."""
+    """auto, cpu or gpu: where JPEGs are decoded; what a GPU cannot decode goes to the CPU. auto is gpu on CUDA."""
 
     def __post_init__(self) -> None:
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("runtime.precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
         _one_of("runtime.compile", self.compile, ("auto", "on", "off"))
-        _one_of("runtime.decode", self.decode, ("auto", "cpu"))
+        _one_of("runtime.decode", self.decode, ("auto", "cpu", "gpu"))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,8 +28,15 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
-        """One image as uint8 (height, width, 3) after the transform's geometry, and its label or -1."""
+    def read(self, index: int, clock: Clock) -> bytes | None:
+        """The content of a sample's file, None where it has none."""
+        ...
+
+    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+        """One image as uint8 (height, width, 3) after the transform's geometry, and its label or -1.
+
+        `data` is the file's content where it was read already.
+        """
         ...
 
     def known_label(self, index: int) -> int:
@@ -55,7 +62,10 @@ class FakeSamples:
     def __len__(self) -> int:
         return self._config.size
 
-    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+    def read(self, index: int, clock: Clock) -> bytes | None:
+        return None
+
+    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
         started = time.perf_counter()
         self._generator.manual_seed(index + self._config.random_offset)
         torch.randn(self._config.image_size, generator=self._generator, out=self._noise)
@@ -85,15 +95,21 @@ class FolderSamples:
     def __len__(self) -> int:
         return len(self._files)
 
-    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+    def read(self, index: int, clock: Clock) -> bytes:
+        """The content of a file."""
         started = time.perf_counter()
-        with open(os.path.join(self._root, self._files.path(index)), "rb") as file:
+        with open(os.path.join(self._root, self._files.path(index)), "rb", buffering=0) as file:
             data = file.read()
-        was_read = time.perf_counter()
-        clock("read", was_read - started)
+        clock("read", time.perf_counter() - started)
+        return data
+
+    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+        if data is None:
+            data = self.read(index, clock)
+        started = time.perf_counter()
         image = decode(data)
         decoded = time.perf_counter()
-        clock("decode", decoded - was_read)
+        clock("decode", decoded - started)
         pixels = transform.geometry(image)
         clock("resize", time.perf_counter() - decoded)
         return pixels, self.known_label(index)
@@ -114,8 +130,11 @@ class ChosenSamples:
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
-        return self._samples.load(int(self._chosen[index]), transform, clock)
+    def read(self, index: int, clock: Clock) -> bytes | None:
+        return self._samples.read(int(self._chosen[index]), clock)
+
+    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+        return self._samples.load(int(self._chosen[index]), transform, clock, data)
 
     def known_label(self, index: int) -> int:
         return self._samples.known_label(int(self._chosen[index]))

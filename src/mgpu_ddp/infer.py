@@ -25,7 +25,7 @@ from mgpu_ddp.job import Claim, Job, claim_job, place_job
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks
-from mgpu_ddp.predict import Clock, Predictor, in_flight, predict
+from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
@@ -44,8 +44,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     transform = choose_transform(job.config, model)
     claim = claim_job(job, model, transform, files, world)
     with holding(claim, world):
-        module = prepare(model, job.config, world)
-        predictor = Predictor(module, transform, job.config.runtime, job.config.output, world.device)
+        predictor = Predictor(prepare(model, job.config, world), transform, job.config, world.device)
         clock = Clock(warm_up=in_flight(world))
         ending: Ending = "complete"
         for task in tasks(job, claim, model, world):
@@ -68,11 +67,17 @@ def predict_task(
     collector: Collector,
 ) -> None:
     """Predict this rank's share of a task, with nothing collective in the loop."""
-    sampler = ShardSampler(task.plan, world.rank)
-    with (
-        closing(load_batches(task.samples, sampler, transform, job.config.loader, claim.batch_size, world)) as batches,
-        closing(predict(batches, predictor, world, clock)) as predicted,
-    ):
+    loaded = load_batches(
+        task.samples,
+        ShardSampler(task.plan, world.rank),
+        transform,
+        job.config.loader,
+        claim.batch_size,
+        world,
+        held=held_batches(world),
+        packed=predictor.decodes,
+    )
+    with closing(loaded) as batches, closing(predict(batches, predictor, clock, world)) as predicted:
         for rows in predicted:
             refuse_bad_samples(rows, job, task.samples)
             collector.add(rows)

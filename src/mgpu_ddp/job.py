@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
 from mgpu_ddp.config import Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
+from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest, versions, write_status
 from mgpu_ddp.models import Model, precision_of, weights_digest
@@ -92,6 +93,7 @@ def fingerprint(
         "runtime.device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "runtime.precision": precision_of(runtime, world.device),
         "runtime.channels_last": runtime.channels_last,
+        "runtime.decode": decode_of(config, world.device),
         "runtime.fold": runtime.fold,
         "runtime.deterministic": runtime.deterministic,
         "runtime.compile": runtime.compile == "on",

@@ -18,76 +18,175 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import StateError
+from mgpu_ddp.jpeg import read_header
 from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
 from mgpu_ddp.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Jpegs:
+    """k encoded images that are left to the GPU.
+
+    Image i is `data[i]`, uint8 (bytes,); it belongs into row `places[i]` of the batch once its EXIF orientation
+    `orientations[i]` is applied, and has `sizes[i]` pixels.
+    """
+
+    data: list[torch.Tensor]
+    places: list[int]
+    orientations: list[int]
+    sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """n samples on their way to the model.
 
-    `pixels`: uint8 (batch_size, height, width, 3); rows past n and rows of bad samples are zeros. `index`:
-    int64 (n,). `label`: int32 (n,). `errors`: dataset index → reason. `seconds`: worker time per stage.
+    `pixels`: uint8 (batch_size, height, width, 3); rows of bad samples are zeros, rows past n too unless there are
+    `jpegs`, and rows of those hold nothing of meaning. `index`: int64 (n,). `label`: int32 (n,). `errors`: dataset
+    index → reason. `seconds`: worker time per stage. `pixels` and `jpegs` lie in memory that is used again: they
+    hold until `held` batches later.
     """
 
     index: npt.NDArray[np.int64]
     label: npt.NDArray[np.int32]
     pixels: torch.Tensor
+    jpegs: Jpegs | None
     errors: dict[int, str]
     seconds: dict[str, float]
 
-    def pin_memory(self) -> "Batch":
-        return Batch(
-            index=self.index,
-            label=self.label,
-            pixels=self.pixels.pin_memory(),
-            errors=self.errors,
-            seconds=self.seconds,
-        )
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What a worker is asked for: these samples, in this slot."""
+
+    slot: int
+    indices: list[int]
 
 
-class BatchMaker(Dataset[Batch]):
-    """What runs in a worker: a list of indices in, one padded batch out."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What a worker made of an order, but for the bytes in its slot."""
 
-    def __init__(self, samples: Samples, transform: Transform, batch_size: int, timeout_s: float) -> None:
-        self._samples, self._transform = samples, transform
-        self._shape = (batch_size, *transform.out_size, 3)
-        self._timeout_s = timeout_s
+    slot: int
+    index: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int32]
+    errors: dict[int, str]
+    seconds: dict[str, float]
+    ends: list[int]
+    """Where each encoded image ends in the slot's room."""
+    places: list[int]
+    orientations: list[int]
+    sizes: list[int]
+    spilt: dict[int, bytes]
+    """Encoded images that the room did not hold, by their number."""
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        pixels = torch.zeros(self._shape, dtype=torch.uint8)
-        view = pixels.numpy()
-        labels = np.full(len(indices), -1, dtype=np.int32)
-        errors: dict[int, str] = {}
+
+class BatchMaker(Dataset[Made]):
+    """What runs in a worker: an order in, its slot filled with one padded batch."""
+
+    def __init__(
+        self, samples: Samples, transform: Transform, ring: Ring, config: LoaderConfig, *, packed: bool = False
+    ) -> None:
+        self._samples, self._transform, self._ring, self._config = samples, transform, ring, config
+        self._packed = packed
+
+    def __getitems__(self, order: Order) -> Made:
+        view, room = self._ring.array(order.slot), self._ring.room(order.slot)
+        labels = np.full(len(order.indices), -1, dtype=np.int32)
         seconds: dict[str, float] = {}
+        made = Made(
+            slot=order.slot,
+            index=np.asarray(order.indices, dtype=np.int64),
+            label=labels,
+            errors={},
+            seconds=seconds,
+            ends=[],
+            places=[],
+            orientations=[],
+            sizes=[],
+            spilt={},
+        )
 
         def clock(stage: str, spent_s: float) -> None:
             seconds[stage] = seconds.get(stage, 0.0) + spent_s
 
-        for place, index in enumerate(indices):
+        for place, index in enumerate(order.indices):
             try:
-                with _time_limit(self._timeout_s):
-                    view[place], labels[place] = self._samples.load(index, self._transform, clock)
+                with _time_limit(self._config.timeout_s):
+                    data = self._samples.read(index, clock) if self._packed else None
+                    if data is not None and self._pack(made, place, data, room):
+                        labels[place] = self._samples.known_label(index)
+                    else:
+                        view[place], labels[place] = self._samples.load(index, self._transform, clock, data)
             except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                 view[place] = 0
                 labels[place] = self._samples.known_label(index)
-                errors[index] = _reason(error)
-        return Batch(
-            index=np.asarray(indices, dtype=np.int64),
-            label=labels,
-            pixels=pixels,
-            errors=errors,
-            seconds=seconds,
-        )
+                made.errors[index] = reason_of(error)
+        if not self._packed:
+            view[len(order.indices) :] = 0
+        return made
+
+    def _pack(self, made: Made, place: int, data: bytes, room: torch.Tensor) -> bool:
+        """Leave an image to the GPU, if it is one that the GPU decodes; what it is not sure of, Pillow judges."""
+        header = read_header(data)
+        if header is None or not header.plain or not self._transform.may_resize(header.width, header.height):
+            return False
+        if header.width * header.height > self._config.max_pixels:
+            return False
+        first = made.ends[-1] if made.ends else 0
+        if first + len(data) <= len(room):
+            room[first : first + len(data)].numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+            made.ends.append(first + len(data))
+        else:
+            made.spilt[len(made.ends)] = data
+            made.ends.append(first)
+        made.places.append(place)
+        made.orientations.append(header.orientation)
+        made.sizes.append(header.width * header.height)
+        return True
+
+
+def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
+    """A worker's batch as the rank sees it."""
+    jpegs: Jpegs | None = None
+    if packed:
+        room, firsts = ring.room(made.slot), [0, *made.ends]
+        data = [room[first:end] for first, end in zip(firsts, made.ends, strict=False)]
+        for number, spilt in made.spilt.items():
+            data[number] = torch.frombuffer(bytearray(spilt), dtype=torch.uint8)
+        jpegs = Jpegs(data=data, places=made.places, orientations=made.orientations, sizes=made.sizes)
+    return Batch(
+        index=made.index,
+        label=made.label,
+        pixels=ring.pixels(made.slot),
+        jpegs=jpegs,
+        errors=made.errors,
+        seconds=made.seconds,
+    )
+
+
+class Orders:
+    """A sampler's indices in batches, each with the slot it goes to."""
+
+    def __init__(self, sampler: ShardSampler, batch_size: int, slots: int) -> None:
+        self._batches, self._slots = BatchSampler(sampler, batch_size, drop_last=False), slots
+
+    def __iter__(self) -> Iterator[Order]:
+        for number, indices in enumerate(self._batches):
+            yield Order(slot=number % self._slots, indices=indices)
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 class TookTooLongError(BaseException):
     """A sample's time is over. No Exception, so that no decoder's own `except Exception` can swallow it."""
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Why a sample has no prediction, in words, without the path: the row carries that."""
     if isinstance(error, UnidentifiedImageError):
         return "UnidentifiedImageError: empty, or not an image in an allowed format"
@@ -129,12 +228,21 @@ def load_batches(
     config: LoaderConfig,
     batch_size: int,
     world: World,
+    *,
+    held: int,
+    packed: bool = False,
 ) -> Generator[tuple[Batch, float]]:
-    """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited."""
+    """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited.
+
+    With `packed`, images that a GPU can decode stay encoded. `held` is how many batches the consumer may keep.
+    """
     workers = num_workers(config, world)
+    # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
+    slots = workers * config.prefetch + held
+    on_gpu = world.device.type == "cuda"
+    ring = Ring(slots, batch_size, transform.out_size, packed=packed, pinned=on_gpu and not packed)
     # Pillow warns from here on and refuses at twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
-    maker = BatchMaker(samples, transform, batch_size, config.timeout_s)
     # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
     ahead: dict[str, Any] = {
         "prefetch_factor": config.prefetch,
@@ -142,11 +250,10 @@ def load_batches(
         "multiprocessing_context": "fork",
     }
     loader = DataLoader(
-        maker,
-        batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+        BatchMaker(samples, transform, ring, config, packed=packed),
+        batch_sampler=Orders(sampler, batch_size, slots),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_as_made,
-        pin_memory=world.device.type == "cuda",
         **(ahead if workers else {}),
     )
     with warnings.catch_warnings():
@@ -155,8 +262,8 @@ def load_batches(
         started = time.perf_counter()
         batches = iter(loader)
     try:
-        for batch in batches:
-            yield batch, time.perf_counter() - started
+        for made in batches:
+            yield as_batch(made, ring, packed=packed), time.perf_counter() - started
             started = time.perf_counter()
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -166,8 +273,9 @@ def load_batches(
     finally:
         # Ends the workers now, and not when the garbage collector comes by.
         del batches
+        ring.close()
 
 
-def _as_made(batch: Any) -> Batch:
-    assert isinstance(batch, Batch)
-    return batch
+def _as_made(made: Any) -> Made:
+    assert isinstance(made, Made)
+    return made

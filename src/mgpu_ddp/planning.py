@@ -149,7 +149,7 @@ def collecting(
     with report.log_into(job.run_dir, world), Progress(world, task.total, task.total - plan.rows_left), collector:
         height, width = transform.out_size
         model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
-        report.log_plan(world, config.runtime, model_bytes, claim.batch_size * 3 * height * width * 4)
+        report.log_plan(world, config, model_bytes, claim.batch_size * 3 * height * width * 4)
         log.info(
             "%s; batch_size %d; %s of %s %s to do",
             model.origin,

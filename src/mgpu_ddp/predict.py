@@ -4,15 +4,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from mgpu_ddp.config import OutputConfig, RuntimeConfig
+from mgpu_ddp.config import Config
+from mgpu_ddp.decoding import GpuInput, decode_of
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
@@ -28,16 +30,17 @@ NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 class Predictor:
     """Normalise, run the model and keep only what the rows need, all on the model's device."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        transform: Transform,
-        runtime: RuntimeConfig,
-        output: OutputConfig,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, module: nn.Module, transform: Transform, config: Config, device: torch.device) -> None:
+        runtime, output = config.runtime, config.output
         self._module, self._transform, self._device = module, transform, device
         self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
+        self.decodes = decode_of(config, device) == "gpu"
+        """Whether encoded images may come in."""
+        self.inputs = (
+            GpuInput(transform, device, self._dtype, channels_last=self._channels_last)
+            if device.type == "cuda"
+            else None
+        )
         # An array of logits is the tutorial's result: that format fixes the field.
         self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
         self._kept = threading.local()
@@ -49,7 +52,7 @@ class Predictor:
         self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
     def __call__(self, pixels: torch.Tensor) -> Columns:
-        """Predict uint8 (batch_size, height, width, 3): columns as `Rows` has them, on the device.
+        """Predict uint8 (batch_size, height, width, 3), or what `GpuInput` made: columns as `Rows` has them.
 
         Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, maybe more
         than once, because the device lacked the memory for it.
@@ -78,9 +81,9 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, pixels: torch.Tensor) -> Columns:
-        images = self._transform.normalise(
-            pixels.to(self._device, non_blocking=True), dtype=self._dtype, channels_last=self._channels_last
-        )
+        images = pixels
+        if pixels.dtype == torch.uint8:
+            images = self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
         logits = self._module(images).float()
         probs = logits.softmax(dim=1)
         top = probs.topk(min(self._topk, probs.shape[1]), dim=1)
@@ -109,8 +112,10 @@ class Clock:
     started: float = field(default_factory=time.perf_counter)
     wait_s: float = 0.0
     """Waiting for the loader."""
+    input_s: float = 0.0
+    """Waiting for model input to be made on the GPU."""
     predict_s: float = 0.0
-    """Preprocessing and forward; on CUDA until the result is on the host."""
+    """Forward, on the CPU with normalising; until the result is on the host."""
     peers_s: float = 0.0
     """Waiting for the windows of all ranks."""
     gather_s: float = 0.0
@@ -131,6 +136,16 @@ class Clock:
     _warm_at: float = 0.0
     _warm_rows: int = 0
 
+    @contextmanager
+    def measuring(self, name: str) -> Iterator[None]:
+        """Add the time that a block takes."""
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+    def stage(self, name: str, spent_s: float) -> None:
+        self.workers_s[name] = self.workers_s.get(name, 0.0) + spent_s
+
     def batch(self, rows: int, workers: dict[str, float]) -> None:
         now = time.perf_counter()
         if not self.batch_s:
@@ -141,7 +156,7 @@ class Clock:
         self.rows += rows
         self.ended = now
         for stage, seconds in workers.items():
-            self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
+            self.stage(stage, seconds)
 
     @property
     def steady(self) -> tuple[int, float]:
@@ -156,33 +171,88 @@ def in_flight(world: World) -> int:
     return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
 
 
-def predict(
-    batches: Iterable[tuple[Batch, float]], predictor: Predictor, world: World, clock: Clock
-) -> Generator[Rows]:
-    """Predict batches in order, a few at a time.
+STAGED = 2
+"""Batches whose input is made ready on a GPU while the model runs one before."""
 
-    On the CPU each batch runs in one thread of its own: kernels split over several threads would add up in
-    another order, and the bits of a row would depend on how many cores its rank happened to have.
+
+def held_batches(world: World) -> int:
+    """How many of the loader's batches `predict` may hold at once."""
+    return in_flight(world) + STAGED + 2
+
+
+def predict(
+    batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World
+) -> Generator[Rows]:
+    """Predict batches in order, a few at a time."""
+    if predictor.inputs is None:
+        results = _on_cpu(batches, predictor, clock, world)
+    else:
+        results = _on_gpu(batches, predictor, predictor.inputs, clock, in_flight(world))
+    with closing(results):
+        for batch, columns in results:
+            yield _rows(batch, columns, clock)
+
+
+def _on_cpu(
+    batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World
+) -> Generator[tuple[Batch, Columns]]:
+    """Predict several batches side by side, each in one thread.
+
+    Kernels split over several threads would add up in another order, and the bits of a row would depend on how many
+    cores its rank happened to have.
     """
-    pending: deque[tuple[Batch, Callable[[], Columns]]] = deque()
-    depth = in_flight(world)
+    pending: deque[tuple[Batch, Future[Columns]]] = deque()
+
+    def finished() -> tuple[Batch, Columns]:
+        batch, future = pending.popleft()
+        with clock.measuring("predict_s"):
+            return batch, future.result()
+
     with ThreadPoolExecutor(world.share_of_cpus, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for batch, waited_s in batches:
             clock.wait_s += waited_s
-            started = time.perf_counter()
-            if world.device.type == "cuda":
-                pending.append((batch, _copy_to_host(predictor(batch.pixels))))
-            else:
-                pending.append((batch, pool.submit(predictor, batch.pixels).result))
-            rows = _harvest(pending, clock) if len(pending) >= depth else None
-            clock.predict_s += time.perf_counter() - started
-            if rows is not None:
-                yield rows
+            pending.append((batch, pool.submit(predictor, batch.pixels)))
+            if len(pending) >= in_flight(world):
+                yield finished()
         while pending:
-            started = time.perf_counter()
-            rows = _harvest(pending, clock)
-            clock.predict_s += time.perf_counter() - started
-            yield rows
+            yield finished()
+
+
+def _on_gpu(
+    batches: Iterable[tuple[Batch, float]], predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int
+) -> Generator[tuple[Batch, Columns]]:
+    """Make input of one batch, run the model on the one before and copy back the one before that."""
+    staged: deque[tuple[Batch, Future[tuple[torch.Tensor, torch.cuda.Event]]]] = deque()
+    flying: deque[tuple[Batch, Callable[[], Columns]]] = deque()
+
+    def launch() -> None:
+        batch, future = staged.popleft()
+        with clock.measuring("input_s"):
+            images, ready = future.result()
+        with clock.measuring("predict_s"):
+            stream = torch.cuda.current_stream(images.device)
+            stream.wait_event(ready)
+            images.record_stream(stream)
+            flying.append((batch, _copy_to_host(predictor(images))))
+
+    def landed() -> tuple[Batch, Columns]:
+        batch, finish = flying.popleft()
+        with clock.measuring("predict_s"):
+            return batch, finish()
+
+    with ThreadPoolExecutor(1) as stage:
+        for batch, waited_s in batches:
+            clock.wait_s += waited_s
+            staged.append((batch, stage.submit(inputs, batch, clock.stage)))
+            if len(staged) > STAGED:
+                launch()
+            if len(flying) >= depth:
+                yield landed()
+        while staged or flying:
+            if staged:
+                launch()
+            if not staged or len(flying) >= depth:
+                yield landed()
 
 
 def _copy_to_host(columns: Columns) -> Callable[[], Columns]:
@@ -198,11 +268,10 @@ def _copy_to_host(columns: Columns) -> Callable[[], Columns]:
     return finish
 
 
-def _harvest(pending: deque[tuple[Batch, Callable[[], Columns]]], clock: Clock) -> Rows:
-    batch, finish = pending.popleft()
+def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:
     n = len(batch.index)
     # Copies, so that rows do not keep the padded buffers alive.
-    columns = {name: np.array(column.numpy()[:n]) for name, column in finish().items()}
+    columns = {name: np.array(column.numpy()[:n]) for name, column in found.items()}
     nonfinite = {i: NONFINITE for i in batch.index[~columns.pop("finite")].tolist() if i not in batch.errors}
     split = frozenset(batch.index[columns.pop("split")].tolist()) if "split" in columns else frozenset()
     errors = batch.errors | nonfinite

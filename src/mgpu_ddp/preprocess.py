@@ -56,14 +56,17 @@ class Transform:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as tvf
 
-        if len(self.resize) == 1:
-            short, long = sorted(image.size)
-            if self.resize[0] ** 2 * long / short > MAX_RESIZED_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to resize and crop")
+        if not self.may_resize(*image.size):
+            raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to resize and crop")
         image = tvf.resize(image, list(self.resize), InterpolationMode(self.interpolation))
         if self.crop is not None:
             image = tvf.center_crop(image, [self.crop, self.crop])
         return np.asarray(image, dtype=np.uint8)
+
+    def may_resize(self, width: int, height: int) -> bool:
+        """Whether an image stays within reason when its shorter side is resized."""
+        short, long = sorted((width, height))
+        return len(self.resize) == 2 or self.resize[0] ** 2 * long / short <= MAX_RESIZED_PIXELS
 
     def normalise(self, pixels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
         """Turn uint8 (n, height, width, 3) into model input (n, 3, height, width) of `dtype`, on its device."""

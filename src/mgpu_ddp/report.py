@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from mgpu_ddp.config import RuntimeConfig
+from mgpu_ddp.config import Config
+from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.durable import replace_json
 from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
@@ -30,12 +31,13 @@ REMEDIES = {
     "read": "raise loader.workers or move the images to faster storage",
     "decode": "raise loader.workers or give the job more CPU cores",
     "resize": "raise loader.workers or give the job more CPU cores",
+    "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or runtime.decode=cpu with many CPU cores",
     "forward": "raise batch_size, or lower runtime.precision on a GPU",
     "collect and write": "set output.collect=shards or write fewer output.fields",
     "waiting for peers": "look at the slowest rank in metrics.json",
 }
 
-RANK_COLUMNS = ("rows", "images/s", "load wait", "predict", "peers wait", "gather", "write")
+RANK_COLUMNS = ("rows", "images/s", "load wait", "gpu input", "predict", "peers wait", "gather", "write")
 MAX_RANKS_SHOWN = 32
 
 
@@ -72,9 +74,12 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
         handler.close()
 
 
-def log_plan(world: World, runtime: RuntimeConfig, model_bytes: int, batch_bytes: int) -> None:
+def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -> None:
     """Say which devices there are, what `auto` chose and whether model and batch fit."""
-    chose = f"precision {precision_of(runtime, world.device)}, decode on the CPU, compile {runtime.compile == 'on'}"
+    runtime, decode = config.runtime, decode_of(config, world.device).upper()
+    chose = (
+        f"precision {precision_of(runtime, world.device)}, decode on the {decode}, compile {runtime.compile == 'on'}"
+    )
     if world.device.type == "cpu":
         log.info("CUDA not used: %d processes of %d threads on the CPU; %s", world.size, world.share_of_cpus, chose)
         return
@@ -154,6 +159,8 @@ class RankMetrics:
     """From the start of the process to the end of the loop."""
     wait_s: float
     """Waiting for the loader."""
+    input_s: float
+    """Waiting for model input to be made on the GPU."""
     predict_s: float
     peers_s: float
     """Waiting for the windows of all ranks."""
@@ -187,6 +194,7 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         startup_s=age - (now - clock.first_at) if clock.rows else age,
         wall_s=age,
         wait_s=clock.wait_s,
+        input_s=clock.input_s,
         predict_s=clock.predict_s,
         peers_s=clock.peers_s,
         gather_s=clock.gather_s,
@@ -209,6 +217,7 @@ def bottleneck(ranks: Sequence[RankMetrics]) -> str:
     """The stage that the loop waited for most, over all ranks."""
     waits = {
         "loading": sum(r.wait_s for r in ranks),
+        "gpu input": sum(r.input_s for r in ranks),
         "forward": sum(r.predict_s for r in ranks),
         "collect and write": sum(r.peers_s for r in ranks),
     }
@@ -266,7 +275,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         ]
         for r in ranks[:MAX_RANKS_SHOWN]:
             seconds = "".join(
-                f"{value:>10.1f} s" for value in (r.wait_s, r.predict_s, r.peers_s, r.gather_s, r.write_s)
+                f"{value:>10.1f} s" for value in (r.wait_s, r.input_s, r.predict_s, r.peers_s, r.gather_s, r.write_s)
             )
             batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")

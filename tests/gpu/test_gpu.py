@@ -28,9 +28,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cpu = run(python_m(*settings(root, "cpu", "fp32"), "runtime.device=cpu"), root)
     assert cpu.code == 0, cpu.err
     for precision in ("fp32", "tf32", "bf16", "fp16"):
-        one = run(python_m(*settings(root, f"one-{precision}", precision)), root)
-        assert one.code == 0, one.err
-        assert one.summary["device"] == torch.cuda.get_device_name(0)
+        for decode in ("cpu", "gpu"):
+            name = f"one-{precision}-{decode}"
+            one = run(python_m(*settings(root, name, precision), f"runtime.decode={decode}"), root)
+            assert one.code == 0, one.err
+            assert one.summary["device"] == torch.cuda.get_device_name(0)
     return root
 
 
@@ -44,16 +46,18 @@ def column(table: pa.Table, name: str) -> Any:
     return np.stack(table[name].to_numpy())
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 5e-3), ("fp16", 5e-3), ("bf16", 3e-2)])
-def test_one_gpu_gives_the_rows_of_the_cpu(runs: Path, precision: str, tolerance: float) -> None:
-    cpu, gpu = read_table(runs / "cpu"), read_table(runs / f"one-{precision}")
-    assert_proved(runs / f"one-{precision}", COUNT)
+def test_one_gpu_gives_the_rows_of_the_cpu(runs: Path, precision: str, tolerance: float, decode: str) -> None:
+    cpu, gpu = read_table(runs / "cpu"), read_table(runs / f"one-{precision}-{decode}")
+    assert_proved(runs / f"one-{precision}-{decode}", COUNT)
     assert cpu["path"].equals(gpu["path"])
     assert cpu["label"].equals(gpu["label"])
     ours, theirs = (np.exp(column(t, "logits").astype(np.float64)) for t in (gpu, cpu))
     worst = np.abs(ours / ours.sum(1, keepdims=True) - theirs / theirs.sum(1, keepdims=True)).max()
-    print(f"{precision}: largest difference of a probability {worst:.2e}")
-    assert worst < tolerance
+    print(f"{precision}, decoded on the {decode}: largest difference of a probability {worst:.2e}")
+    # Two decoders of one JPEG differ by a level here and there.
+    assert worst < max(tolerance, 5e-3 if decode == "gpu" else 0)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
@@ -62,7 +66,7 @@ def test_two_gpus_give_the_bits_of_one(runs: Path, precision: str) -> None:
     two = run(torchrun(2, *settings(runs, f"two-{precision}", precision)), runs)
     assert two.code == 0, two.err
     assert_proved(runs / f"two-{precision}", COUNT)
-    assert read_table(runs / f"one-{precision}").equals(read_table(runs / f"two-{precision}"))
+    assert read_table(runs / f"one-{precision}-gpu").equals(read_table(runs / f"two-{precision}"))
 
 
 def test_a_killed_gpu_job_resumes_to_the_same_bits(runs: Path) -> None:

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.command import check_command
+from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import FolderSamples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys
 from mgpu_ddp.listing import Listing
-from mgpu_ddp.loading import BatchMaker
+from mgpu_ddp.loading import BatchMaker, Order, as_batch
+from mgpu_ddp.ring import Ring
 from tests.unit.conftest import encoded, photo
 
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
@@ -61,7 +63,9 @@ def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     for name, content in (("0.png", good), ("1.png", data), ("2.png", good)):
         (root / name).write_bytes(content)
     samples = FolderSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
-    batch = BatchMaker(samples, preprocess.imagenet(16), 4, 10).__getitems__([0, 1, 2])
+    ring = Ring(1, 4, (16, 16), packed=False, pinned=False)
+    worker = BatchMaker(samples, preprocess.imagenet(16), ring, LoaderConfig(timeout_s=10))
+    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1, 2])), ring, packed=False)
     assert set(batch.errors) <= {1}
     assert all("\n" not in reason and reason for reason in batch.errors.values())
     assert torch.equal(batch.pixels[0], batch.pixels[2])

@@ -3,19 +3,22 @@
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import FakeConfig, LoaderConfig
 from mgpu_ddp.datasets import Clock, FakeSamples, FolderSamples, Samples
 from mgpu_ddp.listing import Listing
-from mgpu_ddp.loading import BatchMaker, load_batches, num_workers
+from mgpu_ddp.loading import Batch, BatchMaker, Order, as_batch, load_batches, num_workers
 from mgpu_ddp.preprocess import Pixels, Transform
+from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.world import World
 from tests.unit.conftest import encoded, photo
@@ -30,13 +33,19 @@ def folder(root: Path, files: dict[str, bytes]) -> FolderSamples:
     return FolderSamples(str(root), Listing.build(sorted(name.encode() for name in files)))
 
 
-def maker(samples: Samples, *, batch_size: int = 4, timeout_s: float = 60) -> BatchMaker:
-    return BatchMaker(samples, preprocess.plain(SIZE), batch_size, timeout_s)
+def made(
+    samples: Samples, indices: list[int], *, batch_size: int = 4, timeout_s: float = 60, packed: bool = False
+) -> Batch:
+    """One batch as a worker makes it in memory that was used before, and as its rank then sees it."""
+    ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed, pinned=False)
+    ring.pixels(1)[:] = 99
+    worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(timeout_s=timeout_s), packed=packed)
+    return as_batch(worker.__getitems__(Order(slot=1, indices=indices)), ring, packed=packed)
 
 
 def test_a_short_batch_is_padded_with_zeros(tmp_path: Path) -> None:
     samples = folder(tmp_path, {f"{i}.png": encoded(photo(20, 20, i), "PNG") for i in range(3)})
-    batch = maker(samples).__getitems__([2, 0])
+    batch = made(samples, [2, 0])
     assert batch.pixels.shape == (4, SIZE, SIZE, 3)
     assert batch.pixels.dtype == torch.uint8
     for place, index in enumerate([2, 0]):
@@ -63,7 +72,7 @@ def test_a_bad_sample_costs_its_neighbours_nothing(tmp_path: Path) -> None:
     }
     samples = folder(tmp_path, files)
     (tmp_path / "7.png").unlink()
-    batch = maker(samples, batch_size=8).__getitems__(list(range(8)))
+    batch = made(samples, list(range(8)), batch_size=8)
     assert sorted(batch.errors) == [1, 3, 5, 6, 7]
     for place in (0, 2, 4):
         assert torch.equal(batch.pixels[place], batch.pixels[0])
@@ -78,6 +87,65 @@ def test_a_bad_sample_costs_its_neighbours_nothing(tmp_path: Path) -> None:
         assert "0x" not in reason
 
 
+def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "0.jpg": encoded(photo(20, 30), "JPEG"),
+        "1.jpg": encoded(photo(20, 30), "JPEG", progressive=True),
+        "2.png": encoded(photo(20, 30), "PNG"),
+        "3.jpg": b"broken",
+        "4.jpg": encoded(photo(30, 20), "JPEG", exif=exif),
+        "5.jpg": encoded(photo(20, 30).convert("CMYK"), "JPEG"),
+        "6.jpg": encoded(photo(20, 30), "JPEG")[:-40],
+    }
+    samples = folder(tmp_path, files)
+    batch = made(samples, list(range(7)), batch_size=8, packed=True)
+    assert batch.jpegs is not None
+    assert (batch.jpegs.places, batch.jpegs.orientations, batch.jpegs.sizes) == ([0, 4], [1, 6], [600, 600])
+    assert [bytes(data.numpy()) for data in batch.jpegs.data] == [files["0.jpg"], files["4.jpg"]]
+    assert sorted(batch.errors) == [3, 6]
+    on_cpu = made(samples, list(range(7)), batch_size=8)
+    assert on_cpu.jpegs is None
+    for place in (1, 2, 3, 5, 6):
+        assert torch.equal(batch.pixels[place], on_cpu.pixels[place])
+
+
+def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    large = encoded(Image.fromarray(noise), "JPEG", quality=95)
+    assert len(large) > 2 << 20
+    small = encoded(photo(20, 30), "JPEG")
+    samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True, pinned=False)
+    worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
+    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
+    assert batch.jpegs is not None
+    assert [bytes(data.numpy()) for data in batch.jpegs.data] == [small, large]
+
+
+@pytest.mark.parametrize("limit", [599, 600])
+def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit: int) -> None:
+    samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True, pinned=False)
+    worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
+    assert len(worker.__getitems__(Order(slot=0, indices=[0])).places) == (limit == 600)
+
+
+def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:
+    samples = FakeSamples(FakeConfig(size=400, image_size=[3, 8, 8]))
+    plan = Plan(start=0, stop=400, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    config, held = LoaderConfig(workers=2), 5
+    kept: deque[tuple[Batch, torch.Tensor]] = deque()
+    transform = preprocess.plain(8)
+    for batch, _ in load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=held):
+        kept.append((batch, batch.pixels.clone()))
+        if len(kept) == held:
+            oldest, pixels = kept.popleft()
+            assert torch.equal(oldest.pixels, pixels)
+            assert np.array_equal(pixels[0].numpy(), samples.load(int(oldest.index[0]), transform, lambda *_: None)[0])
+
+
 class Odd:
     """A dataset whose samples raise what they are told to."""
 
@@ -87,11 +155,14 @@ class Odd:
     def __len__(self) -> int:
         return len(self._errors)
 
-    def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
         error = self._errors[index]
         if error is not None:
             raise error()
         return np.full((*transform.out_size, 3), 7, dtype=np.uint8), index
+
+    def read(self, index: int, clock: Clock) -> bytes | None:
+        return None
 
     def known_label(self, index: int) -> int:
         return index + 100
@@ -104,7 +175,7 @@ def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:
     samples = Odd(
         lambda: ValueError("two\n  lines"), None, lambda: SyntaxError("broken PNG"), lambda: MemoryError("x" * 9000)
     )
-    batch = maker(samples).__getitems__([0, 1, 2, 3])
+    batch = made(samples, [0, 1, 2, 3])
     assert batch.errors[0] == "ValueError: two lines"
     assert batch.errors[2] == "SyntaxError: broken PNG"
     assert len(batch.errors[3]) == 500
@@ -114,11 +185,11 @@ def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:
 
 def test_a_request_to_stop_is_no_bad_sample() -> None:
     class Interrupted(Odd):
-        def load(self, index: int, transform: Transform, clock: Clock) -> tuple[Pixels, int]:
+        def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        maker(Interrupted(None)).__getitems__([0])
+        made(Interrupted(None), [0])
 
 
 def test_a_sample_that_blocks_becomes_an_error_row(tmp_path: Path) -> None:
@@ -129,7 +200,7 @@ def test_a_sample_that_blocks_becomes_an_error_row(tmp_path: Path) -> None:
     samples = FolderSamples(str(tmp_path), Listing.build([b"0.png", b"1.png", b"2.png"]))
     before = signal.getsignal(signal.SIGALRM)
     started = time.perf_counter()
-    batch = maker(samples, timeout_s=0.2).__getitems__([0, 1, 2])
+    batch = made(samples, [0, 1, 2], timeout_s=0.2)
     assert 0.2 <= time.perf_counter() - started < 10
     assert batch.errors == {1: "TimeoutError: took longer than loader.timeout_s=0.2"}
     assert torch.equal(batch.pixels[0], batch.pixels[2])
@@ -152,7 +223,7 @@ def test_batches_come_once_and_in_order(world: World, workers: int, start: int) 
     )
     config = LoaderConfig(workers=workers)
     transform = preprocess.plain(8)
-    batches = list(load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world))
+    batches = list(load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=100))
     assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
     assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
     for batch, _ in batches:
@@ -167,7 +238,7 @@ def test_no_samples_give_no_batches(world: World, workers: int) -> None:
     plan = Plan(start=0, stop=0, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
     samples = FakeSamples(FakeConfig(size=0))
     config = LoaderConfig(workers=workers)
-    assert list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 4, world)) == []
+    assert list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 4, world, held=100)) == []
 
 
 def test_auto_workers_are_this_processes_cpus(world: World) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mgpu_ddp.config import OutputConfig, RuntimeConfig
+from mgpu_ddp.config import Config, FakeConfig, ModelConfig, OutputConfig, TransformConfig
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.predict import NONFINITE, Clock, Predictor, predict
 from mgpu_ddp.preprocess import plain
@@ -45,15 +45,18 @@ def batches(batch_size: int, count: int) -> Iterator[tuple[Batch, float]]:
         pixels = torch.zeros(batch_size, SIDE, SIDE, 3, dtype=torch.uint8)
         pixels[: len(index)] = torch.from_numpy(index.astype(np.uint8) * 21)[:, None, None, None]
         errors = {1: "broken"} if first == 0 else {}
-        yield Batch(index=index, label=index.astype(np.int32), pixels=pixels, errors=errors, seconds={}), 0.0
+        yield (
+            Batch(index=index, label=index.astype(np.int32), pixels=pixels, jpegs=None, errors=errors, seconds={}),
+            0.0,
+        )
 
 
 def run(module: nn.Module, world: World, batch_size: int) -> tuple[Rows, Clock]:
-    predictor = Predictor(
-        module, plain(SIDE), RuntimeConfig(), OutputConfig(topk=2, fields=["topk", "logits"]), world.device
-    )
+    output = OutputConfig(topk=2, fields=["topk", "logits"])
+    config = Config(data=FakeConfig(), transform=TransformConfig(), model=ModelConfig(), output=output)
+    predictor = Predictor(module, plain(SIDE), config, world.device)
     clock = Clock(warm_up=1)
-    return concatenate(list(predict(batches(batch_size, 2), predictor, world, clock))), clock
+    return concatenate(list(predict(batches(batch_size, 2), predictor, clock, world))), clock
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(world: World) -> None:

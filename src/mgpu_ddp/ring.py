@@ -1,0 +1,66 @@
+"""Shared memory that loader workers fill and their rank reads: slots that are used again and again.
+
+A batch made anew would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
+slots are made once, before the workers fork, and pinned once, when they are first read.
+"""
+
+import mmap
+
+import numpy as np
+import torch
+
+from mgpu_ddp.preprocess import Pixels
+
+JPEG_BYTES = 1 << 20
+"""Room for the encoded images of a slot, per image. Pages that nothing was written to take no memory."""
+MAP_NORESERVE = 0x4000
+"""Source: mmap(2); Python names it from 3.13 on."""
+
+
+class Ring:
+    """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images."""
+
+    def __init__(self, slots: int, batch_size: int, size: tuple[int, int], *, packed: bool, pinned: bool) -> None:
+        self.slots, self._shape = slots, (batch_size, *size, 3)
+        self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
+        self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
+        self._slot_bytes = self._pixel_bytes + self._room
+        # Anonymous, so that it does not depend on the size of /dev/shm, which containers keep small.
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._memory = torch.frombuffer(mmap.mmap(-1, slots * self._slot_bytes, flags), dtype=torch.uint8)
+        self._pinned: set[int] | None = set() if pinned else None
+
+    def pixels(self, slot: int) -> torch.Tensor:
+        """The pixels of a slot, in the rank's process pinned where that was asked for."""
+        first = slot * self._slot_bytes
+        memory = self._memory[first : first + self._pixel_bytes]
+        if self._pinned is not None and slot not in self._pinned:
+            _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), self._pixel_bytes, 0))
+            self._pinned.add(slot)
+        return memory[: int(np.prod(self._shape))].view(self._shape)
+
+    def array(self, slot: int) -> Pixels:
+        """The pixels of a slot for a worker, which must not touch CUDA."""
+        first = slot * self._slot_bytes
+        flat = self._memory[first : first + int(np.prod(self._shape))]
+        pixels: Pixels = flat.view(self._shape).numpy()
+        return pixels
+
+    def room(self, slot: int) -> torch.Tensor:
+        """The bytes of a slot for encoded images, uint8 (room,)."""
+        first = slot * self._slot_bytes + self._pixel_bytes
+        return self._memory[first : first + self._room]
+
+    def close(self) -> None:
+        """Unpin; the memory goes with its last reader."""
+        for slot in self._pinned or ():
+            torch.cuda.cudart().cudaHostUnregister(self._memory[slot * self._slot_bytes :].data_ptr())
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _check(error: object) -> None:
+    if int(error) != 0:  # type: ignore[call-overload]
+        raise RuntimeError(f"cudaHostRegister must pin the loader's memory, got error {error}")

@@ -1,12 +1,14 @@
-"""Batches → model input on a GPU, on a stream and in a thread of their own, while the model runs the batch before.
+"""Batches → model input on a GPU, on streams and in threads of their own, while the model runs the batch before.
 
 nvJPEG decodes whole batches, by torchvision, and one kernel makes model input of them. What it refuses, Pillow
 decodes here, as the loader's workers do with all that does not look like a plain JPEG.
 """
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,57 +33,92 @@ def decode_of(config: Config, device: torch.device) -> str:
     return "gpu" if may and wanted != "cpu" else "cpu"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """What became of a batch's encoded images; its GPU memory belongs to `stream`.
+
+    `images`: uint8 (3, height, width) each; image i is number `numbers[i]` of the batch's. `ready`: rows of the
+    batch's pixels that hold what goes to the model.
+    """
+
+    images: list[torch.Tensor]
+    numbers: list[int]
+    ready: list[int]
+    stream: torch.cuda.Stream
+
+
 class GpuInput:
-    """Makes model input of batches. The tensor that comes back is ready once the current stream gets to it."""
+    """Makes model input of batches: `decode` in threads beside the model's, then `finish` in its own."""
+
+    THREADS = 2
+    """One waits for the decoder while the other has it, so that it is never idle between two batches."""
 
     def __init__(self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         self._transform, self._device, self._dtype = transform, device, dtype
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        # Work that is queued on another stream must not be overtaken by nvJPEG, which has streams of its own.
-        self._stream = torch.cuda.Stream(device)
+        self._channels_last = channels_last
+        # Streams of their own: nvJPEG must not overtake work that is queued on the model's.
+        self._streams = itertools.cycle([torch.cuda.Stream(device) for _ in range(self.THREADS)])
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, clock: Callable[[str, float], None]) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """Model input (batch_size, 3, height, width) of a batch; bad samples that show up are added to its errors."""
+    def decode(self, batch: Batch, clock: Callable[[str, float], None]) -> Decoded:
+        """Decode a batch's encoded images; bad samples that show up are added to its errors."""
         started = time.perf_counter()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            images = self._upload(batch) if batch.jpegs is None else self._decode_all(batch, batch.jpegs)
-            done = torch.cuda.Event()
-            done.record()
-        clock("gpu input", time.perf_counter() - started)
-        return images, done
+        stream = next(self._streams)
+        jpegs = batch.jpegs
+        if jpegs is None or not jpegs.data:
+            ready = list(range(len(batch.pixels if jpegs is None else batch.index)))
+            return Decoded(images=[], numbers=[], ready=ready, stream=stream)
+        images: list[torch.Tensor] = []
+        numbers: list[int] = []
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            for portion in _portions(jpegs.sizes):
+                for number, image in zip(portion, self._decode([jpegs.data[i] for i in portion]), strict=True):
+                    if image is None:
+                        self._decode_on_cpu(batch, jpegs, number)
+                    else:
+                        images.append(image)
+                        numbers.append(number)
+        decoded = {jpegs.places[number] for number in numbers}
+        clock("gpu decode", time.perf_counter() - started)
+        return Decoded(
+            images=images,
+            numbers=numbers,
+            ready=[place for place in range(len(batch.index)) if place not in decoded],
+            stream=stream,
+        )
 
-    def _upload(self, batch: Batch) -> torch.Tensor:
-        return self._normalise(batch.pixels.to(self._device, non_blocking=True))
+    @torch.inference_mode()
+    def finish(self, batch: Batch, decoded: Decoded) -> torch.Tensor:
+        """Model input (batch_size, 3, height, width), ready once the current stream gets to it."""
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(decoded.stream):
+            images = self._fill(batch, decoded)
+        current.wait_stream(decoded.stream)
+        images.record_stream(current)
+        return images
 
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        channels_last = self._layout is torch.channels_last
-        return self._transform.normalise(pixels, dtype=self._dtype, channels_last=channels_last)
-
-    def _decode_all(self, batch: Batch, jpegs: Jpegs) -> torch.Tensor:
+    def _fill(self, batch: Batch, decoded: Decoded) -> torch.Tensor:
+        if batch.jpegs is None:
+            return self._normalise(batch.pixels.to(self._device, non_blocking=True))
         from mgpu_ddp.kernels import preprocess_images
 
-        shape = (len(batch.pixels), 3, *self._transform.out_size)
-        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=self._layout).zero_()
-        refused: list[int] = []
-        for numbers in _portions(jpegs.sizes):
-            decoded = self._decode([jpegs.data[i] for i in numbers])
-            good = [(i, image) for i, image in zip(numbers, decoded, strict=True) if image is not None]
-            refused += [i for i, image in zip(numbers, decoded, strict=True) if image is None]
-            preprocess_images(
-                [image for _, image in good],
-                [jpegs.orientations[i] for i, _ in good],
-                self._transform,
-                out=images,
-                places=[jpegs.places[i] for i, _ in good],
-            )
-        for i in refused:
-            self._decode_on_cpu(batch, jpegs, i)
-        ready = sorted(set(range(len(batch.index))) - set(jpegs.places) | {jpegs.places[i] for i in refused})
-        if ready:
-            pixels = batch.pixels[ready].to(self._device)
-            images[torch.tensor(ready, device=self._device)] = self._normalise(pixels)
+        jpegs, shape = batch.jpegs, (len(batch.pixels), 3, *self._transform.out_size)
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout).zero_()
+        preprocess_images(
+            decoded.images,
+            [jpegs.orientations[number] for number in decoded.numbers],
+            self._transform,
+            out=images,
+            places=[jpegs.places[number] for number in decoded.numbers],
+        )
+        if decoded.ready:
+            pixels = batch.pixels[decoded.ready].to(self._device)
+            images[torch.tensor(decoded.ready, device=self._device)] = self._normalise(pixels)
         return images
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
 
     def _decode(self, data: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """uint8 (3, height, width) on the device each; None for what the decoder refuses."""

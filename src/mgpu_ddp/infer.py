@@ -89,6 +89,8 @@ def main() -> None:
     """Join the world, check the command once, then let Hydra run its job or its jobs."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
+    sys.setswitchinterval(0.0005)
     stop = StopWish()
     stop.install()
     world = join()

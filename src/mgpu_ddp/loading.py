@@ -153,8 +153,8 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
     """A worker's batch as the rank sees it."""
     jpegs: Jpegs | None = None
     if packed:
-        room, firsts = ring.room(made.slot), [0, *made.ends]
-        data = [room[first:end] for first, end in zip(firsts, made.ends, strict=False)]
+        lengths = np.diff(made.ends, prepend=0).tolist()
+        data = list(ring.room(made.slot)[: sum(lengths)].split(lengths)) if lengths else []
         for number, spilt in made.spilt.items():
             data[number] = torch.frombuffer(bytearray(spilt), dtype=torch.uint8)
         jpegs = Jpegs(data=data, places=made.places, orientations=made.orientations, sizes=made.sizes)

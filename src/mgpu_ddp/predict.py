@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config import Config
-from mgpu_ddp.decoding import GpuInput, decode_of
+from mgpu_ddp.decoding import Decoded, GpuInput, decode_of
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
@@ -171,8 +171,8 @@ def in_flight(world: World) -> int:
     return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
 
 
-STAGED = 2
-"""Batches whose input is made ready on a GPU while the model runs one before."""
+STAGED = 3
+"""Batches that are decoded on a GPU while the model runs one before."""
 
 
 def held_batches(world: World) -> int:
@@ -221,29 +221,26 @@ def _on_cpu(
 def _on_gpu(
     batches: Iterable[tuple[Batch, float]], predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int
 ) -> Generator[tuple[Batch, Columns]]:
-    """Make input of one batch, run the model on the one before and copy back the one before that."""
-    staged: deque[tuple[Batch, Future[tuple[torch.Tensor, torch.cuda.Event]]]] = deque()
+    """Decode some batches, run the model on the one before them and copy back the ones before that."""
+    staged: deque[tuple[Batch, Future[Decoded]]] = deque()
     flying: deque[tuple[Batch, Callable[[], Columns]]] = deque()
 
     def launch() -> None:
         batch, future = staged.popleft()
         with clock.measuring("input_s"):
-            images, ready = future.result()
+            decoded = future.result()
         with clock.measuring("predict_s"):
-            stream = torch.cuda.current_stream(images.device)
-            stream.wait_event(ready)
-            images.record_stream(stream)
-            flying.append((batch, _copy_to_host(predictor(images))))
+            flying.append((batch, _copy_to_host(predictor(inputs.finish(batch, decoded)))))
 
     def landed() -> tuple[Batch, Columns]:
         batch, finish = flying.popleft()
         with clock.measuring("predict_s"):
             return batch, finish()
 
-    with ThreadPoolExecutor(1) as stage:
+    with ThreadPoolExecutor(inputs.THREADS) as stage:
         for batch, waited_s in batches:
             clock.wait_s += waited_s
-            staged.append((batch, stage.submit(inputs, batch, clock.stage)))
+            staged.append((batch, stage.submit(inputs.decode, batch, clock.stage)))
             if len(staged) > STAGED:
                 launch()
             if len(flying) >= depth:

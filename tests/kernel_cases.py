@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
 
-from mgpu_ddp import preprocess
+from mgpu_ddp import kernels, preprocess
 from mgpu_ddp.preprocess import Transform
 
 
@@ -66,8 +66,8 @@ def reference(image: torch.Tensor, transform: Transform) -> torch.Tensor:
     across = weights(width, new_width, transform.interpolation).T
     channels = []
     for channel in image.to(torch.float64):
-        # Pillow 13: vertically first where that saves much. The image before the second pass is uint8.
-        if height - new_height > max(0, 2 * (width - new_width)):
+        # Pillow 13 goes vertically first where that saves much. The image between the passes is uint8.
+        if kernels.PILLOW_REORDERS and height - new_height > max(0, 2 * (width - new_width)):
             channels.append(rounded(rounded(down @ channel) @ across))
         else:
             channels.append(rounded(down @ rounded(channel @ across)))

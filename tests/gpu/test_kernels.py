@@ -1,0 +1,134 @@
+"""The fused kernel on a real GPU, against Pillow, at every size."""
+
+import time
+
+import pytest
+import torch
+
+from mgpu_ddp import preprocess
+from mgpu_ddp.kernels import preprocess_images
+from tests import kernel_cases as cases
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+SIZES = [(1, 1), (1, 60), (60, 1), (2, 3), (17, 224), (224, 224), (256, 256), (375, 500), (500, 375), (1200, 301)]
+SIZES += [(301, 1200), (96, 64), (1333, 2000), (3000, 2000), (4000, 6000), (255, 257)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run(
+    images: list[torch.Tensor],
+    orientations: list[int],
+    transform: preprocess.Transform,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> torch.Tensor:
+    """The rows of a batch, in the images' order, though they are made in reverse places."""
+    out = torch.full((len(images), 3, *transform.out_size), torch.nan, dtype=dtype, device="cuda")
+    out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    places = list(reversed(range(len(images))))
+    preprocess_images([image.cuda() for image in images], orientations, transform, out=out, places=places)
+    return out[places]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", cases.transforms(224))
+def test_the_kernel_yields_the_levels_of_the_cpu_path(name: str, channels_last: bool) -> None:
+    transform = cases.transforms(224)[name]
+    images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES)]
+    orientations = [i % 8 + 1 for i in range(len(images))]
+    want = cases.expected(images, orientations, transform)
+    got = run(images, orientations, transform, channels_last=channels_last).cpu()
+    apart = [cases.difference(got[i : i + 1], want[i : i + 1], transform) for i in range(len(images))]
+    for size, (largest, mean) in zip(SIZES, apart, strict=True):
+        print(f"{name} {size}: at most {largest:.3g}/255, {mean:.3g}/255 on average")
+    # A level is whole; what is left is the last bit of normalising on a GPU.
+    assert max(largest for largest, _ in apart) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_are_those_of_normalising_on_the_gpu(dtype: torch.dtype) -> None:
+    transform = preprocess.imagenet(224)
+    images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES[5:12])]
+    pixels = torch.stack([cases.oracle(image, 1, transform) for image in images]).cuda()
+    want = transform.normalise(pixels, dtype=dtype, channels_last=True)
+    assert torch.equal(run(images, [1] * len(images), transform, dtype=dtype), want)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation: int) -> None:
+    transform, images = preprocess.imagenet(224), [cases.picture(375, 500, seed=0)]
+    want = cases.expected(images, [orientation], transform)
+    assert cases.difference(run(images, [orientation], transform).cpu(), want, transform)[0] < 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 5000), (5000, 1)])
+def test_a_strip_is_stretched(height: int, width: int) -> None:
+    transform, images = preprocess.plain(224), [cases.picture(height, width, seed=0)]
+    want = cases.expected(images, [1], transform)
+    assert cases.difference(run(images, [1], transform).cpu(), want, transform)[0] < 1e-3
+    # The CPU path refuses to blow one up to its shorter side; the kernel needs no memory for it.
+    assert run(images, [1], preprocess.imagenet(224)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
+    transform = preprocess.imagenet(224)
+    images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES)]
+    orientations = [i % 8 + 1 for i in range(len(images))]
+    rows = run(images, orientations, transform, dtype=dtype)
+    assert torch.equal(rows, run(images, orientations, transform, dtype=dtype))
+    for i in range(len(images)):
+        alone = run(images[i : i + 1], orientations[i : i + 1], transform, dtype=dtype)
+        assert torch.equal(alone[0], rows[i])
+
+
+def test_a_side_stream_gives_the_same_bits() -> None:
+    transform, images = preprocess.imagenet(224), [cases.picture(375, 500, seed=i) for i in range(8)]
+    want = run(images, [1] * 8, transform)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        rows = [run(images, [1] * 8, transform) for _ in range(20)]
+    stream.synchronize()
+    assert all(torch.equal(each, want) for each in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "count"),
+    [
+        ("imagenet", 375, 500, 512),
+        ("bicubic weights", 375, 500, 512),
+        ("plain", 375, 500, 512),
+        ("imagenet", 4000, 6000, 16),
+    ],
+)
+def test_throughput(name: str, height: int, width: int, count: int) -> None:
+    transform = cases.transforms(224)[name]
+    image = cases.picture(height, width, seed=0).cuda()
+    images = [image.clone() for _ in range(count)]
+    out = torch.empty(count, 3, *transform.out_size, dtype=torch.float16, device="cuda")
+    out = out.contiguous(memory_format=torch.channels_last)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for orientation in (1, 6):
+        arguments = (images, [orientation] * count, transform)
+        for _ in range(3):
+            preprocess_images(*arguments, out=out, places=range(count))
+        torch.cuda.synchronize()
+        # The GPU sleeps until all launches are queued, so that its own time is measured and not the host's.
+        torch.cuda._sleep(500_000_000)
+        start.record()
+        began = time.perf_counter()
+        for _ in range(20):
+            preprocess_images(*arguments, out=out, places=range(count))
+        host_s = (time.perf_counter() - began) / 20
+        end.record()
+        torch.cuda.synchronize()
+        device_s = start.elapsed_time(end) / 1000 / 20
+        print(
+            f"{name}, {count} of {width}x{height}, orientation {orientation}: {count / device_s:,.0f} images/s; "
+            f"the host spends {host_s * 1e3:.2f} ms on a batch, the GPU {device_s * 1e3:.2f} ms"
+        )
+    assert count / device_s > 100

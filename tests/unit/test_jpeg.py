@@ -157,6 +157,7 @@ def test_each_rule_of_plain_counts() -> None:
         data.replace(b"\xff\xc0", b"\xff\xc9"),
         edited(data, sof, 0, 12),  # bits
         edited(data, sof, 6, ord("R")),
+        edited(edited(data, sof, 6, ord("R")), sos, 1, ord("R")),  # not the names of YCbCr
         edited(data, sof, 7, 0x41),  # 4:1:1
         edited(data, sof, 8, 3),  # a quantisation table that is not there
         edited(data, sos, 2, 0x33),  # Huffman tables that are not there

@@ -22,7 +22,7 @@ from mgpu_ddp.datasets import find_listing
 from mgpu_ddp.ending import finish_job, holding
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
-from mgpu_ddp.loading import load_batches
+from mgpu_ddp.loading import load_batches, naming_dead_workers
 from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks
 from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
@@ -77,7 +77,11 @@ def predict_task(
         held=held_batches(world),
         packed=predictor.decodes,
     )
-    with closing(loaded) as batches, closing(predict(batches, predictor, clock, world)) as predicted:
+    with (
+        naming_dead_workers(),
+        closing(loaded) as batches,
+        closing(predict(batches, predictor, clock, world)) as predicted,
+    ):
         for rows in predicted:
             refuse_bad_samples(rows, job, task.samples)
             collector.add(rows)

@@ -221,6 +221,18 @@ def num_workers(config: LoaderConfig, world: World) -> int:
     return world.share_of_cpus if config.workers == "auto" else int(config.workers)
 
 
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in one line that a loader worker died, wherever the block is when torch's SIGCHLD handler raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        first = str(error).splitlines()[0].strip()
+        raise StateError(f"loader workers must live, got: {first} Look for what killed it; lack of memory?") from error
+
+
 def load_batches(
     samples: Samples,
     sampler: ShardSampler,
@@ -265,11 +277,6 @@ def load_batches(
         for made in batches:
             yield as_batch(made, ring, packed=packed), time.perf_counter() - started
             started = time.perf_counter()
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        first = str(error).splitlines()[0]
-        raise StateError(f"loader workers must live, got: {first} Look for what killed it; lack of memory?") from error
     finally:
         # Ends the workers now, and not when the garbage collector comes by.
         del batches

@@ -35,6 +35,7 @@ from mgpu_ddp.world import World, choose_device, join
 
 def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
+    world.pulse.timeout_s = job.config.dist.timeout_s
     world = choose_device(job.config, world)
     job = place_job(job, world)
     files = find_listing(job.config, job.run_dir, afresh=job.starts_over, world=world)

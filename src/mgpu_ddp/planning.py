@@ -124,7 +124,6 @@ def collecting(
 ) -> Iterator[Collector]:
     """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
     config, plan = job.config, task.plan
-    world.pulse.timeout_s = config.dist.timeout_s
     channel = Channel(world, f"{job.name}/{task.name}", config.dist.timeout_s)
     # A task may choose among the samples; parts name them as the dataset does.
     path_of = claim.samples.path

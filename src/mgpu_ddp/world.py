@@ -75,13 +75,14 @@ class World:
         """
         key, self.link.turn = f"exchange/{self.link.turn}", self.link.turn + 1
         store = self.link.store
-        store.set(f"{key}/{self.rank}", json.dumps([topic, value]))
-        if self.rank == 0:
-            parts = [f"{key}/{rank}" for rank in range(self.size)]
-            _await(store, parts, self.pulse)
-            store.set(f"{key}/all", "[" + ",".join(part.decode() for part in store.multi_get(parts)) + "]")
-        _await(store, [f"{key}/all"], self.pulse)
-        heard = json.loads(store.get(f"{key}/all"))
+        with _store_must_answer():
+            store.set(f"{key}/{self.rank}", json.dumps([topic, value]))
+            if self.rank == 0:
+                parts = [f"{key}/{rank}" for rank in range(self.size)]
+                _await(store, parts, self.pulse)
+                store.set(f"{key}/all", "[" + ",".join(part.decode() for part in store.multi_get(parts)) + "]")
+            _await(store, [f"{key}/all"], self.pulse)
+            heard = json.loads(store.get(f"{key}/all"))
         topics = sorted({other for other, _ in heard})
         if topics != [topic]:
             raise ProtocolError(f"all ranks must be at {topic!r}, got {topics} on rank {self.rank} of {self.size}.")
@@ -121,7 +122,8 @@ class World:
 
     def raise_alarm(self, job: str, text: str) -> None:
         """Have every rank see within a beat that this job cannot go on."""
-        self.link.store.set(f"alarm/{job}", text)
+        with _store_must_answer():
+            self.link.store.set(f"alarm/{job}", text)
 
     def first_of_launch(self, key: str, value: str) -> str:
         """What this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
@@ -136,11 +138,17 @@ def _await(store: Store, keys: list[str], pulse: Pulse) -> None:
     """Wait until the keys are there, as long as every rank lives."""
     # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
     pause_s = 0.001
+    while not store.check(keys):
+        pulse.check()
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, POLL_S)
+
+
+@contextmanager
+def _store_must_answer() -> Iterator[None]:
+    """Take a store that is gone for what it is: the process that hosts it died, rank 0 or the launcher."""
     try:
-        while not store.check(keys):
-            pulse.check()
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, POLL_S)
+        yield
     except RuntimeError as error:
         raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error
 
@@ -165,12 +173,13 @@ class Channel:
         Raises:
             PeerLostError: a rank died or fell silent.
         """
-        if self._store.add(f"posted/{window}", 1) == self._size:
-            self._store.set(f"go/{window}", "1")
-            # Whoever posted this window has left the one before.
-            for key in (f"posted/{window - 1}", f"go/{window - 1}"):
-                self._store.delete_key(key)
-        _await(self._store, [f"go/{window}"], self._pulse)
+        with _store_must_answer():
+            if self._store.add(f"posted/{window}", 1) == self._size:
+                self._store.set(f"go/{window}", "1")
+                # Whoever posted this window has left the one before.
+                for key in (f"posted/{window - 1}", f"go/{window - 1}"):
+                    self._store.delete_key(key)
+            _await(self._store, [f"go/{window}"], self._pulse)
         payloads: list[Any] = [None] * self._size
         try:
             dist.all_gather_object(payloads, payload, group=self._group)

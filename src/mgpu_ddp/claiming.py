@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mgpu_ddp.durable import is_temporary, replace_bytes, replace_file
+from mgpu_ddp.durable import add_folder, is_temporary, replace_bytes, replace_file
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part
@@ -30,7 +30,7 @@ def hold_folder(run_dir: Path) -> int:
         UsageError: another job holds the folder, or it cannot be written to.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        _make_folder(run_dir)
         held = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise _unwritable(run_dir, error) from None
@@ -45,6 +45,12 @@ def hold_folder(run_dir: Path) -> int:
     os.ftruncate(held, 0)
     os.write(held, f"held by process {os.getpid()} on {socket.gethostname()}\n".encode())
     return held
+
+
+def _make_folder(folder: Path) -> None:
+    for path in [*reversed(folder.parents), folder]:
+        if not path.exists():
+            add_folder(path)
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UsageError:
@@ -80,7 +86,7 @@ def claim_folder(
     try:
         if overwrite and folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         if files is not None and grown:
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
             replace_bytes(folder / FILE_NAME, files.buffer)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mgpu_ddp.config import GROUPS, require, to_config
+from mgpu_ddp.durable import add_folder
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys
 
@@ -123,7 +124,7 @@ def make_folder(folder: Path) -> list[Path]:
     try:
         for path in [*reversed(folder.parents), folder]:
             if not path.exists():
-                path.mkdir()
+                add_folder(path)
                 made.insert(0, path)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

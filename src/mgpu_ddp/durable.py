@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +56,14 @@ def _filled(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
 
 def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
+def add_folder(folder: Path) -> None:
+    """Make a folder whose name is durable: what is durable in it would be lost with its name."""
+    folder.mkdir(exist_ok=True)
+    # One may be allowed to write to a folder and not to read it, and then it cannot be opened for this.
+    with suppress(PermissionError):
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

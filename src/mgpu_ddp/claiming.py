@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mgpu_ddp.durable import add_folder, is_temporary, replace_bytes, replace_file
+from mgpu_ddp.durable import add_folder, is_temporary, replace_bytes, replace_file, sync_folder
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part
@@ -155,6 +155,8 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
         for path in (folder / PARTS).iterdir():
             if f"{PARTS}/{path.name}" not in listed:
                 path.unlink()
+        # Also for parts that a retry has taken from the manifest: none of them may come back.
+        sync_folder(folder / PARTS)
     for path in filter(is_temporary, folder.iterdir()):
         path.unlink()
 

@@ -13,7 +13,7 @@ import numpy as np
 from mgpu_ddp.durable import add_folder, is_temporary, replace_bytes, replace_file, sync_folder
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
-from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part
+from mgpu_ddp.manifest import ARRAY, PARTS, Manifest, Part, write_status
 from mgpu_ddp.replacing import holds_result
 
 LOCK = ".lock"
@@ -87,6 +87,9 @@ def claim_folder(
         if overwrite and folder.exists():
             shutil.rmtree(folder)
         _make_folder(folder)
+        if found is not None and found.complete and not wanted.complete:
+            # Before anything changes that a reader may trust as long as the status says complete.
+            write_status(folder, "running", wanted)
         if files is not None and grown:
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
             replace_bytes(folder / FILE_NAME, files.buffer)

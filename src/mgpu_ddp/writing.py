@@ -40,7 +40,7 @@ import numpy.typing as npt
 from mgpu_ddp.durable import create_file
 from mgpu_ddp.errors import ProofError, WriteError
 from mgpu_ddp.formats import FORMATS, Format, to_table
-from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part
+from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
 from mgpu_ddp.rows import Rows
 
 PathOf = Callable[[int], str | None]
@@ -217,6 +217,7 @@ class Table:
         Raises:
             WriteError: the file system refused.
         """
+        self._reopen()
         for number, part in enumerate(self._manifest.parts):
             within = np.flatnonzero((rows.index >= part.first) & (rows.index < part.stop))
             if not len(within):
@@ -225,6 +226,17 @@ class Table:
             self._list_all()
             if self._manifest.parts[number].file != part.file:
                 (self._run_dir / part.file).unlink()
+
+    def _reopen(self) -> None:
+        """Say that a complete folder is not: it is about to hold some rows twice."""
+        if not self._manifest.complete:
+            return
+        self._manifest.complete = False
+        try:
+            write_status(self._run_dir, "running", self._manifest)
+        except OSError as error:
+            raise write_error(self._run_dir, error) from error
+        self._list_all()
 
     def _list_all(self) -> None:
         try:

@@ -46,7 +46,7 @@ class Part:
                 np.load(path, mmap_mode="r")
                 return True
             return path.stat().st_size == self.num_bytes
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return False
 
 

@@ -157,11 +157,12 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
     if (folder / PARTS).is_dir():
         for path in (folder / PARTS).iterdir():
             if f"{PARTS}/{path.name}" not in listed:
-                path.unlink()
+                # A late writer may have deleted its temporary file itself by now.
+                path.unlink(missing_ok=True)
         # Also for parts that a retry has taken from the manifest: none of them may come back.
         sync_folder(folder / PARTS)
     for path in filter(is_temporary, folder.iterdir()):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _allocate_array(folder: Path, manifest: Manifest, num_classes: int) -> None:

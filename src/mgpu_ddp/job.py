@@ -129,7 +129,7 @@ def _find_place(run_dir: Path, overwrite: bool, world: World) -> tuple[bool, boo
         os.close(held)
     # Neither a restart by torchrun nor a requeue by SLURM is another launch.
     first = overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    starts_over = first and world.once_per_launch(f"overwrite/{run_dir}") and holds_result(run_dir)
+    starts_over = first and not world.is_done(f"overwrite/{run_dir}") and holds_result(run_dir)
     return starts_over or (run_dir / NEXT).exists(), starts_over
 
 
@@ -170,6 +170,9 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 array_columns=model.num_classes if config.output.format == "npy" else None,
                 files=files,
             )
+            if config.overwrite:
+                # Not before: an attempt that dies until here has put nothing in the place of what it found.
+                world.mark_done(f"overwrite/{job.home}")
             try:
                 _furnish(job, manifest)
             except OSError as error:

@@ -129,9 +129,13 @@ class World:
         """What this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
         return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
 
-    def once_per_launch(self, key: str) -> bool:
-        """True the first time in a launch, false at its restarts. Rank 0 only."""
-        return bool(self.link.launch.add(f"once/{key}", 1) == 1)
+    def is_done(self, key: str) -> bool:
+        """Whether this launch, or an attempt of it that is dead by now, has marked a key. Rank 0 only."""
+        return bool(self.link.launch.add(f"done/{key}", 0) > 0)
+
+    def mark_done(self, key: str) -> None:
+        """Mark a key for the rest of this launch. Rank 0 only."""
+        self.link.launch.add(f"done/{key}", 1)
 
 
 def _await(store: Store, keys: list[str], pulse: Pulse) -> None:

@@ -49,6 +49,17 @@ def test_overwrite_lists_the_images_anew(tmp_path: Path, world: World, name: str
     assert (claim.start, claim.stop) == (0, len(expected))
 
 
+def test_overwrite_holds_until_an_attempt_of_the_launch_has_claimed(tmp_path: Path, world: World) -> None:
+    claimed(config(), tmp_path / "run", world)
+    job = Job(name="0", config=config(overwrite=True), run_dir=tmp_path / "run")
+    assert place_job(job, world).starts_over
+    # That attempt died while it loaded the model.
+    assert place_job(job, world).starts_over
+    claimed(job.config, job.run_dir, world)
+    again = place_job(job, world)
+    assert (again.run_dir, again.starts_over) == (tmp_path / "run/.next", False)
+
+
 def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, world: World) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/b.png").touch()

@@ -265,7 +265,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             kind = keys[name].kind if name in keys else "a group of keys"
             return f"{name} must be {kind}, got {value!r}. See --help."
         if name in GROUPS and value not in GROUPS[name] and f"{name}/{value}" in str(error):
-            return f"{name} must be {keys[name].kind}, got {value!r}. See --help."
+            remedy = f"Choose it by model.name={value}." if name == "model" else "See --help."
+            return f"{name} must be {keys[name].kind}, got {value!r}. {remedy}"
         if f"'{name}'" in str(error) or f"{name}=" in str(error):
             return _unknown_key(name, override)
     return f"the configuration must compose, got: {' '.join(str(error).split())}. See --help."
@@ -274,8 +275,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 def _unknown_key(name: str, override: str) -> str:
     if name in documented_keys():
         group = name.partition(".")[0]
-        options = ", ".join(GROUPS.get(group, ()))
-        return f"{name} must belong to the chosen {group}, got {override!r}. Choose among {group}={options}."
+        options = [option for option, schema in GROUPS.get(group, {}).items() if hasattr(schema, name.split(".")[-1])]
+        return f"{name} must belong to the chosen {group}, got {override!r}. Add {group}={' or '.join(options)}."
     near = difflib.get_close_matches(name, documented_keys(), n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."

@@ -5,6 +5,7 @@ when it is built, so a `Config` that exists is one whose values make sense on th
 machine (devices, folders, model names) is checked by whoever needs it.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,8 @@ class FolderConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.root), "data.root", "a folder", self.root, "Give data.root=DIR.")
+        # However it is written, it is the same folder, also to a start that continues.
+        self.root = os.path.abspath(os.path.expanduser(self.root))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,13 +171,17 @@ class OutputConfig:
     """Samples of all ranks together that become durable at once. auto aims at about 10 seconds."""
 
     def __post_init__(self) -> None:
+        self.dir = self.dir and os.path.expanduser(self.dir)
         _one_of("output.format", self.format, ("parquet", "csv", "jsonl", "npy"))
         _one_of("output.collect", self.collect, ("auto", "gather", "shards"))
         _one_of("output.nonfinite", self.nonfinite, ("record", "raise"))
         _at_least("output.topk", self.topk, 1, 5)
         _at_least("output.commit_every", self.commit_every, 1, 10000, word="auto")
         for name in self.fields:
-            _one_of("output.fields", name, FIELDS)
+            require(name in FIELDS, "output.fields", f"one of {', '.join(FIELDS)}", name, "Try output.fields=[topk].")
+        fits = self.format != "npy" or self.fields in (["topk"], ["logits"])
+        rule = "left out with output.format=npy, which is an array of logits"
+        require(fits, "output.fields", rule, list(self.fields), "Leave it out.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """Names of datasets → samples that a loader worker can read one by one."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.preprocess import Pixels, Transform, decode
 from mgpu_ddp.world import World
+
+log = logging.getLogger("mgpu_ddp")
 
 Clock = Callable[[str, float], None]
 """Told the stage (`read`, `decode`, `resize`, `generate`) and the seconds it took."""
@@ -167,7 +170,13 @@ def _list_folder(config: Config, data: FolderConfig, run_dir: Path, *, afresh: b
     if not paths:
         kinds = ", ".join(e.decode().lstrip(".") for e in listing.EXTENSIONS)
         raise UsageError(f"data.root must hold at least one image ({kinds}), got {data.root!r}. Name another folder.")
-    return Listing.build(paths)
+    files = Listing.build(paths)
+    names = [listing.readable(name) for name in files.classes()]
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    labels = f"labels from {len(names):,} class folders ({shown})"
+    why_not = "no labels: not every image lies in one level of class folders"
+    log.info("%s images, %s", f"{len(paths):,}", labels if names else why_not)
+    return files
 
 
 def open_samples(config: Config, files: Listing | None) -> Samples:

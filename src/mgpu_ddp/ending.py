@@ -94,7 +94,7 @@ def _conclude(
             " Raise it to continue."
         )
     elif ending == "preempted":
-        reason = f"stopped on request; {proof.missing} rows are left, start again to resume"
+        reason = f"stopped on request; {proof.missing} rows are left, resume with output.dir={job.home}"
     elif (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
         raise ProofError(
             f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
@@ -121,8 +121,10 @@ def _conclude(
         "precision": manifest.fingerprint["runtime.precision"],
         "run_dir": str(job.home),
     }
+    # Ranks past the first one that stopped predicted rows that nobody keeps.
+    rows = sum(r.rows for r in ranks) if ending == "complete" else manifest.prefix - claim.prefix
     if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
-        summary |= report.write_metrics(run_dir, ranks, deterministic=job.config.runtime.deterministic)
+        summary |= report.write_metrics(run_dir, ranks, rows=rows, deterministic=job.config.runtime.deterministic)
     else:
         ranks = []
     if job.replaces is not None and ending == "complete":

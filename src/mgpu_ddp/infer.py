@@ -24,7 +24,7 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
 from mgpu_ddp.loading import load_batches, naming_dead_workers
 from mgpu_ddp.models import choose_transform, load_model, prepare
-from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks
+from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks, too_many_errors
 from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.session import Session
@@ -47,8 +47,8 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     with holding(claim, world):
         predictor = Predictor(prepare(model, job.config, world), transform, job.config, world.device)
         clock = Clock(warm_up=in_flight(world))
-        ending: Ending = "complete"
-        for task in tasks(job, claim, model, world):
+        ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
+        for task in tasks(job, claim, model, world) if ending == "complete" else ():
             with collecting(job, task, claim, model, transform, world, stop, clock) as collector:
                 predict_task(job, task, claim, predictor, transform, world, clock, collector)
             ending = collector.ending

@@ -144,12 +144,14 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
     held: int | None = None
     with world.together("claim the run folder"):
         if world.rank == 0:
-            start, stop = dataset_range(config, len(open_samples(config, files)))
+            length = len(open_samples(config, files))
+            start, stop = dataset_range(config, length)
             wanted = Manifest(
                 fingerprint=fingerprint(config, model, transform, world, files),
                 start=start,
                 stop=stop,
-                batch_size=config.batch_size,
+                # Every batch is padded to this: more than there are samples would be padding alone.
+                batch_size=min(config.batch_size, max(length if config.limit is None else config.limit, 1)),
                 world_sizes=[world.size],
                 versions=versions(),
             )

@@ -173,7 +173,7 @@ class Listing:
         new = seen.filter(compute.invert(compute.is_in(seen, value_set=self._paths))).to_pylist()
         if not new:
             return self
-        numbers = {path.partition(b"/")[0]: number for path, number in self._classes()}
+        numbers = self.classes()
         labels: list[int | None] = []
         for path in new:
             is_class = numbers and path.count(b"/") == 1
@@ -183,10 +183,11 @@ class Listing:
             pa.concat_arrays([self._labels, pa.array(labels, type=pa.int32())]),
         )
 
-    def _classes(self) -> list[tuple[bytes, int]]:
-        """One path of each class, with its number."""
+    def classes(self) -> dict[bytes, int]:
+        """The class folders with their numbers; none where folders are not classes."""
         import pyarrow as pa
 
         table = pa.table({"path": self._paths, "label": self._labels}).filter(self._labels.is_valid())
         firsts = table.group_by("label", use_threads=False).aggregate([("path", "first")])
-        return list(zip(firsts["path_first"].to_pylist(), firsts["label"].to_pylist(), strict=True))
+        pairs = zip(firsts["path_first"].to_pylist(), firsts["label"].to_pylist(), strict=True)
+        return {path.partition(b"/")[0]: number for path, number in pairs}

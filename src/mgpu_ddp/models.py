@@ -2,6 +2,8 @@
 
 import difflib
 import hashlib
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,10 @@ def _named_state(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def _first(error: Exception) -> str:
     """The gist of an error that tells a long story."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds objects that only code can load"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:

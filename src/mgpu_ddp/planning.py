@@ -169,6 +169,11 @@ def error_limit(config: Config, total: int) -> float:
     return limit * total if isinstance(limit, float) and limit < 1 else limit
 
 
+def too_many_errors(job: Job, claim: Claim) -> bool:
+    """Whether the folder holds more errors than `max_errors` before anything is predicted."""
+    return not job.config.retry_failed and claim.errors > error_limit(job.config, claim.stop - claim.start)
+
+
 def refuse_bad_samples(rows: Rows, job: Job, samples: Samples) -> None:
     """End the job for a bad sample, as `on_error=raise` and `output.nonfinite=raise` ask.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -21,6 +21,16 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 EXIF_ORIENTATION = 0x0112
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
 MAX_RESIZED_PIXELS = 89_478_485
 """Pillow's own limit for an image that is opened."""
 
@@ -127,7 +137,8 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:
         # Metadata that cannot be read says nothing about the pixels: viewers show such a file as it is stored.
         orientation = 1
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
+    # Pillow's own exif_transpose writes the metadata anew, and fails where any of it is malformed.
+    return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

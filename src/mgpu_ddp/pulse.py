@@ -1,8 +1,11 @@
 """Signs of life: each rank beats once a second, rank 0 watches all beats, every wait looks at what it saw."""
 
+import functools
 import json
+import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -11,6 +14,20 @@ from mgpu_ddp.errors import PeerLostError
 
 BEAT_S = 1.0
 DEFAULT_TIMEOUT_S = 180.0
+
+
+@functools.cache
+def _host() -> tuple[str, str]:
+    """What two processes share that can see each other's numbers: the machine's boot and the namespace of processes."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        # A process that its parent has not reaped yet is a zombie. Source: proc(5), /proc/pid/stat.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Pulse(threading.Thread):
@@ -30,6 +47,7 @@ class Pulse(threading.Thread):
         self._store = store
         self._alarm_key: str | None = None
         self._beats = 0
+        self._process = [*_host(), os.getpid()]
         self._last = [(b"", time.monotonic())] * size
         self._over = threading.Event()
         self._beat()
@@ -53,7 +71,8 @@ class Pulse(threading.Thread):
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"pulse/{self.rank}", json.dumps({**self.progress, "beat": self._beats}))
+        beat = {**self.progress, "beat": self._beats, "process": self._process}
+        self._store.set(f"pulse/{self.rank}", json.dumps(beat))
 
     def _look(self) -> None:
         # Rank 0 looks at every rank, the others at rank 0: the store answers O(size) requests per beat.
@@ -79,8 +98,18 @@ class Pulse(threading.Thread):
         """Raise as soon as a rank is known to be lost; return when the time is over."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
+            self._look_for_the_dead()
             self.check()
             time.sleep(BEAT_S / 10)
+
+    def _look_for_the_dead(self) -> None:
+        """Name a rank of this host whose process is gone; those of other hosts are known by their silence alone."""
+        for rank, raw in enumerate(self._store.multi_get([f"pulse/{r}" for r in range(self.size)])):
+            beat = json.loads(raw)
+            *host, pid = beat["process"]
+            if host == [*_host()] and not _lives(pid):
+                self.lost = f"rank {rank} of {self.size} died, last seen at: {beat.get('at')}"
+                return
 
     def check(self) -> None:
         """Raise if a rank is known to be lost."""

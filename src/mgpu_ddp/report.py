@@ -81,7 +81,7 @@ def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -
         f"precision {precision_of(runtime, world.device)}, decode on the {decode}, compile {runtime.compile == 'on'}"
     )
     if world.device.type == "cpu":
-        log.info("CUDA not used: %d processes of %d threads on the CPU; %s", world.size, world.share_of_cpus, chose)
+        log.info("CUDA not used: %d x %d threads on the CPU; %s", world.size, world.share_of_cpus, chose)
         return
     free, total = torch.cuda.mem_get_info(world.device)
     name = torch.cuda.get_device_name(world.device)
@@ -233,9 +233,8 @@ def bottleneck(ranks: Sequence[RankMetrics]) -> str:
     return worst
 
 
-def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, deterministic: bool) -> dict[str, Any]:
+def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, deterministic: bool) -> dict[str, Any]:
     """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
-    rows = sum(r.rows for r in ranks)
     wall_s = max(r.wall_s for r in ranks)
     steady_s = max(r.steady_s for r in ranks)
     stage = bottleneck(ranks)

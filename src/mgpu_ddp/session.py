@@ -90,8 +90,8 @@ class Session:
             Path(os.environ[EXIT_CODE_FILE]).write_text(str(int(code)))
         if isinstance(error, UsageError):
             self.tell(error)
-        if code == Exit.USAGE:
-            remove_empty(self.made)
+        # What was refused, or only planned, leaves no trace.
+        remove_empty(self.made)
         if error is None or isinstance(error, UsageError):
             leave(self.world)
         elif isinstance(error, PeerError):

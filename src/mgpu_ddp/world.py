@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgpu_ddp.config import Config
 from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError, ProtocolError, UsageError
-from mgpu_ddp.pulse import Pulse
+from mgpu_ddp.pulse import BEAT_S, Pulse
 
 POLL_S = 0.05
 NAMING_S = 5.0
@@ -189,9 +189,8 @@ class Channel:
             dist.all_gather_object(payloads, payload, group=self._group)
         except RuntimeError as error:
             first = str(error).splitlines()[0].partition(". ")[0]
-            if "Timed out" in first:
-                # A rank hangs inside the collective: the pulse is about to say which one, and where.
-                self._pulse.wait_for_lost(NAMING_S)
+            # The pulse can say who it was: at once of a process that is gone, soon of one that hangs.
+            self._pulse.wait_for_lost(NAMING_S if "Timed out" in first else BEAT_S)
             raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
         return payloads
 

@@ -99,7 +99,7 @@ def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Pat
         ended = finish(launcher, tmp_path, since)
         assert ended.code == 1
         assert ended.seconds < 20
-        assert "PeerLostError" in ended.err
+        assert "PeerLostError: rank 1 of 3 died, last seen at: " in ended.err
         report = ended.err.partition("Root Cause")[2]
         assert "rank      : 1" in report
         assert "SIGKILL" in report

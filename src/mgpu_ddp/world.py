@@ -252,6 +252,13 @@ def choose_device(config: Config, world: World) -> World:
 def leave(world: World) -> None:
     """End the process group. Collective: every rank calls this, on the success path only."""
     world.exchange("leave", None)
+    if world.rank != 0:
+        world.pulse.end()
+    # Without torchrun rank 0 hosts the store, in which the others have yet to read that all leave: it goes last.
+    with _store_must_answer():
+        world.link.store.set(f"left/{world.rank}", "")
+        if world.rank == 0:
+            _await(world.link.store, [f"left/{rank}" for rank in range(world.size)], world.pulse)
     world.pulse.end()
     dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from mgpu_ddp.config import Config, require
 from mgpu_ddp.loading import Batch, Jpegs, reason_of
-from mgpu_ddp.preprocess import Transform, decode
+from mgpu_ddp.preprocess import Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = 1 << 30
 """That are decoded at once, to bound memory: three bytes each."""
@@ -31,6 +32,41 @@ def decode_of(config: Config, device: torch.device) -> str:
     rule = "cpu or auto but for image files on a CUDA device"
     require(may or wanted != "gpu", "runtime.decode", rule, wanted, "Leave it out.")
     return "gpu" if may and wanted != "cpu" else "cpu"
+
+
+def warm_up(device: torch.device) -> Future[None]:
+    """Start what the first batch would wait for, beside other work: the device, the decoder and the kernel."""
+
+    def run() -> None:
+        from torchvision.io import encode_jpeg
+
+        from mgpu_ddp.kernels import preprocess_images
+
+        transform, jpeg = imagenet(224), encode_jpeg(torch.zeros(3, 64, 64, dtype=torch.uint8))
+        out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            out = out.contiguous(memory_format=layout)
+            preprocess_images(decode_batch([jpeg], device), [1], transform, out=out, places=[0])
+        torch.cuda.synchronize(device)
+
+    pool = ThreadPoolExecutor(1)
+    started = pool.submit(run)
+    pool.shutdown(wait=False)
+    return started
+
+
+def decode_batch(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Decode JPEGs by nvJPEG: uint8 (3, height, width) on the device each.
+
+    Raises:
+        RuntimeError: it refuses one of them.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        # torchvision means to drop its decoders one day; until then they are what a plain install brings.
+        warnings.simplefilter("ignore")
+        return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +158,8 @@ class GpuInput:
 
     def _decode(self, data: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """uint8 (3, height, width) on the device each; None for what the decoder refuses."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
         try:
-            with warnings.catch_warnings():
-                # torchvision means to drop its decoders one day; until then they are what a plain install brings.
-                warnings.simplefilter("ignore")
-                return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=self._device))
+            return list(decode_batch(data, self._device))
         except RuntimeError:
             # One refused image fails the call: halve until it stands alone.
             if len(data) == 1:

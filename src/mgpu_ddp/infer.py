@@ -19,6 +19,7 @@ from mgpu_ddp import config, keys, report
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
+from mgpu_ddp.decoding import decode_of, warm_up
 from mgpu_ddp.ending import finish_job, holding
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
@@ -37,6 +38,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
     world.pulse.timeout_s = job.config.dist.timeout_s
     world = choose_device(job.config, world)
+    warm = warm_up(world.device) if decode_of(job.config, world.device) == "gpu" else None
     job = place_job(job, world)
     files = find_listing(job.config, job.run_dir, afresh=job.starts_over, world=world)
     model = load_model(job.config, world)
@@ -46,6 +48,9 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
     claim = claim_job(job, model, transform, files, world)
     with holding(claim, world):
         predictor = Predictor(prepare(model, job.config, world), transform, job.config, world.device)
+        if warm is not None:
+            # Before the loader forks: a thread amid its imports would leave their locks held in the workers.
+            warm.result()
         clock = Clock(warm_up=in_flight(world))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
         for task in tasks(job, claim, model, world) if ending == "complete" else ():

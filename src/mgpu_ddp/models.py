@@ -14,6 +14,7 @@ from torch import nn
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import Config, ModelConfig, RuntimeConfig, require
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.folding import fold_batch_norms, fuse_activations
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.world import World, share_weights
 
@@ -223,9 +224,12 @@ def prepare(model: Model, config: Config, world: World) -> nn.Module:
 
 
 def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    if config.runtime.fold:
-        module = _fold(module)
     precision = precision_of(config.runtime, device)
+    if config.runtime.fold:
+        module = fold_batch_norms(module)
+        # In half precision alone: cuDNN's fused kernels for fp32 give other bits at other places of a batch.
+        if device.type == "cuda" and precision in ("fp16", "bf16") and config.runtime.channels_last:
+            module = fuse_activations(module, head_of(module))
     # One process may run jobs of several precisions: set both ways. Where cuDNN chooses kernels by timing them,
     # bitwise equality between processes is gone.
     torch.backends.cudnn.benchmark = not config.runtime.deterministic
@@ -238,19 +242,6 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     if config.runtime.compile == "on":
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
-
-
-def _fold(module: nn.Module) -> nn.Module:
-    """Fold batch norms into convolutions where torch.fx can trace the module; leave it as it is where not."""
-    from torch.fx.experimental.optimization import fuse
-    from torch.fx.proxy import TraceError
-
-    try:
-        folded: nn.Module = fuse(module)
-    except (TraceError, TypeError):
-        # Control flow that depends on data: such models have few batch norms, and speed is all that is at stake.
-        return module
-    return folded
 
 
 def head_of(module: nn.Module) -> nn.Module:

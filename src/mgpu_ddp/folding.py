@@ -4,6 +4,7 @@ Both are rewrites of the graph that torch.fx traces; a model that it cannot trac
 """
 
 import operator
+import warnings
 
 import torch
 from torch import fx, nn
@@ -14,8 +15,12 @@ ADDS = (operator.add, operator.iadd, torch.add)
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it."""
-    from torch.fx.experimental.optimization import fuse
     from torch.fx.proxy import TraceError
+
+    with warnings.catch_warnings():
+        # What this module itself imports is deprecated in some releases of torch.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
 
     try:
         folded: nn.Module = fuse(module)

@@ -123,14 +123,15 @@ def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
     assert_proved(tmp_path / "out", 65)
 
 
-def is_predicting(process: Process) -> bool:
-    """Whether a job of one process has begun its loop: its loader worker is there."""
-    return bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+def is_predicting(process: Process, cwd: Path) -> bool:
+    """Whether a job of one process has begun its loop: it has said so, and its loader worker is there."""
+    has_child = bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    return has_child and "rows to do" in (cwd / "stderr.txt").read_text()
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with started(python_m(*SLOW_BATCH), tmp_path) as process:
-        wait_until(lambda: is_predicting(process), process)
+        wait_until(lambda: is_predicting(process, tmp_path), process)
         since = time.monotonic()
         process.terminate()
         wait_until(lambda: time.monotonic() > since + 2.2, process)

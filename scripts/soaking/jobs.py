@@ -1,0 +1,212 @@
+"""What is soaked: small jobs over real JPEGs and fake images, and how their rows are compared."""
+
+import hashlib
+import json
+import os
+import random
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgpu_ddp.config import (
+    Config,
+    DistConfig,
+    FakeConfig,
+    FolderConfig,
+    LoaderConfig,
+    ModelConfig,
+    OutputConfig,
+    RuntimeConfig,
+    TransformConfig,
+)
+from mgpu_ddp.manifest import Manifest, Part
+from mgpu_ddp.writing import array_digest
+
+CLASSES = 12
+PIXELS = 32
+LOST_AFTER_S = 4.0
+"""`dist.timeout_s` of these jobs: when silence counts as death."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """One kind of job: which rows, in which form, and who writes them."""
+
+    data: str
+    how: str
+    collect: str
+
+    @property
+    def rows(self) -> str:
+        """What decides its rows: jobs that share this must end with the same ones."""
+        return f"{self.data}-{self.how}"
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.how} {self.collect}"
+
+
+KINDS = [
+    Kind(data=d, how=h, collect=c) for d in ("folder", "fake") for h in ("parquet", "npy") for c in ("gather", "shards")
+]
+
+
+def make_images(root: Path, count: int, rng: random.Random) -> None:
+    """Write a folder of small JPEGs, a few of them empty, cut short or no images at all."""
+    from PIL import Image
+
+    noise = np.random.default_rng(rng.getrandbits(32))
+    for number in range(count):
+        path = root / f"class{number % 3}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = noise.integers(20, 60, 2)
+        coarse = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(path)
+    spoil = [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no image" + data]
+    for number, path in enumerate(rng.sample(sorted(root.rglob("*.jpg")), k=max(3, count // 100))):
+        path.write_bytes(spoil[number % 3](path.read_bytes()))
+
+
+def configure(kind: Kind, images: Path, rows: int, commit_every: int) -> Config:
+    """The configuration of a job; `rows` counts where the images are fake."""
+    fake = FakeConfig(size=rows, image_size=[3, PIXELS, PIXELS])
+    return Config(
+        data=fake if kind.data == "fake" else FolderConfig(root=str(images)),
+        transform=TransformConfig(size=PIXELS),
+        model=ModelConfig(name="squeezenet1_1", num_classes=CLASSES),
+        loader=LoaderConfig(workers=1),
+        output=OutputConfig(
+            format=kind.how, collect=kind.collect, commit_every=commit_every, fields=["topk", "logits"]
+        ),
+        dist=DistConfig(timeout_s=LOST_AFTER_S),
+        runtime=RuntimeConfig(device="cpu"),
+        batch_size=4,
+    )
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """Call a function in a forked process: reading tables starts threads, and this process has to stay without.
+
+    Raises:
+        RuntimeError: it raised there.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(function(), pipe)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc(file=sys.stderr)
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    if os.waitpid(pid, 0)[1] != 0:
+        raise RuntimeError(f"{function} failed, see above")
+    return json.loads(said)
+
+
+def committed(run_dir: Path) -> int:
+    """Rows that the manifest lists."""
+    try:
+        return sum(part["rows"] for part in json.loads((run_dir / "manifest.json").read_text())["parts"])
+    except FileNotFoundError:
+        return 0
+
+
+def torn_parts(run_dir: Path) -> list[str]:
+    """What the manifest lists and the folder does not hold as it says."""
+    manifest = Manifest.read(run_dir)
+    torn: list[str] = []
+    next_index = manifest.start if manifest else 0
+    for part in manifest.parts if manifest else []:
+        if part.first != next_index:
+            torn.append(f"{part.file} begins at {part.first} instead of {next_index}")
+        next_index = part.stop
+        if manifest is not None and not _is_whole(run_dir, part, manifest.start):
+            torn.append(f"{part.file} [{part.first}, {part.stop}) is not what was listed")
+    return torn
+
+
+def _is_whole(run_dir: Path, part: Part, start: int) -> bool:
+    path = run_dir / part.file
+    try:
+        if path.suffix == ".npy":
+            return array_digest(np.load(path, mmap_mode="r"), part, start) == part.sha256
+        return hashlib.sha256(path.read_bytes()).hexdigest() == part.sha256
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How a table differs from the one it should equal."""
+
+    rows: int
+    missing: int
+    doubled: int
+    different: int
+    unclean: list[str]
+    """What else is wrong with the folder."""
+
+    @property
+    def is_none(self) -> bool:
+        return not (self.missing or self.doubled or self.different or self.unclean)
+
+
+def compare(run_dir: Path, reference: Path) -> Difference:
+    """Compare what two finished jobs left, row by row and bit by bit."""
+    ours, theirs = _rows(run_dir), dict(_rows(reference))
+    times = Counter(index for index, _ in ours)
+    return Difference(
+        rows=len(ours),
+        missing=len(theirs.keys() - times.keys()),
+        doubled=sum(times.values()) - len(times),
+        different=sum(row != theirs.get(index) for index, row in ours),
+        unclean=_unclean(run_dir, reference),
+    )
+
+
+def _rows(run_dir: Path) -> list[tuple[int, str]]:
+    """(index, everything the row says as text that differs with every bit) of all rows that are there."""
+    array = run_dir / "predictions.npy"
+    if array.exists():
+        manifest = json.loads((run_dir / "manifest.json").read_text())
+        logits = np.load(array, mmap_mode="r")
+        return [
+            (index, logits[index - manifest["start"]].tobytes().hex() + part["reasons"].get(str(index), ""))
+            for part in manifest["parts"]
+            for index in range(part["first"], part["first"] + part["rows"])
+        ]
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path, partitioning=None).to_pylist() for path in (run_dir / "predictions").iterdir()]
+    # A float32 has one shortest text as a Python float, and -0.0 another than 0.0.
+    return [(row["index"], repr(row)) for rows in tables for row in rows]
+
+
+def _unclean(run_dir: Path, reference: Path) -> list[str]:
+    status = json.loads((run_dir / "status.json").read_text())
+    expected = json.loads((reference / "status.json").read_text())
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    listed = {part["file"] for part in manifest["parts"]}
+    found = {f"predictions/{path.name}" for path in run_dir.glob("predictions/*")}
+    if (run_dir / "predictions.npy").exists():
+        found.add("predictions.npy")
+    checks = {
+        f"status.json says {status}": status == expected and status["status"] == "complete",
+        "manifest.json does not say complete": manifest["complete"],
+        f"parts on one side only: {sorted(found ^ listed)}": found == listed,
+        f"torn: {torn_parts(run_dir)}": not torn_parts(run_dir),
+        "temporary files are left": not list(run_dir.rglob(".*.tmp")),
+        "errors.jsonl differs": (run_dir / "errors.jsonl").read_bytes() == (reference / "errors.jsonl").read_bytes(),
+    }
+    return [text for text, fine in checks.items() if not fine]

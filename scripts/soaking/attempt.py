@@ -259,6 +259,7 @@ class _Rank:
         if kill is not None and kill.operation is not None and kill.rank == rank:
             death = Death(number=kill.operation, before=kill.before, act=self._die)
         self._all = kill is not None and kill.whom == "all ranks"
+        self._parent = os.getppid()
         self._disk = WatchedDisk(journal, death)
 
     def live(self, config: Config, run_dir: Path, port: int) -> None:
@@ -272,7 +273,7 @@ class _Rank:
         self._redirect()
         place = {"RANK": self._rank, "WORLD_SIZE": self._size, "LOCAL_RANK": self._rank, "LOCAL_WORLD_SIZE": self._size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **{k: str(v) for k, v in place.items()}}
-        die_with_parent()
+        die_with_parent(self._parent)
         self._disk.install()
         self._mark_phases()
         try:

@@ -1,12 +1,15 @@
 """A signal is a wish to stop: it ends the job only once all ranks have agreed on it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from types import FrameType
+
+from mgpu_ddp.errors import Exit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INSIST_AFTER_S = 2.0
@@ -41,7 +44,7 @@ class StopWish:
             os._exit(128 + number)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent dies: a `kill -9` of torchrun must not leave workers.
 
     Source: prctl(2), PR_SET_PDEATHSIG.
@@ -49,10 +52,16 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            # It died before the kernel was asked to tell. A rank would wait for its store for half an hour.
+            os._exit(int(Exit.FAILED))
 
 
 def leave_stopping_to_parent() -> None:
     """In a loader worker: a signal to the whole process group must not break the batch being finished."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    assert rank.pid is not None
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(rank.pid)

@@ -75,14 +75,13 @@ def make_images(root: Path, count: int, rng: random.Random) -> None:
 def configure(kind: Kind, images: Path, rows: int, commit_every: int) -> Config:
     """The configuration of a job; `rows` counts where the images are fake."""
     fake = FakeConfig(size=rows, image_size=[3, PIXELS, PIXELS])
+    fields: dict[str, Any] = {} if kind.how == "npy" else {"fields": ["topk", "logits"]}
     return Config(
         data=fake if kind.data == "fake" else FolderConfig(root=str(images)),
         transform=TransformConfig(size=PIXELS),
         model=ModelConfig(name="squeezenet1_1", num_classes=CLASSES),
         loader=LoaderConfig(workers=1),
-        output=OutputConfig(
-            format=kind.how, collect=kind.collect, commit_every=commit_every, fields=["topk", "logits"]
-        ),
+        output=OutputConfig(format=kind.how, collect=kind.collect, commit_every=commit_every, **fields),
         dist=DistConfig(timeout_s=LOST_AFTER_S),
         runtime=RuntimeConfig(device="cpu"),
         batch_size=4,

@@ -27,6 +27,8 @@ SIDE_BY_SIDE = 3
 MOST_RESTARTS = 3
 PATIENCE_S = 300.0
 ORPHANS_END_S = 10.0
+IMPORTS_END_S = 60.0
+"""How long an orphan may live that was still importing: these seconds of CPU time come first, on a busy machine."""
 POLL_S = 0.02
 OUTPUTS = (("parquet", "gather"), ("npy", "shards"), ("parquet", "shards"), ("npy", "gather"))
 
@@ -46,10 +48,10 @@ def settings(how: str, collect: str, rows: int) -> list[str]:
         "batch_size=4",
         "loader.workers=1",
         "runtime.device=cpu",
-        "output.fields=[topk,logits]",
         "output.commit_every=80",
         f"output.format={how}",
         f"output.collect={collect}",
+        *([] if how == "npy" else ["output.fields=[topk,logits]"]),
     ]
 
 
@@ -114,6 +116,8 @@ class Tally:
     missing: int = 0
     doubled: int = 0
     different: int = 0
+    slowest_s: dict[str, float] = field(default_factory=dict)
+    """The longest that what follows took, where that is bounded."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -157,6 +161,10 @@ class Soak:
             self.tally.done[what] += 1
             self.progress.show(sum(self.tally.done.values()), f"{self.tally.launches} launches")
 
+    def slowest(self, what: str, seconds: float) -> None:
+        with self._lock:
+            self.tally.slowest_s[what] = max(self.tally.slowest_s.get(what, 0.0), round(seconds, 1))
+
     def compare(self, run_dir: Path, reference: Path, where: str) -> None:
         with self._lock:
             found = compare(run_dir, reference)
@@ -175,7 +183,13 @@ class Soak:
     def report(self, what: str) -> bool:
         self.progress.end()
         tally, done = self.tally, sum(self.tally.done.values())
-        print_table((what, "times"), [*sorted(tally.done.items()), ("", done)])
+        slowest = tally.slowest_s
+        rows = [
+            (name, times, *([slowest.get(name, "")] if slowest else [])) for name, times in sorted(tally.done.items())
+        ]
+        print_table(
+            (what, "times", *(["gone after s"] if slowest else [])), [*rows, ("", done, *([""] if slowest else []))]
+        )
         print()
         head = ("launches", "rows", "missing", "doubled", "different", "failures")
         figures = (tally.launches, tally.rows, tally.missing, tally.doubled, tally.different)
@@ -189,6 +203,7 @@ class Soak:
             "seconds": round(self.progress.elapsed_s, 1),
             **dict(zip(head[:-1], figures, strict=True)),
             "by": dict(tally.done),
+            "slowest_s": slowest,
             "failures": tally.failures,
         }
         print_report(report)
@@ -275,16 +290,18 @@ def soak_orphans(work: Path, count: int, seconds: float, seed: int) -> bool:
             launcher.wait()
             soak.count_one(stage)
             since = time.monotonic()
+            within_s = IMPORTS_END_S if stage == "starting" else ORPHANS_END_S
             while left := [process for process in living() if process.session in sessions]:
-                if time.monotonic() - since > ORPHANS_END_S:
+                if time.monotonic() - since > within_s:
                     for process in left:
                         with suppress(ProcessLookupError):
                             os.kill(process.pid, signal.SIGKILL)
                     raise SoakError(
                         f"{folder}: {len(left)} workers outlived torchrun, killed while {stage} ({at}), for"
-                        f" {ORPHANS_END_S:.0f} s"
+                        f" {within_s:.0f} s"
                     )
                 time.sleep(POLL_S)
+            soak.slowest(stage, time.monotonic() - since)
         shutil.rmtree(folder)
 
     seeds = [soak.rng.getrandbits(32) for _ in range(count)]

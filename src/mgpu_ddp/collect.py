@@ -6,6 +6,7 @@ some rank failed. Rank 0's result of writing window k is known to all with windo
 acknowledges the last window. At most two windows are in flight per rank: one gathered, one predicted.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from mgpu_ddp.sharding import Plan, Window
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import Channel, World, reason_of
 from mgpu_ddp.writing import PartWriter, Table
+
+log = logging.getLogger("mgpu_ddp")
 
 State = Literal["rows", "stop", "failed"]
 Ending = Literal["complete", "preempted", "too many errors"]
@@ -117,16 +120,24 @@ class Collector:
 
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End with all ranks: post what is done of the current window, then wait for the last acknowledgement."""
+    ) -> bool:
+        """End with all ranks: post what is done of the current window, then wait for the last acknowledgement.
+
+        What a rank raises after its last window (a dead loader worker, say) ends nothing: the others have gone on to
+        prove the table, and nobody needs more from it.
+        """
         if self._window is not None and not self._over:
             reason = reason_of(raised) if raised is not None else self._stop.signal_name or "another rank ended"
             # The others cut their window short as well, rather than finish it first.
             self._world.raise_alarm(self._job, reason)
             self._hand_over(self._payload(self._window, "stop" if raised is None else "failed", reason))
         self._thread.join()
-        if self._error is not None and raised is None:
+        late = raised if self._window is None and isinstance(raised, Exception) else None
+        if self._error is not None and (raised is None or late is not None):
             raise self._error
+        if late is not None:
+            log.warning("after the last window: %s", reason_of(late))
+        return late is not None
 
     def _post_finished_windows(self) -> None:
         while self._window is not None and self._window_rows == len(self._plan.rows(self._window, self._world.rank)):

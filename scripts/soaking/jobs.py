@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -99,18 +98,23 @@ def apart(function: Callable[[], Any]) -> Any:
     if pid == 0:
         try:
             os.close(reading)
+            try:
+                said = {"result": function()}
+            except Exception as error:
+                traceback.print_exc()
+                said = {"raised": f"{type(error).__name__}: {error}"}
             with os.fdopen(writing, "w") as pipe:
-                json.dump(function(), pipe)
+                json.dump(said, pipe)
+        finally:
             os._exit(0)
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
-            os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    if os.waitpid(pid, 0)[1] != 0:
-        raise RuntimeError(f"{function} failed, see above")
-    return json.loads(said)
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    heard = json.loads(text or '{"raised": "it died"}')
+    if "raised" in heard:
+        raise RuntimeError(heard["raised"])
+    return heard["result"]
 
 
 def committed(run_dir: Path) -> int:

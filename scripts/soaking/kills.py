@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mgpu_ddp.errors import MgpuError
 from soaking.attempt import CALM_S, HANG_S, Ended, Kill, attempt, outcome_sort
 from soaking.disk import Journal, lose_power
 from soaking.jobs import KINDS, Difference, Kind, apart, committed, compare, configure, make_images, torn_parts
@@ -19,6 +20,7 @@ ROWS = 1200
 IMAGES = 900
 MAX_RANKS = 4
 MOST_KILLS_PER_JOB = 8
+ENOUGH_FAILURES = 20
 WHOM = {"one rank": 3, "rank 0": 2, "all ranks": 3, "a loader worker": 2}
 """Who is killed, how often of ten times."""
 EXPECTED_ENDS = {"complete", "PeerLostError", "PeerFailedError"}
@@ -86,7 +88,11 @@ class Soak:
     def run(self) -> None:
         make_images(self._images, IMAGES, self._rng)
         number = 0
-        while self.tally.killed < self._count and not self._progress.out_of_time:
+        while (
+            self.tally.killed < self._count
+            and not self._progress.out_of_time
+            and len(self.tally.failures) < ENOUGH_FAILURES
+        ):
             self._soak_one_job(number, KINDS[number % len(KINDS)])
             number += 1
         self._progress.end()
@@ -115,11 +121,21 @@ class Soak:
 
     def _soak_one_job(self, number: int, kind: Kind) -> None:
         reference, total = self._reference(kind)
-        folder = self._work / f"job-{number}"
+        folder, where = self._work / f"job-{number}", f"job {number} ({kind})"
+        failures = len(self.tally.failures)
+        try:
+            if self._drive(kind, folder, total, where):
+                self._compare(folder / "run", reference, kind, where)
+        except (RuntimeError, ValueError, OSError, MgpuError) as error:
+            self._fail(f"{where}: the folder must be readable, got {type(error).__name__}: {error}")
+        if len(self.tally.failures) == failures:
+            shutil.rmtree(folder)
+
+    def _drive(self, kind: Kind, folder: Path, total: int, where: str) -> bool:
+        """Start a job and kill it until it is complete. False where it refuses to go on."""
         run_dir, journal = folder / "run", Journal(folder / "journal")
         windows = self._rng.choice([16, 32, 48])
         config = configure(kind, self._images, ROWS, windows)
-        failures = len(self.tally.failures)
         size, kills, tries = 0, 0, 0
         while True:
             size = self._rng.choice([n for n in range(1, MAX_RANKS + 1) if n != size])
@@ -127,24 +143,20 @@ class Soak:
             calm = kills >= MOST_KILLS_PER_JOB or self.tally.killed >= self._count or self._progress.out_of_time
             kill = None if calm else self._choose_kill(kind, size, total - done, windows)
             ended = attempt(config, run_dir, size, kill, journal, folder / f"attempt-{tries}", self._rng)
-            self._timing.learn(size, ended, committed(run_dir) - done)
+            here = f"{where}, attempt {tries}"
             tries += 1
             self.tally.attempts += 1
-            self._judge(ended, kill, run_dir, done, f"job {number} ({kind}), attempt {tries - 1}, {size} ranks, {kill}")
-            if ended.killed and kill is not None:
-                kills += 1
-                if kill.whom == "all ranks" and run_dir.exists():
-                    lose_power(run_dir, journal, self._rng)
-                    self._check_folder(run_dir, done, f"job {number} ({kind}), power lost at attempt {tries - 1}")
-            elif ended.complete:
-                break
-            else:
-                self._fail(f"job {number} ({kind}), attempt {tries - 1}: undisturbed, and ended as {ended.survivors}")
-                break
+            self._judge(ended, kill, run_dir, done, f"{here}, {size} ranks, {kill}")
+            self._timing.learn(size, ended, committed(run_dir) - done)
+            if not ended.killed or kill is None:
+                if not ended.complete:
+                    self._fail(f"{here}: undisturbed, and ended as {ended.survivors}")
+                return ended.complete
+            kills += 1
+            if kill.whom == "all ranks" and run_dir.exists():
+                lose_power(run_dir, journal, self._rng)
+                self._check_folder(run_dir, done, f"{here}, power lost")
             self._progress.show(self.tally.killed, f"{sum(self.tally.jobs.values())} jobs done")
-        self._compare(run_dir, reference, kind, f"job {number} ({kind})")
-        if len(self.tally.failures) == failures:
-            shutil.rmtree(folder)
 
     def _choose_kill(self, kind: Kind, size: int, rows_left: int, windows: int) -> Kill:
         rng = self._rng

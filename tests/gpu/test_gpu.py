@@ -69,6 +69,22 @@ def test_two_gpus_give_the_bits_of_one(runs: Path, precision: str) -> None:
     assert read_table(runs / f"one-{precision}-gpu").equals(read_table(runs / f"two-{precision}"))
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 1e-1)])
+def test_another_batch_size_gives_the_same_classes_within_rounding(
+    runs: Path, precision: str, tolerance: float
+) -> None:
+    other = run(python_m(*settings(runs, f"batch-{precision}", precision), "batch_size=8"), runs)
+    assert other.code == 0, other.err
+    ours, theirs = (column(read_table(runs / n), "logits") for n in (f"one-{precision}-gpu", f"batch-{precision}"))
+    worst = float(np.abs(ours - theirs).max())
+    print(f"{precision}: largest difference of a logit between batches of 32 and 8 {worst:.2e}")
+    assert worst < tolerance
+    best = np.sort(ours, axis=1)
+    clear = best[:, -1] - best[:, -2] > 2 * worst
+    assert clear.any()
+    assert (ours.argmax(1) == theirs.argmax(1))[clear].all()
+
+
 def test_a_killed_gpu_job_resumes_to_the_same_bits(runs: Path) -> None:
     # Many small batches, so that the kill falls into the middle.
     many = [*settings(runs, "killed", "fp16"), "batch_size=1", "output.commit_every=10"]

@@ -104,6 +104,7 @@ def jobs(root: Path, bad: Path) -> list[Case]:
     steps = {"commit_every": 48}
     stopping: dict[str, Any] = {"data": {"size": MANY}, "output": steps}
     stopped = tiny(**stopping)
+    limited = tiny(data=folder(bad), max_errors=0, output={"commit_every": 12})
     growing = root.parent / "growing images"
     stopped_shards = tiny(data={"size": MANY}, output={**steps, "collect": "shards", "format": "jsonl"})
     resumed = {"data": {"size": MANY}, "output": {"collect": "shards", "format": "jsonl"}}
@@ -113,8 +114,10 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         Case(name="topics", call=at_different_topics),
         Case(name="raise", config=tiny(data=folder(bad), on_error="raise", output={"commit_every": 12})),
         Case(name="after", config=tiny()),
+        Case(name="other-batch", config=tiny(batch_size=7)),
         Case(name="recorded", config=tiny(data=folder(bad))),
-        Case(name="limited", config=tiny(data=folder(bad), max_errors=0, output={"commit_every": 12})),
+        Case(name="limited", config=limited),
+        Case(name="limited-again", config=limited, run_dir=str(root / "limited")),
         Case(name="raised-limit", config=tiny(data=folder(bad), max_errors=0.5), run_dir=str(root / "limited")),
         Case(name="stopped", config=stopped, stop_at=(1, 100)),
         Case(name="continued", config=tiny(data={"size": MANY}), run_dir=str(root / "stopped")),
@@ -198,8 +201,18 @@ def test_the_next_job_is_unharmed(out: Path) -> None:
     assert read_rows(out / "after") == read_rows(out / "last")
 
 
+def test_another_batch_size_gives_the_same_classes_within_rounding(out: Path) -> None:
+    for row, other in zip(read_rows(out / "after"), read_rows(out / "other-batch"), strict=True):
+        assert row["prob"] == pytest.approx(other["prob"], abs=1e-6)
+        if row["topk_prob"][0] - row["topk_prob"][1] > 1e-6:
+            assert row["pred"] == other["pred"]
+
+
 def test_too_many_errors_stop_and_a_higher_limit_continues(out: Path, end_of: Ends) -> None:
     assert [end["exit_code"] for end in end_of("limited")] == [3, 3, 3]
+    assert [end["exit_code"] for end in end_of("limited-again")] == [3, 3, 3], (
+        "nothing is left to do, and too much went wrong"
+    )
     assert [end["exit_code"] for end in end_of("raised-limit")] == [0, 0, 0]
     assert_proved(out / "limited", 37, errors=1)
     assert read_rows(out / "limited") == read_rows(out / "recorded")

@@ -2,6 +2,10 @@
 
 import os
 
+from mgpu_ddp.signals import die_with_parent
+
 __version__ = "0.1.0"
-PARENT = os.getppid()
-"""Who started this process, asked before the seconds of imports in which a launcher may die unnoticed."""
+
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    # A worker of torchrun. At once, before the seconds of imports in which torchrun may die unnoticed.
+    die_with_parent(os.getppid())

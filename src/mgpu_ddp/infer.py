@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mgpu_ddp import PARENT, config, keys, report
+from mgpu_ddp import config, keys, report
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
 from mgpu_ddp.datasets import find_listing
@@ -30,7 +30,7 @@ from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
-from mgpu_ddp.signals import StopWish, die_with_parent
+from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World, choose_device, join
 
 
@@ -97,8 +97,6 @@ def predict_task(
 
 def main() -> None:
     """Join the world, check the command once, then let Hydra run its job or its jobs."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(PARENT)
     # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
     sys.setswitchinterval(0.0005)
     stop = StopWish()

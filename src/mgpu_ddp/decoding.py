@@ -160,9 +160,11 @@ class GpuInput:
         """uint8 (3, height, width) on the device each; None for what the decoder refuses."""
         try:
             return list(decode_batch(data, self._device))
-        except RuntimeError:
+        except RuntimeError as error:
             # One refused image fails the call: halve until it stands alone.
             if len(data) == 1:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 return [None]
         half = len(data) // 2
         return self._decode(data[:half]) + self._decode(data[half:])

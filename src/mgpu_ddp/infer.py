@@ -53,12 +53,11 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
             warm.result()
         clock = Clock(warm_up=in_flight(world))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
-        for task in tasks(job, claim, model, world) if ending == "complete" else ():
+        left = tasks(job, claim, model, world)
+        while ending == "complete" and (task := next(left, None)) is not None:
             with collecting(job, task, claim, model, transform, world, stop, clock) as collector:
                 predict_task(job, task, claim, predictor, transform, world, clock, collector)
             ending = collector.ending
-            if ending != "complete":
-                break
         return finish_job(job, claim, model, world, clock, ending)
 
 

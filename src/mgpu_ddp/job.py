@@ -151,7 +151,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 start=start,
                 stop=stop,
                 # Every batch is padded to this: more than there are samples would be padding alone.
-                batch_size=min(config.batch_size, max(length if config.limit is None else config.limit, 1)),
+                batch_size=max(1, min(config.batch_size, length, length if config.limit is None else config.limit)),
                 world_sizes=[world.size],
                 versions=versions(),
             )

@@ -223,17 +223,19 @@ def _on_gpu(
 ) -> Generator[tuple[Batch, Columns]]:
     """Decode some batches, run the model on the one before them and copy back the ones before that."""
     staged: deque[tuple[Batch, Future[Decoded]]] = deque()
-    flying: deque[tuple[Batch, Callable[[], Columns]]] = deque()
+    # nvJPEG, on a stream of its own, may write into memory that was freed while a kernel is still to read it: what
+    # was decoded is kept until the batch's results are there.
+    flying: deque[tuple[Batch, Decoded, Callable[[], Columns]]] = deque()
 
     def launch() -> None:
         batch, future = staged.popleft()
         with clock.measuring("input_s"):
             decoded = future.result()
         with clock.measuring("predict_s"):
-            flying.append((batch, _copy_to_host(predictor(inputs.finish(batch, decoded)))))
+            flying.append((batch, decoded, _copy_to_host(predictor(inputs.finish(batch, decoded)))))
 
     def landed() -> tuple[Batch, Columns]:
-        batch, finish = flying.popleft()
+        batch, _, finish = flying.popleft()
         with clock.measuring("predict_s"):
             return batch, finish()
 

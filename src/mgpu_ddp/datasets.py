@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,17 +12,15 @@ import torch
 from PIL import Image
 
 from mgpu_ddp import listing
-from mgpu_ddp.config import Config, FakeConfig, FolderConfig
+from mgpu_ddp.arrays import ArraySamples
+from mgpu_ddp.config import ArrayConfig, Config, FakeConfig, FolderConfig
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
-from mgpu_ddp.preprocess import Pixels, Transform, decode
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform, decode
 from mgpu_ddp.world import World
 
 log = logging.getLogger("mgpu_ddp")
-
-Clock = Callable[[str, float], None]
-"""Told the stage (`read`, `decode`, `resize`, `generate`) and the seconds it took."""
 
 
 class Samples(Protocol):
@@ -31,11 +28,13 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int, clock: Clock) -> bytes | None:
+    def read(self, index: int, clock: StageClock) -> bytes | None:
         """The content of a sample's file, None where it has none."""
         ...
 
-    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
         """One image as uint8 (height, width, 3) after the transform's geometry, and its label or -1.
 
         `data` is the file's content where it was read already.
@@ -65,10 +64,12 @@ class FakeSamples:
     def __len__(self) -> int:
         return self._config.size
 
-    def read(self, index: int, clock: Clock) -> bytes | None:
+    def read(self, index: int, clock: StageClock) -> bytes | None:
         return None
 
-    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
         started = time.perf_counter()
         self._generator.manual_seed(index + self._config.random_offset)
         torch.randn(self._config.image_size, generator=self._generator, out=self._noise)
@@ -98,7 +99,7 @@ class FolderSamples:
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, index: int, clock: Clock) -> bytes:
+    def read(self, index: int, clock: StageClock) -> bytes:
         """The content of a file."""
         started = time.perf_counter()
         with open(os.path.join(self._root, self._files.path(index)), "rb", buffering=0) as file:
@@ -106,7 +107,9 @@ class FolderSamples:
         clock("read", time.perf_counter() - started)
         return data
 
-    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
         if data is None:
             data = self.read(index, clock)
         started = time.perf_counter()
@@ -133,10 +136,12 @@ class ChosenSamples:
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def read(self, index: int, clock: Clock) -> bytes | None:
+    def read(self, index: int, clock: StageClock) -> bytes | None:
         return self._samples.read(int(self._chosen[index]), clock)
 
-    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
         return self._samples.load(int(self._chosen[index]), transform, clock, data)
 
     def known_label(self, index: int) -> int:
@@ -185,4 +190,6 @@ def open_samples(config: Config, files: Listing | None) -> Samples:
     if isinstance(data, FolderConfig):
         assert files is not None
         return FolderSamples(data.root, files)
+    if isinstance(data, ArrayConfig):
+        return ArraySamples(data)
     return FakeSamples(data)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
-from mgpu_ddp.config import Config, FolderConfig, parse_shard
+from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, parse_shard
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.listing import FILE_NAME, Listing
@@ -84,7 +85,7 @@ def fingerprint(
     runtime = config.runtime
     return {
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
-        "listing": None,
+        "listing": identity(config.data) if isinstance(config.data, ArrayConfig) else None,
         **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(transform).items()},
         "model.name": config.model.name,
         "model.num_classes": model.num_classes,

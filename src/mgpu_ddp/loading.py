@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from mgpu_ddp.arrays import ArraySamples
 from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import StateError
@@ -113,7 +114,11 @@ class BatchMaker(Dataset[Made]):
         def clock(stage: str, spent_s: float) -> None:
             seconds[stage] = seconds.get(stage, 0.0) + spent_s
 
-        for place, index in enumerate(order.indices):
+        samples, indices = self._samples, order.indices
+        if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
+            view[len(indices) :] = 0
+            return made
+        for place, index in enumerate(indices):
             try:
                 with _time_limit(self._config.timeout_s):
                     data = self._samples.read(index, clock) if self._packed else None
@@ -126,7 +131,7 @@ class BatchMaker(Dataset[Made]):
                 labels[place] = self._samples.known_label(index)
                 made.errors[index] = reason_of(error)
         if not self._packed:
-            view[len(order.indices) :] = 0
+            view[len(indices) :] = 0
         return made
 
     def _pack(self, made: Made, place: int, data: bytes, room: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mgpu_ddp import preprocess
-from mgpu_ddp.config import Config, ModelConfig, RuntimeConfig, require
+from mgpu_ddp.arrays import open_array
+from mgpu_ddp.config import ArrayConfig, Config, ModelConfig, RuntimeConfig, require
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.folding import fold_batch_norms, fuse_activations
 from mgpu_ddp.preprocess import Transform
@@ -210,11 +211,16 @@ def precision_of(config: RuntimeConfig, device: torch.device) -> str:
 def choose_transform(config: Config, model: Model) -> Transform:
     """`transform` with auto decided: see `TransformConfig`."""
     name, size = config.transform.name, config.transform.size
+    transform = preprocess.imagenet(size)
     if name == "plain" or (name == "auto" and config.data.name == "fake"):
         return preprocess.plain(size)
     if name == "auto" and model.preset is not None:
-        return preprocess.from_weights(model.preset, size)
-    return preprocess.imagenet(size)
+        transform = preprocess.from_weights(model.preset, size)
+    if name == "auto" and isinstance(config.data, ArrayConfig):
+        height, width = open_array(config.data.path).shape[1:3]
+        if (height, width) == transform.out_size:
+            return replace(transform, resize=transform.out_size, crop=None)
+    return transform
 
 
 def prepare(model: Model, config: Config, world: World) -> nn.Module:

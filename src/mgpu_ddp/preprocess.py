@@ -6,6 +6,7 @@ a PIL image. Scaling and normalising run on the model's device, on whole batches
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
+StageClock = Callable[[str, float], None]
+"""Told the stage (`read`, `decode`, `resize`, `generate`) and the seconds it took."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 """The decoders that may see a file, whatever its name says."""
@@ -72,6 +75,14 @@ class Transform:
         if self.crop is not None:
             image = tvf.center_crop(image, [self.crop, self.crop])
         return np.asarray(image, dtype=np.uint8)
+
+    def cut(self, height: int, width: int) -> tuple[int, int] | None:
+        """(top, left) of the output in an image of this size that needs no resizing; None for any other."""
+        target = (height, width) if len(self.resize) == 2 else (min(height, width),)
+        out_height, out_width = self.out_size
+        if self.resize != target or out_height > height or out_width > width:
+            return None
+        return round((height - out_height) / 2), round((width - out_width) / 2)
 
     def may_resize(self, width: int, height: int) -> bool:
         """Whether an image stays within reason when its shorter side is resized."""

@@ -81,7 +81,8 @@ def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -
         f"precision {precision_of(runtime, world.device)}, decode on the {decode}, compile {runtime.compile == 'on'}"
     )
     if world.device.type == "cpu":
-        log.info("CUDA not used: %d x %d threads on the CPU; %s", world.size, world.share_of_cpus, chose)
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)
         return
     free, total = torch.cuda.mem_get_info(world.device)
     name = torch.cuda.get_device_name(world.device)

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
+from mgpu_ddp.config import ArrayConfig
 from tests.conftest import assert_proved, make_images, read_rows, read_table
 from tests.multirank.worlds import Case, ended, folder, run_world, tiny
 
@@ -51,8 +52,18 @@ def grid(images: Path) -> list[Case]:
     cases.append(
         Case(name="images-shards", config=tiny(data=folder(images), output={"collect": "shards", "commit_every": 16}))
     )
+    arrays = {"commit_every": 24}
+    cases += [
+        Case(name=f"array-{collect}", config=tiny(data=array(images), output={"collect": collect, **arrays}))
+        for collect in ("gather", "shards")
+    ]
     cases.append(Case(name="half", config=tiny(shard="1/2", limit=90, loader={"workers": 0})))
     return cases
+
+
+def array(images: Path) -> ArrayConfig:
+    """An array beside a folder of images."""
+    return ArrayConfig(path=f"{images}.npy")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +73,7 @@ def broken_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = make_images(root, 37)
     paths[5].write_bytes(b"not an image")
     paths[20].write_bytes(paths[20].read_bytes()[:200])
+    np.save(array(root).path, np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
     return root
 
 
@@ -94,6 +106,7 @@ def test_every_run_proves_itself(worlds: dict[int, Path]) -> None:
             for collect in ("gather", "shards"):
                 assert_proved(worlds[size] / f"n{n}-{collect}", n)
         assert_proved(worlds[size] / "images", 37, errors=2)
+        assert_proved(worlds[size] / "array-gather", 50)
         assert np.load(worlds[size] / "empty-npy" / "predictions.npy").shape == (0, 12)
         index = [row["index"] for row in read_rows(worlds[size] / "half")]
         assert index == list(range(45, 90))

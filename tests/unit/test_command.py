@@ -119,7 +119,7 @@ def test_any_folder_reaches_hydra_on_every_rank_as_it_is(name: str) -> None:
         ("resume=perhaps", "resume must be true or false, got 'perhaps'"),
         ("data.image_size=3", "data.image_size must be a list, got '3'"),
         ("output=csv", "output must be a group of keys, got 'csv'"),
-        ("data=imagefolder", "data must be one of fake, folder, got 'imagefolder'"),
+        ("data=imagefolder", "data must be one of fake, folder, array, got 'imagefolder'"),
         ("transform=crop", "transform must be one of auto, plain, imagenet, got 'crop'"),
         ("model=resnet50", "model must be one of resnet18, got 'resnet50'. Choose it by model.name=resnet50."),
         ("batch_size=-4", "batch_size must be at least 1, got -4"),

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from mgpu_ddp.config import (
     GROUPS,
+    ArrayConfig,
     Config,
     DistConfig,
     FakeConfig,
@@ -172,7 +173,7 @@ def test_defaults_are_the_contracts() -> None:
 def every_key() -> set[str]:
     """Keys as the schema's fields have them, found without the package's own walk."""
     keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist"}
-    for group, schema in [*SCHEMAS.items(), ("data", FolderConfig)]:
+    for group, schema in [*SCHEMAS.items(), ("data", FolderConfig), ("data", ArrayConfig)]:
         keys |= {f"{group}.{field.name}" for field in dataclasses.fields(schema)}
     return keys - {"data.name"}
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import FakeConfig, LoaderConfig
-from mgpu_ddp.datasets import Clock, FakeSamples, FolderSamples, Samples
+from mgpu_ddp.datasets import FakeSamples, FolderSamples, Samples
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.loading import Batch, BatchMaker, Order, as_batch, load_batches, num_workers
-from mgpu_ddp.preprocess import Pixels, Transform
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.world import World
@@ -155,13 +155,15 @@ class Odd:
     def __len__(self) -> int:
         return len(self._errors)
 
-    def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
         error = self._errors[index]
         if error is not None:
             raise error()
         return np.full((*transform.out_size, 3), 7, dtype=np.uint8), index
 
-    def read(self, index: int, clock: Clock) -> bytes | None:
+    def read(self, index: int, clock: StageClock) -> bytes | None:
         return None
 
     def known_label(self, index: int) -> int:
@@ -185,7 +187,9 @@ def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:
 
 def test_a_request_to_stop_is_no_bad_sample() -> None:
     class Interrupted(Odd):
-        def load(self, index: int, transform: Transform, clock: Clock, data: bytes | None = None) -> tuple[Pixels, int]:
+        def load(
+            self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        ) -> tuple[Pixels, int]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,84 @@
+"""Images that were decoded before: one `.npy` of uint8, mapped into memory and copied batch by batch."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mgpu_ddp.config import ArrayConfig, require
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform
+
+
+def open_array(path: str) -> Pixels:
+    """Map an array of images: uint8 (n, height, width, 3), a view where the file has channels first.
+
+    Raises:
+        UsageError: there is no such array there.
+    """
+    remedy = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
+    require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, remedy)
+    try:
+        # allow_pickle stays off: an array of objects could run code.
+        array: Any = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"data.path must be a readable .npy, got {path!r} ({' '.join(text.split())}). {remedy}"
+        ) from None
+    ok = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
+    require(ok, "data.path", "uint8 images of three channels", f"{path}: {array.dtype} {array.shape}", remedy)
+    images: Pixels = array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
+    return images
+
+
+class ArraySamples:
+    """The images of an array, in its order."""
+
+    def __init__(self, config: ArrayConfig) -> None:
+        self._images = open_array(config.path)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int, clock: StageClock) -> bytes | None:
+        return None
+
+    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+        """Copy images into the first rows of a batch at once; False where they must be resized one by one."""
+        corner = transform.cut(*self._images.shape[1:3])
+        step = indices[1] - indices[0] if len(indices) > 1 else 1
+        evenly = range(indices[0], indices[0] + step * len(indices), step)
+        if corner is None or step < 1 or list(indices) != list(evenly):
+            return False
+        started = time.perf_counter()
+        (top, left), (height, width) = corner, transform.out_size
+        chosen = self._images[evenly.start : evenly.stop : step]
+        pixels[: len(indices)] = chosen[:, top : top + height, left : left + width]
+        clock("read", time.perf_counter() - started)
+        return True
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        started = time.perf_counter()
+        image = Image.fromarray(np.ascontiguousarray(self._images[index]))
+        was_read = time.perf_counter()
+        clock("read", was_read - started)
+        pixels = transform.geometry(image)
+        clock("resize", time.perf_counter() - was_read)
+        return pixels, -1
+
+    def known_label(self, index: int) -> int:
+        return -1
+
+    def path(self, index: int) -> str | None:
+        return None
+
+
+def identity(config: ArrayConfig) -> str:
+    """What tells one array from another without reading it."""
+    return f"{open_array(config.path).shape}, modified {os.stat(config.path).st_mtime_ns}"

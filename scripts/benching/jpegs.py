@@ -1,0 +1,88 @@
+"""JPEGs of the size of ImageNet's, the same ones on every machine, made on all cores and kept for the next time."""
+
+import io
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+WIDTH, HEIGHT = 500, 375
+QUALITY = 90
+PER_FOLDER, PER_TASK = 1000, 100
+OCTAVES = ((12, 160.0), (60, 64.0), (250, 33.0))
+"""Columns of noise and its span in levels, coarse to fine: what yields about 55 kB at `QUALITY`."""
+
+
+def make_folder(work: Path, *, images: int, distinct: int) -> tuple[Path, float]:
+    """Make a folder of `images` JPEGs, `distinct` of them different: the folder, and the mean bytes of a file.
+
+    Below are numbered folders of `PER_FOLDER` files, as torchvision's ImageFolder likes them. File i is number
+    i % distinct; all after the first `distinct` are hard links, since decoding is what is to be repeated, not disk
+    space. No two in a batch are the same.
+    """
+    distinct = min(distinct, images)
+    different = work / f"distinct-{distinct}"
+    if not different.exists():
+        _into(different, distinct, _Make())
+    folder = work / f"images-{images}-of-{distinct}"
+    if not folder.exists():
+        _into(folder, images, _Link(different, distinct))
+    sizes = [_name(different, number).stat().st_size for number in range(distinct)]
+    return folder, sum(sizes) / distinct
+
+
+class _Make:
+    """Write one JPEG."""
+
+    def __call__(self, path: Path, number: int) -> None:
+        path.write_bytes(jpeg(number))
+
+
+class _Link:
+    """Link one JPEG to its original."""
+
+    def __init__(self, different: Path, distinct: int) -> None:
+        self._different, self._distinct = different, distinct
+
+    def __call__(self, path: Path, number: int) -> None:
+        os.link(_name(self._different, number % self._distinct), path)
+
+
+def _into(folder: Path, count: int, make: "_Make | _Link") -> None:
+    """Fill a folder beside its place and move it there, so that one that is there is whole."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        for first in range(0, count, PER_FOLDER):
+            _name(unfinished, first).parent.mkdir()
+        tasks = [(unfinished, first, min(first + PER_TASK, count), make) for first in range(0, count, PER_TASK)]
+        with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+            pool.starmap(_fill, tasks, chunksize=1)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fill(folder: Path, first: int, stop: int, make: "_Make | _Link") -> None:
+    for number in range(first, stop):
+        make(_name(folder, number), number)
+
+
+def _name(folder: Path, number: int) -> Path:
+    return folder / f"{number // PER_FOLDER:04d}" / f"{number:07d}.jpg"
+
+
+def jpeg(number: int) -> bytes:
+    """Make JPEG number `number`: noise of three sizes, which compresses about as photographs do."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(number)
+    pixels = np.full((HEIGHT, WIDTH, 3), 128.0, dtype=np.float32)
+    for columns, span in OCTAVES:
+        shape = (columns * HEIGHT // WIDTH, columns, 3)
+        noise = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).resize((WIDTH, HEIGHT))
+        pixels += (np.asarray(noise, dtype=np.float32) / 255 - 0.5) * (span * random.uniform(0.7, 1.3))
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()

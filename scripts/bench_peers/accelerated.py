@@ -11,7 +11,7 @@ CHECK_EVERY = 8
 """Batches between two looks at whether the time is up, on which all ranks have to agree."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     args = peer.parse()
     accelerator = Accelerator(

@@ -36,8 +36,9 @@ def transform(row):
 def main() -> None:
     args = peer.parse()
     meter = peer.Meter(args)
-    # An actor needs a CPU besides the tasks that decode.
-    ray.init(num_cpus=args.workers * args.gpus + args.gpus, include_dashboard=False, logging_level="error")
+    # On a CPU an actor per core, and one per GPU besides the tasks that decode.
+    actors = args.gpus if peer.CUDA else args.workers * args.gpus
+    ray.init(num_cpus=args.workers * args.gpus + actors, include_dashboard=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
     predictions = (
         ray.data.read_images(args.root, mode="RGB")
@@ -45,7 +46,7 @@ def main() -> None:
         .map_batches(
             Classifier,
             batch_size=args.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=args.gpus),
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_gpus=1 if peer.CUDA else 0,
         )
     )

@@ -1,0 +1,212 @@
+"""What each stage of mgpu_ddp reaches alone, by mgpu_ddp's own functions; prints one JSON line.
+
+generate  FakeData in as many processes as the loader has workers
+read      the loader's workers pack the bytes of files into batches, and nobody decodes them
+decode    nvJPEG on bytes that lie in memory: batches of 256 and 512 by one and by two threads, the best
+forward   the prepared model over batches that lie on the device
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.datasets import FakeSamples, FolderSamples
+from mgpu_ddp.decoding import decode_batch
+from mgpu_ddp.listing import Listing, find_images
+from mgpu_ddp.loading import load_batches, num_workers
+from mgpu_ddp.models import DTYPES, build_model, precision_of, prepare
+from mgpu_ddp.predict import held_batches
+from mgpu_ddp.preprocess import imagenet, plain
+from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.world import World, choose_device, join
+
+DECODE_BATCHES, DECODE_THREADS = (256, 512), (1, 2)
+DECODED_AHEAD = 8192
+"""Different files that are decoded over and over."""
+FORWARD_BATCHES = 4
+WARM_UP = 0.25
+"""The share of the time that comes before it counts."""
+
+
+def generate(args: argparse.Namespace, workers: int) -> float:
+    """FakeData samples per second of all workers together."""
+    context = multiprocessing.get_context("fork")
+    ready, counts = context.Barrier(workers), context.Queue()
+    processes = [
+        context.Process(target=_generate, args=(number, workers, args.seconds, ready, counts))
+        for number in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    rates = [counts.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(rates)
+
+
+def _generate(number, workers, seconds, ready, counts) -> None:
+    torch.set_num_threads(1)
+    samples, transform = FakeSamples(FakeConfig(size=2**40)), plain(224)
+    ready.wait()
+
+    def steps() -> Generator[int]:
+        for index in itertools.count(number, workers):
+            samples.load(index, transform, _no_clock)
+            yield 1
+
+    counts.put(_rate(steps(), seconds))
+
+
+def read(args: argparse.Namespace, config: Config, world: World) -> float:
+    """Files per second that arrive packed, through the loader that mgpu_ddp's loop reads from."""
+    files = Listing.build(find_images(args.root, follow_outside=False))
+    samples = FolderSamples(args.root, files)
+    plan = Plan(
+        start=0,
+        stop=len(files),
+        size=1,
+        batch_size=args.batch_size,
+        contiguous=False,
+        smallest_rows=len(files),
+        largest_rows=len(files),
+    )
+
+    def steps() -> Generator[int]:
+        while True:
+            batches = load_batches(
+                samples,
+                ShardSampler(plan, 0),
+                imagenet(224),
+                config.loader,
+                args.batch_size,
+                world,
+                held=held_batches(world),
+                packed=True,
+            )
+            with closing(batches):
+                for batch, _ in batches:
+                    yield len(batch.index)
+
+    return _rate(steps(), args.seconds)
+
+
+def decode(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Files per second of nvJPEG, by batch size and threads."""
+    paths = sorted(Path(args.root).rglob("*.jpg"))[:DECODED_AHEAD]
+    data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
+    return {
+        f"{size} by {threads}": _decode(data, size, threads, device, args.seconds / 2)
+        for size in DECODE_BATCHES
+        for threads in DECODE_THREADS
+    }
+
+
+def _decode(data: list[torch.Tensor], size: int, threads: int, device: torch.device, seconds: float) -> float:
+    streams = itertools.cycle([torch.cuda.Stream(device) for _ in range(threads)])
+    batches = itertools.cycle([data[i : i + size] for i in range(0, len(data) - size + 1, size)] or [data])
+
+    def one(batch: list[torch.Tensor], stream: torch.cuda.Stream) -> int:
+        with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
+            return len(decode_batch(batch, device))
+
+    def steps() -> Generator[int]:
+        with ThreadPoolExecutor(threads) as pool:
+            pending = deque(pool.submit(one, next(batches), next(streams)) for _ in range(2 * threads))
+            while True:
+                yield pending.popleft().result()
+                pending.append(pool.submit(one, next(batches), next(streams)))
+
+    return _rate(steps(), seconds, lambda: torch.cuda.synchronize(device))
+
+
+@torch.inference_mode()
+def forward(args: argparse.Namespace, config: Config, world: World) -> float:
+    """Images per second of the model alone."""
+    module = prepare(build_model(config), config, world)
+    dtype = DTYPES[precision_of(config.runtime, world.device)]
+    inputs = [
+        torch.randn(args.batch_size, 3, 224, 224, device=world.device)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(FORWARD_BATCHES)
+    ]
+    on_gpu = world.device.type == "cuda"
+
+    def steps() -> Generator[int]:
+        events: deque[torch.cuda.Event] = deque()
+        for images in itertools.cycle(inputs):
+            module(images)
+            if on_gpu:
+                # A few batches ahead of the device, so that it never runs dry and the clock is not ahead by much.
+                events.append(torch.cuda.Event())
+                events[-1].record()
+                if len(events) > 4:
+                    events.popleft().synchronize()
+            yield len(images)
+
+    return _rate(steps(), args.seconds, torch.cuda.synchronize if on_gpu else lambda: None)
+
+
+def _rate(steps: Generator[int], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
+    """What steps count per second, once warm."""
+    with closing(steps):
+        next(steps)
+        started = warm_at = time.perf_counter()
+        counted, warm = 0, False
+        for count in steps:
+            counted += count
+            now = time.perf_counter()
+            if not warm and now - started >= WARM_UP * seconds:
+                wait()
+                warm, warm_at, counted = True, time.perf_counter(), 0
+            elif warm and now - warm_at >= seconds:
+                break
+        wait()
+        return counted / (time.perf_counter() - warm_at)
+
+
+def _no_clock(_stage: str, _spent_s: float) -> None:
+    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=4)
+    args = parser.parse_args()
+
+    config = Config(
+        data=FolderConfig(root=args.root),
+        transform=TransformConfig(),
+        model=ModelConfig(),
+        batch_size=args.batch_size,
+        loader=LoaderConfig(),
+    )
+    world = join()
+    workers = num_workers(config.loader, world)
+    # What forks comes before anything touches CUDA.
+    found = {"generate": generate(args, workers), "read": read(args, config, world)}
+    world = choose_device(config, world)
+    decoded = decode(args, world.device) if world.device.type == "cuda" else {}
+    if decoded:
+        found["decode"] = max(decoded.values())
+    found["forward"] = forward(args, config, world)
+    print(json.dumps({"name": "ceilings", "images_per_s": found, "decode": decoded, "workers": workers}), flush=True)
+    # The pulse and the decoder's threads are of no use to anybody any more.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

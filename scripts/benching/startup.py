@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benching.children import (
@@ -19,7 +19,7 @@ from benching.children import (
     stat_fields,
     torchrun,
 )
-from benching.hardware import look
+from benching.hardware import look, share
 from benching.table import Row, print_machine, print_table, write_report
 
 BATCH_SIZE = 32
@@ -48,7 +48,8 @@ def startup(args: argparse.Namespace) -> bool:
     starts: dict[str, list[Start]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for place, (name, command) in enumerate(commands.items()):
-            start = _start([*torchrun(args.gpus), *command], args.out / f"round-{number}" / str(place))
+            with share(machine, args.gpus):
+                start = _start([*torchrun(args.gpus), *command], args.out / f"round-{number}" / str(place))
             say(f"{f'round {number} of {rounds}' if number else 'warm-up'}: {name} {start.first_s:.2f} s")
             if number:
                 starts[name].append(start)
@@ -59,11 +60,16 @@ def startup(args: argparse.Namespace) -> bool:
         Row(name=name, wall_s=[start.wall_s for start in starts[name]], value=f"{medians[name]:.2f} s to the first")
         for name in commands
     ]
-    rows[1].ratio = medians["mgpu_ddp"] / medians["a bare script"]
-    rows[1].rounds = [a / b for a, b in zip(first["mgpu_ddp"], first["a bare script"], strict=True)]
+    rows[1] = replace(
+        rows[1],
+        ratio=medians["mgpu_ddp"] / medians["a bare script"],
+        rounds=[a / b for a, b in zip(first["mgpu_ddp"], first["a bare script"], strict=True)],
+    )
     print_table(rows)
     details = {name: [asdict(start) for start in found] for name, found in starts.items()}
-    write_report(args.out, {"rounds": rounds, "gpus": args.gpus}, rows, {"starts": details, "hardware": machine})
+    write_report(
+        args.out, {"rounds": rounds, "gpus": args.gpus}, rows, {"starts": details, "hardware": asdict(machine)}
+    )
     print_machine(args.out)
     return True
 

@@ -51,8 +51,19 @@ class Kind:
 
 
 KINDS = [
-    Kind(data=d, how=h, collect=c) for d in ("folder", "fake") for h in ("parquet", "npy") for c in ("gather", "shards")
+    Kind(data=data, how=how, collect=collect)
+    for data, how, collect in (
+        ("folder", "parquet", "gather"),
+        ("fake", "npy", "shards"),
+        ("fake", "parquet", "shards"),
+        ("folder", "npy", "gather"),
+        ("folder", "parquet", "shards"),
+        ("fake", "npy", "gather"),
+        ("fake", "parquet", "gather"),
+        ("folder", "npy", "shards"),
+    )
 ]
+"""All kinds, in an order in which every two neighbours differ in most."""
 
 
 def make_images(root: Path, count: int, rng: random.Random) -> None:

@@ -20,6 +20,7 @@ ROWS = 1200
 IMAGES = 900
 MAX_RANKS = 4
 MOST_KILLS_PER_JOB = 8
+JOBS_AT_LEAST = 5
 ENOUGH_FAILURES = 20
 WHOM = {"one rank": 3, "rank 0": 2, "all ranks": 3, "a loader worker": 2}
 """Who is killed, how often of ten times."""
@@ -81,6 +82,8 @@ class Soak:
         self._work, self._count, self._rng = work, count, random.Random(seed)
         self._progress = Progress("kills", count, seconds)
         self._images = work / "images"
+        # A short soak is to see jobs of all kinds, too.
+        self._kills_per_job = max(1, min(MOST_KILLS_PER_JOB, count // JOBS_AT_LEAST))
         self._references: dict[str, tuple[Path, int]] = {}
         self._timing = Timing()
         self.tally = Tally()
@@ -140,7 +143,7 @@ class Soak:
         while True:
             size = self._rng.choice([n for n in range(1, MAX_RANKS + 1) if n != size])
             done = committed(run_dir)
-            calm = kills >= MOST_KILLS_PER_JOB or self.tally.killed >= self._count or self._progress.out_of_time
+            calm = kills >= self._kills_per_job or self.tally.killed >= self._count or self._progress.out_of_time
             kill = None if calm else self._choose_kill(kind, size, total - done, windows)
             ended = attempt(config, run_dir, size, kill, journal, folder / f"attempt-{tries}", self._rng)
             here = f"{where}, attempt {tries}"

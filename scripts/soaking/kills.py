@@ -167,8 +167,11 @@ class Soak:
         rank = rng.randrange(size)
         if whom == "rank 0":
             rank = 0
-        if whom != "a loader worker" and rng.random() < 0.5:
-            # Where rows travel to rank 0, only that one has anything to do with the disk.
+        elif whom == "one rank" and size > 1:
+            rank = rng.randrange(1, size)
+        # Where rows travel to rank 0, only that one has anything to do with the disk.
+        writes = kind.collect == "shards" or rank == 0 or whom == "all ranks"
+        if whom != "a loader worker" and writes and rng.random() < 0.5:
             rank = rank if kind.collect == "shards" else 0
             most = OPERATIONS_AROUND + OPERATIONS_PER_WINDOW * (1 + rows_left // max(windows, 4 * size))
             chosen = Kill(whom=whom, rank=rank, operation=rng.randint(1, most), before=rng.random() < 0.5)

@@ -66,7 +66,7 @@ class WatchedDisk:
         def flushed(array: Any) -> None:
             self._perform("flush rows", lambda: flush(array))
 
-        np.memmap.flush = flushed  # type: ignore[method-assign]
+        np.memmap.flush = flushed  # type: ignore[assignment,method-assign]
 
     def _watched(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

@@ -77,7 +77,11 @@ def make_images(root: Path, count: int, rng: random.Random) -> None:
         height, width = noise.integers(20, 60, 2)
         coarse = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(path)
-    spoil = [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no image" + data]
+    spoil: list[Callable[[bytes], bytes]] = [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: b"no image" + data,
+    ]
     for number, path in enumerate(rng.sample(sorted(root.rglob("*.jpg")), k=max(3, count // 100))):
         path.write_bytes(spoil[number % 3](path.read_bytes()))
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     args = peer.parse()
     meter = peer.Meter(args)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     args = peer.parse()
     device = torch.device("cuda", peer.LOCAL_RANK) if peer.CUDA else torch.device("cpu")

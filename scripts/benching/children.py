@@ -59,13 +59,14 @@ def run_child(command: list[str], folder: Path, *, timeout_s: float = CHILD_TIME
         try:
             child.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            # torchrun ends its workers, which have sessions of their own.
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(TERMINATION_S)
             raise ChildFailedError(f"{' '.join(command)}\nmust end within {timeout_s:g} s; see {folder}.") from None
         finally:
             wall_s = time.perf_counter() - started
+            if child.poll() is None:
+                # torchrun ends its workers, which have sessions of their own.
+                child.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(TERMINATION_S)
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()

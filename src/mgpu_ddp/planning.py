@@ -18,7 +18,7 @@ from mgpu_ddp.job import Claim, Job, dataset_range
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.loading import num_workers
 from mgpu_ddp.models import Model
-from mgpu_ddp.predict import NONFINITE, Clock, in_flight
+from mgpu_ddp.predict import NONFINITE, Clock, held_batches
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.proof import error_rows
 from mgpu_ddp.report import Progress
@@ -99,7 +99,7 @@ def _plan(
     config: Config, start: int, stop: int, *, contiguous: bool, batch_size: int, num_classes: int, world: World
 ) -> Plan:
     """Windows over [start, stop). Collective: every rank calls this."""
-    ahead = num_workers(config.loader, world) * config.loader.prefetch + in_flight(world) + 1
+    ahead = num_workers(config.loader, world) * config.loader.prefetch + held_batches(world)
     if config.output.commit_every == "auto":
         step = world.size * batch_size
         smallest = max(world.exchange("batches read ahead", ahead)) * step

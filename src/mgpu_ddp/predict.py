@@ -177,7 +177,7 @@ STAGED = 3
 
 def held_batches(world: World) -> int:
     """How many of the loader's batches `predict` may hold at once."""
-    return in_flight(world) + STAGED + 2
+    return in_flight(world) + (STAGED + 2 if world.device.type == "cuda" else 1)
 
 
 def predict(

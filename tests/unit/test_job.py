@@ -1,17 +1,20 @@
 """A job's place in the run folder, before anything is predicted."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mgpu_ddp import preprocess
-from mgpu_ddp.config import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.datasets import Samples, find_listing
 from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, place_job
 from mgpu_ddp.models import build_model
-from mgpu_ddp.planning import error_limit
+from mgpu_ddp.planning import _plan, error_limit
+from mgpu_ddp.predict import STAGED, in_flight
 from mgpu_ddp.world import World
 
 
@@ -85,3 +88,13 @@ def test_shards_cut_the_limited_dataset_without_gap_or_overlap(length: int, limi
 @pytest.mark.parametrize(("limit", "count"), [(None, float("inf")), (0, 0), (3, 3), (0.5, 100), (1, 1), (0.0, 0)])
 def test_max_errors_is_a_count_or_a_share(limit: float | None, count: float) -> None:
     assert error_limit(config(max_errors=limit), 200) == count
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_window_holds_all_that_is_read_ahead_of_it(world: World, device: str) -> None:
+    """Else the sampler asks for a window before the one that sizes it was gathered."""
+    there = replace(world, device=torch.device(device))
+    settings = config(loader=LoaderConfig(workers=3, prefetch=2))
+    plan = _plan(settings, 0, 10**6, contiguous=False, batch_size=4, num_classes=5, world=there)
+    held = in_flight(there) + (STAGED if device == "cuda" else 0)
+    assert plan.smallest >= plan.step * (3 * 2 + held)

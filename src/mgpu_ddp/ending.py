@@ -31,7 +31,7 @@ ENDINGS: dict[Ending, tuple[str, Exit]] = {
 
 
 @contextmanager
-def holding(claim: Claim, world: World) -> Iterator[None]:
+def holding(claim: Claim) -> Iterator[None]:
     """Let go of the claimed folder at the end of the block, and mark it as failed where that raised."""
     try:
         yield

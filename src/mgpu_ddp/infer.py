@@ -46,7 +46,7 @@ def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
         return dry_run(job, model, files, world)
     transform = choose_transform(job.config, model)
     claim = claim_job(job, model, transform, files, world)
-    with holding(claim, world):
+    with holding(claim):
         predictor = Predictor(prepare(model, job.config, world), transform, job.config, world.device)
         if warm is not None:
             # Before the loader forks: a thread amid its imports would leave their locks held in the workers.

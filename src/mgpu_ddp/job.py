@@ -1,6 +1,5 @@
 """One job: what it is, and the run folder it makes its own."""
 
-import logging
 import os
 import secrets
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +21,6 @@ from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.replacing import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.world import World
 from mgpu_ddp.writing import write_error
-
-log = logging.getLogger("mgpu_ddp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +75,7 @@ def dataset_range(config: Config, length: int) -> tuple[int, int]:
     return total * i // n, total * (i + 1) // n
 
 
-def fingerprint(
-    config: Config, model: Model, transform: Transform, world: World, files: Listing | None
-) -> dict[str, Any]:
+def fingerprint(config: Config, model: Model, transform: Transform, world: World) -> dict[str, Any]:
     """The keys that decide what the rows say, resolved. Rank 0 only."""
     runtime = config.runtime
     return {
@@ -148,7 +143,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
             length = len(open_samples(config, files))
             start, stop = dataset_range(config, length)
             wanted = Manifest(
-                fingerprint=fingerprint(config, model, transform, world, files),
+                fingerprint=fingerprint(config, model, transform, world),
                 start=start,
                 stop=stop,
                 # Every batch is padded to this: more than there are samples would be padding alone.

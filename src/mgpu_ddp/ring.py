@@ -21,7 +21,7 @@ class Ring:
     """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images."""
 
     def __init__(self, slots: int, batch_size: int, size: tuple[int, int], *, packed: bool, pinned: bool) -> None:
-        self.slots, self._shape = slots, (batch_size, *size, 3)
+        self._shape = (batch_size, *size, 3)
         self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
         self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
         self._slot_bytes = self._pixel_bytes + self._room
@@ -32,19 +32,20 @@ class Ring:
 
     def pixels(self, slot: int) -> torch.Tensor:
         """The pixels of a slot, in the rank's process pinned where that was asked for."""
-        first = slot * self._slot_bytes
-        memory = self._memory[first : first + self._pixel_bytes]
+        pixels = self._view(slot)
         if self._pinned is not None and slot not in self._pinned:
-            _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), self._pixel_bytes, 0))
+            _check(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), self._pixel_bytes, 0))
             self._pinned.add(slot)
-        return memory[: int(np.prod(self._shape))].view(self._shape)
+        return pixels
 
     def array(self, slot: int) -> Pixels:
         """The pixels of a slot for a worker, which must not touch CUDA."""
-        first = slot * self._slot_bytes
-        flat = self._memory[first : first + int(np.prod(self._shape))]
-        pixels: Pixels = flat.view(self._shape).numpy()
+        pixels: Pixels = self._view(slot).numpy()
         return pixels
+
+    def _view(self, slot: int) -> torch.Tensor:
+        first = slot * self._slot_bytes
+        return self._memory[first : first + int(np.prod(self._shape))].view(self._shape)
 
     def room(self, slot: int) -> torch.Tensor:
         """The bytes of a slot for encoded images, uint8 (room,)."""
@@ -54,7 +55,7 @@ class Ring:
     def close(self) -> None:
         """Unpin; the memory goes with its last reader."""
         for slot in self._pinned or ():
-            torch.cuda.cudart().cudaHostUnregister(self._memory[slot * self._slot_bytes :].data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(self._view(slot).data_ptr())
 
 
 def _whole_pages(num_bytes: int) -> int:

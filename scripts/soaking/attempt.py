@@ -283,13 +283,10 @@ class _Rank:
             report.start_logging(world)
             stop = StopWish()
             stop.install()
-            session = Session(world, stop)
-            session.run_job(
-                lambda name: Job(name=name, config=config, run_dir=run_dir), lambda job: infer(job, world, stop)
-            )
+            session = Session(world, stop, lambda job: infer(job, world, stop))
+            outcome = session.run_job(Job(name="0", config=config, run_dir=run_dir))
             self._enter("leaving")
             leave(world)
-            outcome = session.outcomes[-1]
             self._end(outcome["status"] if outcome["exit_code"] == 0 else f"{outcome['status']}: {outcome['reason']}")
         except Exception as error:
             traceback.print_exc()

@@ -57,7 +57,7 @@ OPEN_GROUPS = {"hydra/launcher": ("basic",), "hydra/sweeper": ("basic",)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A checked command line, the same on every rank once rank 0 has shared it."""
+    """A checked command line."""
 
     words: list[str]
     """What was typed: flags first, because argparse wants overrides in one piece."""

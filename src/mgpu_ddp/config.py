@@ -5,8 +5,9 @@ when it is built, so a `Config` that exists is one whose values make sense on th
 machine (devices, folders, model names) is checked by whoever needs it.
 """
 
+import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -279,6 +280,21 @@ GROUPS: dict[str, dict[str, Any]] = {
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
     "model": {"resnet18": ModelConfig},
 }
+
+
+def pack(config: Config) -> dict[str, Any]:
+    """A configuration as JSON values, which `unpack` reads on the other ranks."""
+    return {**asdict(config), "schemas": {group: type(getattr(config, group)).__name__ for group in GROUPS}}
+
+
+def unpack(values: dict[str, Any]) -> Config:
+    """The configuration that `pack` wrote."""
+    plain = {key: value for key, value in values.items() if key != "schemas"}
+    schemas: dict[str, Any] = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
+    for group, name in values["schemas"].items():
+        options = (option if inspect.isclass(option) else type(option) for option in GROUPS[group].values())
+        schemas[group] = next(option for option in options if option.__name__ == name)
+    return Config(**plain | {key: schema(**plain[key]) for key, schema in schemas.items()})
 
 
 def to_config(cfg: DictConfig) -> Config:

@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--mu
 import os
 import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,45 +95,57 @@ def predict_task(
 
 
 def main() -> None:
-    """Join the world, check the command once, then let Hydra run its job or its jobs."""
+    """Join the world; rank 0 reads the command and leads through its jobs, the other ranks follow."""
     # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
     sys.setswitchinterval(0.0005)
     stop = StopWish()
     stop.install()
     world = join()
     report.start_logging(world)
-    session = Session(world, stop)
+    session = Session(world, stop, lambda job: infer(job, world, stop))
     error: BaseException | None = None
     try:
-        run(session, sys.argv[1:])
+        if world.rank == 0:
+            lead(session, sys.argv[1:])
+        else:
+            record(session.follow)()
     except Exception as raised:
         error = raised
     session.depart(error)
 
 
-def run(session: Session, argv: list[str]) -> None:
-    """Run the command line on all ranks. Collective: every rank calls this."""
-    world = session.world
-    keys.register()
-    register_resolvers()
-    command: Command | None = None
-    with world.together("read the command line"):
-        if world.rank == 0:
-            command = check_command(argv)
-            if command.folder:
-                command = replace(command, folder=world.first_of_launch("folder", command.folder))
-                session.made = make_folder(Path(command.folder))
-    command = Command(**world.share("command", command and asdict(command)))
-    if command.informational and world.rank != 0:
-        return
+def lead(session: Session, argv: list[str]) -> None:
+    """Check the command once, then let Hydra make its job or its jobs. Rank 0 only."""
+    error: BaseException | None = None
+    try:
+        keys.register()
+        register_resolvers()
+        command = check_command(argv)
+        if command.folder:
+            command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
+            session.made = make_folder(Path(command.folder))
+        run(session, command)
+        if command.multirun:
+            session.sum_up(command.folder)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        session.end(error)
+
+
+def run(session: Session, command: Command) -> None:
+    """Have Hydra act on a checked command. Rank 0 only."""
     # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *command.argv]
 
     @hydra.main(version_base="1.3", config_path="pkg://mgpu_ddp.conf", config_name="config")
     @record
-    def task(cfg: DictConfig) -> float | None:
-        return session.run_job(lambda name: configure(name, cfg), lambda job: infer(job, world, session.stop))
+    def task(cfg: DictConfig) -> float:
+        name = str(len(session.outcomes))
+        outcome = session.lead(lambda: configure(name, cfg, in_sweep=command.multirun))
+        return float(outcome.get("images_per_s", 0.0))
 
     try:
         task()
@@ -141,12 +153,9 @@ def run(session: Session, argv: list[str]) -> None:
         # Hydra's --help leaves this way, and so does its argument parser, which has said why.
         if left.code:
             raise UsageError("the command line must be one that Hydra accepts, see above. See --help.") from None
-    finally:
-        if command.multirun:
-            session.sum_up(command.folder)
 
 
-def configure(name: str, cfg: DictConfig) -> Job:
+def configure(name: str, cfg: DictConfig, *, in_sweep: bool) -> Job:
     """The job that Hydra composed."""
     composed = HydraConfig.get()
     settings = config.to_config(cfg)
@@ -156,6 +165,7 @@ def configure(name: str, cfg: DictConfig) -> Job:
         config=settings,
         run_dir=Path(settings.output.dir or composed.runtime.output_dir).absolute(),
         batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),
+        in_sweep=in_sweep,
         hydra_files={"config.yaml": cfg, "hydra.yaml": composed, "overrides.yaml": composed.overrides.task},
     )
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
-from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, parse_shard
+from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, pack, parse_shard, unpack
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.listing import FILE_NAME, Listing
@@ -37,13 +37,30 @@ class Job:
     starts_over: bool = False
     """Whether what `run_dir` holds is discarded."""
     batch_size_given: bool = True
+    in_sweep: bool = False
+    """Whether other jobs may come before and after it."""
     hydra_files: dict[str, Any] | None = None
-    """What goes into RUN/.hydra, by file name."""
+    """What goes into RUN/.hydra, by file name. On rank 0."""
 
     @property
     def home(self) -> Path:
         """The run folder as the user knows it."""
         return self.replaces or self.run_dir
+
+    def order(self) -> dict[str, Any]:
+        """What the other ranks need to run it, as JSON values."""
+        return {
+            "name": self.name,
+            "config": pack(self.config),
+            "run_dir": str(self.run_dir),
+            "batch_size_given": self.batch_size_given,
+            "in_sweep": self.in_sweep,
+        }
+
+    @classmethod
+    def ordered(cls, order: dict[str, Any]) -> "Job":
+        """The job that rank 0 asks for."""
+        return cls(**order | {"config": unpack(order["config"]), "run_dir": Path(order["run_dir"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

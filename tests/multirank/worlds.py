@@ -128,8 +128,7 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
         ending: Any
         stop = StopWish()
         stop.install()
-        session = Session(world, stop)
-        session.outcomes = [{"exit_code": 0}] * cases.index(case)
+        session = Session(world, stop, lambda job, stop=stop: infer(job, world, stop))
         disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == rank else None
         if disturb is not None:
             world.pulse.progress = {"at": "start"}
@@ -140,11 +139,7 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
             else:
                 assert case.config is not None
                 run_dir = Path(case.run_dir) if case.run_dir else out / case.name
-                session.run_job(
-                    lambda name, case=case, run_dir=run_dir: Job(name=name, config=case.config, run_dir=run_dir),
-                    lambda job, stop=stop: infer(job, world, stop),
-                )
-                ending = session.outcomes[-1]
+                ending = session.run_job(Job(name=str(cases.index(case)), config=case.config, run_dir=run_dir))
         except Exception as error:
             ending = {"raised": type(error).__name__, "text": str(error)}
         if disturb is not None:

@@ -97,7 +97,7 @@ def test_the_folder_is_the_one_asked_for_or_a_fresh_one() -> None:
         "snow ☃",
     ],
 )
-def test_any_folder_reaches_hydra_on_every_rank_as_it_is(name: str) -> None:
+def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
     folder = str(Path(name).absolute())
     for multirun in (False, True):
         command = Command(words=["seed=1"], informational=False, multirun=multirun, folder=folder)

@@ -1,6 +1,7 @@
 """The schema: its defaults, its rules, and the documentation of every key."""
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -19,8 +20,10 @@ from mgpu_ddp.config import (
     OutputConfig,
     RuntimeConfig,
     TransformConfig,
+    pack,
     parse_shard,
     to_config,
+    unpack,
 )
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys, help_text
@@ -198,7 +201,8 @@ def test_help_survives_the_template_it_is_run_through() -> None:
 
 
 def config(**changes: Any) -> Config:
-    return Config(data=FakeConfig(), transform=TransformConfig(), model=ModelConfig(), **changes)
+    groups = {"data": FakeConfig(), "transform": TransformConfig(), "model": ModelConfig()}
+    return Config(**groups | changes)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +234,16 @@ def test_composed_configuration_becomes_schema_objects() -> None:
         to_config(cfg)
     cfg.data.root = "somewhere"
     assert to_config(cfg).data == FolderConfig(root="somewhere")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": ArrayConfig(path="x.npy"), "transform": TransformConfig(name="plain")},
+        {"data": FolderConfig(root="~/photos"), "output": OutputConfig(fields=["topk", "logits"]), "max_errors": 0.5},
+    ],
+)
+def test_the_other_ranks_get_the_configuration_as_it_is(changes: dict[str, Any]) -> None:
+    mine = config(**changes)
+    assert unpack(json.loads(json.dumps(pack(mine)))) == mine

@@ -266,6 +266,7 @@ class _Rank:
         from mgpu_ddp import report
         from mgpu_ddp.infer import infer
         from mgpu_ddp.job import Job
+        from mgpu_ddp.keeping import Kept
         from mgpu_ddp.session import Session
         from mgpu_ddp.signals import StopWish, die_with_parent
         from mgpu_ddp.world import join, leave
@@ -283,7 +284,8 @@ class _Rank:
             report.start_logging(world)
             stop = StopWish()
             stop.install()
-            session = Session(world, stop, lambda job: infer(job, world, stop))
+            kept = Kept()
+            session = Session(world, stop, kept, lambda job: infer(job, world, stop, kept))
             outcome = session.run_job(Job(name="0", config=config, run_dir=run_dir))
             self._enter("leaving")
             leave(world)

@@ -17,12 +17,13 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from mgpu_ddp.config import GROUPS, require, to_config
+from mgpu_ddp.config import GROUPS, SweepConfig, require, to_config
 from mgpu_ddp.durable import add_folder
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys
@@ -47,11 +48,23 @@ SHORT = {
     "--shell-completion": "-sc",
     "--config-dir": "-cd",
 }
+SWEEPS = ("batch_size",)
+"""The sweeps of conf/sweep."""
+MAX_COMPOSED = 100
+"""Values of a swept key that are checked before its sweep begins."""
 INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
 
-OPEN_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose")
-"""The keys of Hydra's own configuration that cannot make it import code, open files or lead ranks apart."""
-OPEN_GROUPS = {"hydra/launcher": ("basic",), "hydra/sweeper": ("basic",)}
+OPEN_KEYS = (
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose"),
+    *("hydra.launcher.nproc_per_node", "hydra.launcher.max_restarts"),
+    *("hydra.sweeper.n_trials", "hydra.sweeper.direction", "hydra.sweeper.study_name", "hydra.sweeper.sampler.seed"),
+)
+"""The keys of Hydra's own configuration that cannot make it import code or open files."""
+OPEN_GROUPS = {
+    "hydra/launcher": ("basic", "torchrun"),
+    "hydra/sweeper": ("basic", "optuna"),
+    "hydra/sweeper/sampler": ("tpe", "random", "grid"),
+}
 """Hydra chooses launchers and sweepers by `_target_`; these are the ones it may."""
 
 
@@ -63,13 +76,18 @@ class Command:
     """What was typed: flags first, because argparse wants overrides in one piece."""
     informational: bool
     multirun: bool
+    swept: tuple[str, ...] = ()
+    """Keys whose values a sweep varies."""
+    stop_on_oom: bool = False
+    isolated: bool = False
+    """Whether each job gets a launcher of its own."""
     folder: str = ""
-    """The run or sweep folder as rank 0 resolved it: `${now:}` would differ between ranks."""
+    """The run or sweep folder: a restart finds the one that its launch began in."""
 
     @property
     def argv(self) -> list[str]:
-        """What Hydra gets on every rank."""
-        pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={_quote(self.folder)}"] if self.folder else []
+        """What Hydra gets."""
+        pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quote(self.folder)}"] if self.folder else []
         return [*self.words, *pinned]
 
 
@@ -93,25 +111,87 @@ def check_command(argv: Sequence[str]) -> Command:
     overrides = _parse(words)
     informational = not INFORMATIONAL.isdisjoint(flags)
     multirun = "-m" in flags
-    ordered = [part for flag, value in flags.items() for part in (flag, value) if part is not None] + words
+    typed = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
+    ordered = [*typed, *words]
     if informational and "-c" not in flags:
         return Command(words=ordered, informational=True, multirun=False)
 
+    # Of a sweep, its first point: a key may belong to a swept choice of its group.
+    first = {o.key_or_group: next(iter(_values(o)), "") for o in overrides}
+    cfg = _compose([line for line in first.values() if line], flags.get("-cd"))
+    multirun = multirun or cfg.hydra.mode == RunMode.MULTIRUN
     for override in overrides:
         ok = multirun or not override.is_sweep_override()
         require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, or quote it.")
-    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    cfg = _compose(fixed, flags.get("-cd"))
     if informational:
         return Command(words=ordered, informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
-    folder = OmegaConf.select(cfg, "hydra.sweep.dir" if multirun else "hydra.run.dir")
-    if not multirun:
-        task = cfg.copy()
-        OmegaConf.set_struct(task, False)
-        del task["hydra"]
-        to_config(task)
-    return Command(words=ordered, informational=False, multirun=multirun, folder=str(Path(str(folder)).absolute()))
+    if multirun:
+        return _sweep(cfg, typed, words, overrides, flags.get("-cd"))
+    task = cfg.copy()
+    OmegaConf.set_struct(task, False)
+    del task["hydra"]
+    to_config(task)
+    return Command(words=ordered, informational=False, multirun=False, folder=_folder(cfg, "hydra.run.dir"))
+
+
+def _folder(cfg: DictConfig, key: str) -> str:
+    return str(Path(str(OmegaConf.select(cfg, key))).absolute())
+
+
+def _values(override: Override) -> list[str]:
+    """What an override sets, one word for each value it sweeps."""
+    if not override.is_discrete_sweep():
+        return [] if override.is_sweep_override() else [override.input_line or ""]
+    value = override.value()
+    if isinstance(value, Glob):
+        return [
+            f"{override.get_key_element()}={name}" for name in value.filter(list(GROUPS.get(override.key_or_group, ())))
+        ]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _sweep(
+    cfg: DictConfig, flags: list[str], words: list[str], overrides: list[Override], config_dir: str | None
+) -> Command:
+    """The command of a sweep, whose first dimension, and so the slowest, is the round."""
+    settings = SweepConfig(repeats=cfg.sweep.repeats, stop_on_oom=cfg.sweep.stop_on_oom)
+    choices = cfg.hydra.runtime.choices
+    basic = choices["hydra/sweeper"] == "basic"
+    given = {override.key_or_group for override in overrides}
+    params = {key: value for key, value in (cfg.hydra.sweeper.get("params") or {}).items() if key not in given}
+    overrides = [*_parse([f"{key}={value}" for key, value in params.items()]), *overrides]
+    first = {override.key_or_group: next(iter(_values(override)), "") for override in overrides}
+    for override in overrides:
+        key, values = override.key_or_group, _values(override)
+        ok = (bool(values) or not (basic or override.is_discrete_sweep())) and f"{key}=" not in values
+        require(ok, key, "a value or a list of values", override.input_line, f"Give {key}=A,B.")
+        for value in values[1:MAX_COMPOSED]:
+            # Hydra would say in its own words that a value has not the type of its key.
+            _compose([word for word in (first | {key: value}).values() if word], config_dir)
+    swept = tuple(override.key_or_group for override in overrides if override.is_sweep_override())
+    folder = OmegaConf.to_container(cfg.output, resolve=False)["dir"]  # type: ignore[index, call-overload]
+    remedy = "Leave it out: hydra.sweep.dir=DIR is the folder of the whole sweep."
+    require(folder is None or "${" in folder, "output.dir", "a folder for each job of a sweep", folder, remedy)
+    if basic:
+        # Hydra itself would put those of a file before the round.
+        rounds = f"sweep.repeat=range(1,{settings.repeats + 1})"
+        words = ["hydra.sweeper.params=null", rounds, *(f"{key}={value}" for key, value in params.items()), *words]
+    else:
+        rule = f"1 with hydra/sweeper={choices['hydra/sweeper']}, which draws its own points"
+        require(settings.repeats == 1, "sweep.repeats", rule, settings.repeats, "Leave it out.")
+        if "hydra.sweeper.direction" not in given:
+            # The objective is images/s.
+            words = [*words, "hydra.sweeper.direction=maximize"]
+    return Command(
+        words=[*flags, *words],
+        informational=False,
+        multirun=True,
+        swept=swept,
+        stop_on_oom=settings.stop_on_oom,
+        isolated=choices["hydra/launcher"] != "basic",
+        folder=_folder(cfg, "hydra.sweep.dir"),
+    )
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -145,7 +225,7 @@ def remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
     """Quote a string for Hydra's override grammar."""
     # Inside quotes a backslash is itself, but for those that stand before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
@@ -193,6 +273,11 @@ def _parse(words: list[str]) -> list[Override]:
 def _refuse_key(override: Override) -> None:
     key, line = override.key_or_group, str(override.input_line)
     require(bool(key) and override.package is None, "override", "key=value", line, "Leave @package out.")
+    require(key != "sweep.repeat", key, "left to sweep.repeats", line, "Leave it out.")
+    if key == "sweep":
+        ok = override.is_add() and override.value() in SWEEPS
+        require(ok, key, f"added as {' or '.join(f'+sweep={name}' for name in SWEEPS)}", line, "See --help.")
+        return
     require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
     if key in OPEN_GROUPS:
         require(override.value() in OPEN_GROUPS[key], key, " or ".join(OPEN_GROUPS[key]), line, f"Leave {key} out.")
@@ -234,12 +319,12 @@ def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", "a folder", config_dir, "Name an existing folder.")
         _refuse_code_in_files(Path(config_dir))
-        overrides = [*overrides, f"hydra.searchpath=[{_quote('file://' + str(Path(config_dir).absolute()))}]"]
+        overrides = [*overrides, f"hydra.searchpath=[{quote('file://' + str(Path(config_dir).absolute()))}]"]
     try:
         with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
             return compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UsageError(_explain(error, overrides)) from None
+        raise UsageError(explain(error, overrides)) from None
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -255,7 +340,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _explain(error: Exception, overrides: list[str]) -> str:
+def explain(error: Exception, overrides: list[str]) -> str:
     """Say in one line which key broke which rule."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     keys = documented_keys()

@@ -137,11 +137,16 @@ class RuntimeConfig:
     decode: str = "auto"
     """auto, cpu or gpu: where JPEGs are decoded; what a GPU cannot decode goes to the CPU. auto is gpu on CUDA."""
 
+    on_oom: str = "auto"
+    """split: a batch that does not fit into memory is predicted in halves, and its rows are marked. raise: it ends
+    the job. auto: split, in a sweep raise."""
+
     def __post_init__(self) -> None:
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("runtime.precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
         _one_of("runtime.compile", self.compile, ("auto", "on", "off"))
         _one_of("runtime.decode", self.decode, ("auto", "cpu", "gpu"))
+        _one_of("runtime.on_oom", self.on_oom, ("auto", "split", "raise"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,6 +213,19 @@ class DistConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    repeats: int = 1
+    """How often a sweep runs each of its points, one round after another."""
+    stop_on_oom: bool = False
+    """Skip the points of a sweep whose batch size is above one that ran out of memory."""
+    repeat: int = 1
+    """The round a job of a sweep belongs to. The sweep sets it."""
+
+    def __post_init__(self) -> None:
+        _at_least("sweep.repeats", self.repeats, 1, 3, high=1000)
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     data: Any = MISSING
     """What to predict: fake, folder or array."""
@@ -215,8 +233,9 @@ class Config:
     """How an image becomes model input: auto, plain or imagenet."""
     model: Any = MISSING
     """The model: any torchvision classification model by model.name."""
-    batch_size: int = 32
-    """Images per step and rank. A resumed folder keeps its own unless one is given."""
+    batch_size: int | str = 32
+    """Images per step and rank. auto: the smallest that comes within 3 % of the best rate, of those that fit into
+    memory; found once, before the job's first start. A resumed folder keeps its own unless one is given."""
     strategy: str = "ddp"
     """ddp: one process per GPU. data_parallel: the tutorial's nn.DataParallel in one process."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -239,6 +258,8 @@ class Config:
     """i/n: this job is number i (from 0) of n contiguous ranges of the samples."""
     dist: DistConfig = field(default_factory=DistConfig)
     """Talk between ranks."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """What --multirun does with its points."""
     seed: int = 0
     """Seeds random weights."""
     limit: int | None = None
@@ -247,7 +268,7 @@ class Config:
     """Print the plan and leave."""
 
     def __post_init__(self) -> None:
-        _at_least("batch_size", self.batch_size, 1, 32)
+        _at_least("batch_size", self.batch_size, 1, 32, word="auto")
         _one_of("strategy", self.strategy, ("ddp", "data_parallel"))
         _one_of("on_error", self.on_error, ("record", "raise"))
         _at_least("max_errors", self.max_errors, 0, "0.01 or max_errors=100")

@@ -131,15 +131,3 @@ def _conclude(
         put_in_place(job.replaces)
     report.print_table(summary, ranks)
     return summary
-
-
-def fail_job(job: Job, reason: str) -> dict[str, Any]:
-    """Say on stdout that a job failed. Rank 0 only."""
-    summary = {
-        "status": "failed",
-        "exit_code": int(Exit.FAILED),
-        "reason": reason,
-        "run_dir": str(job.home),
-    }
-    report.print_summary(summary)
-    return summary

@@ -32,6 +32,11 @@ class PeerError(MgpuError):
 class PeerFailedError(PeerError):
     """Another rank raised; its own report holds the cause."""
 
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
+        """Name of the class that was raised there."""
+
 
 class PeerLostError(PeerError):
     """Another rank died or fell silent, so no further collective of this process group can succeed."""
@@ -43,6 +48,10 @@ class StateError(MgpuError):
 
 class SampleError(StateError):
     """A sample could not be predicted, and the job is to end for it."""
+
+
+class OutOfMemoryError(StateError):
+    """A batch does not fit into memory."""
 
 
 class ProtocolError(MgpuError):

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--mu
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mgpu_ddp import config, keys, report
 from mgpu_ddp.collect import Collector, Ending
-from mgpu_ddp.command import Command, check_command, make_folder, register_resolvers
+from mgpu_ddp.command import Command, check_command, explain, make_folder, register_resolvers, remove_empty
 from mgpu_ddp.datasets import find_listing
 from mgpu_ddp.decoding import decode_of, warm_up
 from mgpu_ddp.ending import finish_job, holding
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import Exit, UsageError
+from mgpu_ddp.isolation import run_apart
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
+from mgpu_ddp.keeping import Kept
 from mgpu_ddp.loading import load_batches, naming_dead_workers
 from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks, too_many_errors
@@ -31,27 +36,38 @@ from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish
+from mgpu_ddp.sweep import Sweep, point_of
+from mgpu_ddp.tuning import find_batch_size
 from mgpu_ddp.world import World, choose_device, join
 
 
-def infer(job: Job, world: World, stop: StopWish) -> dict[str, Any]:
+def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     """Predict every sample of a job and prove it. Collective: every rank calls this; all get the summary."""
-    world.pulse.timeout_s = job.config.dist.timeout_s
-    world = choose_device(job.config, world)
-    warm = warm_up(world.device) if decode_of(job.config, world.device) == "gpu" else None
+    kept.begin()
+    config = job.config
+    world.pulse.timeout_s = config.dist.timeout_s
+    world = choose_device(config, world)
+    warm = warm_up(world.device) if decode_of(config, world.device) == "gpu" else None
     job = place_job(job, world)
-    files = find_listing(job.config, job.run_dir, afresh=job.starts_over, world=world)
-    model = load_model(job.config, world)
-    if job.config.dry_run:
+    files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
+    model = kept.get("model", [config.model, config.seed], lambda: load_model(config, world))
+    if config.dry_run:
         return dry_run(job, model, files, world)
-    transform = choose_transform(job.config, model)
-    claim = claim_job(job, model, transform, files, world)
+    transform = choose_transform(config, model)
+
+    def ready() -> Predictor:
+        keep = job.in_sweep or config.batch_size == "auto"
+        return Predictor(prepare(model, config, world, keep=keep), transform, config, world.device)
+
+    needs = Predictor.depends_on(config, transform, world.device)
+    batch_size = find_batch_size(job, transform, world, lambda: kept.get("predictor", needs, ready))
+    claim = claim_job(job, batch_size, model, transform, files, world)
     with holding(claim):
-        predictor = Predictor(prepare(model, job.config, world), transform, job.config, world.device)
+        predictor = kept.get("predictor", needs, ready)
         if warm is not None:
             # Before the loader forks: a thread amid its imports would leave their locks held in the workers.
             warm.result()
-        clock = Clock(warm_up=in_flight(world))
+        clock = Clock(warm_up=in_flight(world), began=kept.began, reused=tuple(kept.reused))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
         left = tasks(job, claim, model, world)
         while ending == "complete" and (task := next(left, None)) is not None:
@@ -102,13 +118,14 @@ def main() -> None:
     stop.install()
     world = join()
     report.start_logging(world)
-    session = Session(world, stop, lambda job: infer(job, world, stop))
+    kept = Kept()
+    session = Session(world, stop, kept, lambda job: infer(job, world, stop, kept))
     error: BaseException | None = None
     try:
         if world.rank == 0:
             lead(session, sys.argv[1:])
         else:
-            record(session.follow)()
+            error = record(session.follow)()
     except Exception as raised:
         error = raised
     session.depart(error)
@@ -124,9 +141,10 @@ def lead(session: Session, argv: list[str]) -> None:
         if command.folder:
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
             session.made = make_folder(Path(command.folder))
-        run(session, command)
         if command.multirun:
-            session.sum_up(command.folder)
+            run_sweep(session, command)
+        else:
+            run(command, lambda cfg: session.lead(lambda: configure(cfg, in_sweep=False)))
     except BaseException as raised:
         error = raised
         raise
@@ -134,7 +152,47 @@ def lead(session: Session, argv: list[str]) -> None:
         session.end(error)
 
 
-def run(session: Session, command: Command) -> None:
+def run_sweep(session: Session, command: Command) -> None:
+    """Run the points of a sweep, and end with its answer. Rank 0 only."""
+    sweep = Sweep(Path(command.folder), command.swept, stop_on_oom=command.stop_on_oom)
+
+    errors: list[Exception] = []
+    size = session.world.size
+    remedy = "Start the sweep by python -m mgpu_ddp.infer, which starts torchrun for each job."
+    config.require(
+        not command.isolated or size == 1, "hydra/launcher", f"basic for {size} processes", "torchrun", remedy
+    )
+
+    def run_point(cfg: DictConfig) -> float:
+        point = point_of(cfg, command.swept)
+
+        def apart() -> dict[str, Any]:
+            return run_apart(point.overrides, sweep.folder, session.stop)
+
+        def act() -> dict[str, Any]:
+            return session.lead(lambda: configure(cfg, in_sweep=True), apart if command.isolated else None)
+
+        try:
+            return sweep.run(point, act)
+        except Exception as error:
+            # Raised to Hydra it would come out as Hydra's own words, once for each point that is left.
+            errors.append(error)
+            return 0.0
+        finally:
+            # Hydra makes one also for a point that was refused.
+            remove_empty([Path(HydraConfig.get().runtime.output_dir)])
+
+    run(command, run_point)
+    if errors and isinstance(errors[0], UsageError):
+        raise errors[0]
+    answer = sweep.conclude()
+    code = int(Exit.FAILED) if errors else session.exit_code
+    report.print_summary({"status": "failed" if code else "complete", "exit_code": code, **answer})
+    if errors:
+        raise errors[0]
+
+
+def run(command: Command, act: Callable[[DictConfig], Any]) -> None:
     """Have Hydra act on a checked command. Rank 0 only."""
     # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -142,10 +200,8 @@ def run(session: Session, command: Command) -> None:
 
     @hydra.main(version_base="1.3", config_path="pkg://mgpu_ddp.conf", config_name="config")
     @record
-    def task(cfg: DictConfig) -> float:
-        name = str(len(session.outcomes))
-        outcome = session.lead(lambda: configure(name, cfg, in_sweep=command.multirun))
-        return float(outcome.get("images_per_s", 0.0))
+    def task(cfg: DictConfig) -> Any:
+        return act(cfg)
 
     try:
         task()
@@ -153,15 +209,20 @@ def run(session: Session, command: Command) -> None:
         # Hydra's --help leaves this way, and so does its argument parser, which has said why.
         if left.code:
             raise UsageError("the command line must be one that Hydra accepts, see above. See --help.") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        # A sweep has values that were not composed before.
+        raise UsageError(explain(error, command.words)) from None
 
 
-def configure(name: str, cfg: DictConfig, *, in_sweep: bool) -> Job:
+def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:
     """The job that Hydra composed."""
     composed = HydraConfig.get()
     settings = config.to_config(cfg)
+    if in_sweep and settings.runtime.on_oom == "auto":
+        settings.runtime.on_oom = "raise"
     overrides = list(composed.overrides.task)
     return Job(
-        name=name,
+        name=str(composed.job.num) if in_sweep else "0",
         config=settings,
         run_dir=Path(settings.output.dir or composed.runtime.output_dir).absolute(),
         batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),

@@ -146,7 +146,9 @@ def _find_place(run_dir: Path, overwrite: bool, world: World) -> tuple[bool, boo
     return starts_over or (run_dir / NEXT).exists(), starts_over
 
 
-def claim_job(job: Job, model: Model, transform: Transform, files: Listing | None, world: World) -> Claim:
+def claim_job(
+    job: Job, batch_size: int, model: Model, transform: Transform, files: Listing | None, world: World
+) -> Claim:
     """Make the run folder this job's and tell all ranks where to begin. Collective: every rank calls this.
 
     Raises:
@@ -164,7 +166,7 @@ def claim_job(job: Job, model: Model, transform: Transform, files: Listing | Non
                 start=start,
                 stop=stop,
                 # Every batch is padded to this: more than there are samples would be padding alone.
-                batch_size=max(1, min(config.batch_size, length, length if config.limit is None else config.limit)),
+                batch_size=max(1, min(batch_size, length, length if config.limit is None else config.limit)),
                 world_sizes=[world.size],
                 versions=versions(),
             )

@@ -1,5 +1,6 @@
 """Loader workers → batches: decode in parallel, pad to the batch size, keep bad samples apart."""
 
+import math
 import signal
 import time
 import warnings
@@ -18,8 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from mgpu_ddp.arrays import ArraySamples
 from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import Samples
-from mgpu_ddp.errors import StateError
+from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.jpeg import read_header
+from mgpu_ddp.keeping import available_bytes
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
@@ -257,6 +259,12 @@ def load_batches(
     # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
     slots = workers * config.prefetch + held
     on_gpu = world.device.type == "cuda"
+    needed = slots * batch_size * math.prod(transform.out_size) * 3
+    if needed > available_bytes() // world.local_size:
+        raise OutOfMemoryError(
+            f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {slots} batches"
+            f" read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
+        )
     ring = Ring(slots, batch_size, transform.out_size, packed=packed, pinned=on_gpu and not packed)
     # Pillow warns from here on and refuses at twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2

@@ -1,5 +1,6 @@
 """Names → modules that are ready to predict: built, loaded, shared by rank 0, folded, on their device."""
 
+import copy
 import difflib
 import hashlib
 import pickle
@@ -223,13 +224,15 @@ def choose_transform(config: Config, model: Model) -> Transform:
     return transform
 
 
-def prepare(model: Model, config: Config, world: World) -> nn.Module:
+def prepare(model: Model, config: Config, world: World, *, keep: bool = False) -> nn.Module:
     """Share, fold, move and compile the module. Collective: every rank calls this.
 
-    Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes).
+    Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes). With
+    `keep` it is a copy, and the model can be prepared again.
     """
     with world.together("prepare the model"):
-        return _place(share_weights(model.module.eval()), config, world.device)
+        module = share_weights(model.module.eval())
+        return _place(copy.deepcopy(module) if keep else module, config, world.device)
 
 
 def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -253,6 +256,8 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     if config.strategy == "data_parallel":
         module = nn.DataParallel(module)
     if config.runtime.compile == "on":
+        # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
+        torch._dynamo.config.recompile_limit = 64
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
 

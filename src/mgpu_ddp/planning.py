@@ -194,7 +194,9 @@ def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict
         "samples",
         dataset_range(job.config, len(open_samples(job.config, files))) if world.rank == 0 else None,
     )
-    contiguous, batch_size = job.config.collect == "shards", job.config.batch_size
+    contiguous = job.config.collect == "shards"
+    # auto is found when the job starts, and needs the device for it.
+    batch_size = 32 if job.config.batch_size == "auto" else int(job.config.batch_size)
     plan = _plan(
         job.config,
         start,

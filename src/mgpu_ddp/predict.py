@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from mgpu_ddp.config import Config
 from mgpu_ddp.decoding import Decoded, GpuInput, decode_of
+from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
@@ -43,9 +45,19 @@ class Predictor:
         )
         # An array of logits is the tutorial's result: that format fixes the field.
         self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
+        self._splits = runtime.on_oom != "raise"
         self._kept = threading.local()
         if "embedding" in self._fields:
             head_of(module).register_forward_pre_hook(self._keep_embedding)
+
+    @staticmethod
+    def depends_on(config: Config, transform: Transform, device: torch.device) -> Any:
+        """What makes one predictor differ from another."""
+        output = config.output
+        return [
+            *(config.model, config.seed, config.runtime, config.strategy, transform, device),
+            *(config.data.name, output.format, output.fields, output.topk),
+        ]
 
     def _keep_embedding(self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         features = inputs[0]
@@ -56,6 +68,9 @@ class Predictor:
 
         Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, maybe more
         than once, because the device lacked the memory for it.
+
+        Raises:
+            OutOfMemoryError: it did, and batches are not to be split.
         """
         columns = self._attempt(pixels)
         if columns is None:
@@ -68,8 +83,11 @@ class Predictor:
         try:
             return self._predict(pixels)
         except RuntimeError as error:
-            if len(pixels) == 1 or not _is_out_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
+            if len(pixels) == 1 or not self._splits:
+                text = f"batch_size must fit into memory, got {len(pixels)} ({str(error).splitlines()[0]}). Lower it."
+                raise OutOfMemoryError(text) from None
         return None
 
     def _in_halves(self, pixels: torch.Tensor) -> Columns:
@@ -109,6 +127,10 @@ class Clock:
 
     warm_up: int
     """Batches that the steady rate leaves out: the first of each that run side by side."""
+    began: float
+    """When the job began, by `time.perf_counter`."""
+    reused: tuple[str, ...] = ()
+    """What the job before had made."""
     started: float = field(default_factory=time.perf_counter)
     wait_s: float = 0.0
     """Waiting for the loader."""
@@ -160,8 +182,11 @@ class Clock:
 
     @property
     def steady(self) -> tuple[int, float]:
-        """Rows after warming up and the seconds they took; all of them where there were no more."""
-        if self.rows > self._warm_rows:
+        """Rows after warming up and the seconds they took; all of them where too few came after.
+
+        Batches that run side by side also end side by side: few of them say nothing of a rate.
+        """
+        if len(self.batch_s) >= 3 * self.warm_up:
             return self.rows - self._warm_rows, self.ended - self._warm_at
         return self.rows, max(self.ended - self.started, 0.0)
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import resource
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ import torch
 from mgpu_ddp.config import Config
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.durable import replace_json
+from mgpu_ddp.keeping import peaks
 from mgpu_ddp.models import precision_of
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
@@ -155,9 +154,11 @@ class RankMetrics:
     steady_rows: int
     steady_s: float
     startup_s: float
-    """From the start of the process to the first prediction."""
+    """From the start of the job to the first prediction. The process's first job begins with the process."""
     wall_s: float
-    """From the start of the process to the end of the loop."""
+    """From the start of the job to the end of the loop."""
+    reused: tuple[str, ...]
+    """What the job before, in a sweep, had made: model (its weights), predictor (on its device, compiled)."""
     wait_s: float
     """Waiting for the loader."""
     input_s: float
@@ -178,11 +179,9 @@ class RankMetrics:
 
 
 def measure(world: World, clock: Clock) -> RankMetrics:
-    age = process_age_s()
-    now = time.perf_counter()
+    wall_s = time.perf_counter() - clock.began
     steady_rows, steady_s = clock.steady
     batch_ms = np.array(clock.batch_s[1:] or clock.batch_s or [0.0]) * 1e3
-    gpu = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
     return RankMetrics(
         rank=world.rank,
         rows=clock.rows,
@@ -192,8 +191,9 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         images_per_s=steady_rows / steady_s if steady_s else 0.0,
         steady_rows=steady_rows,
         steady_s=steady_s,
-        startup_s=age - (now - clock.first_at) if clock.rows else age,
-        wall_s=age,
+        startup_s=clock.first_at - clock.began if clock.rows else wall_s,
+        wall_s=wall_s,
+        reused=clock.reused,
         wait_s=clock.wait_s,
         input_s=clock.input_s,
         predict_s=clock.predict_s,
@@ -203,15 +203,8 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         workers_s=clock.workers_s,
         batch_p50_ms=float(np.percentile(batch_ms, 50)),
         batch_p95_ms=float(np.percentile(batch_ms, 95)),
-        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        peak_gpu_bytes=gpu,
+        **peaks(),
     )
-
-
-def process_age_s() -> float:
-    """Seconds since this process started. Source: proc(5), starttime in /proc/self/stat."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def bottleneck(ranks: Sequence[RankMetrics]) -> str:
@@ -244,10 +237,13 @@ def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, det
         "images_per_s_with_startup": rows / wall_s,
         "wall_s": wall_s,
         "startup_s": max(r.startup_s for r in ranks),
+        "reused": list(ranks[0].reused),
         "rows_this_run": rows,
         "nonfinite": sum(r.nonfinite for r in ranks),
         "split_rows": sum(r.split_rows for r in ranks),
         "deterministic": deterministic,
+        "peak_gpu_bytes": max(r.peak_gpu_bytes for r in ranks),
+        "peak_host_bytes": max(r.peak_host_bytes for r in ranks),
         "bottleneck": stage,
         "remedy": REMEDIES[stage],
     }

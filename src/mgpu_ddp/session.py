@@ -4,6 +4,7 @@ Rank 0 alone runs Hydra. What Hydra composes is a job; the other ranks are told 
 """
 
 import gc
+import json
 import logging
 import os
 import sys
@@ -16,24 +17,25 @@ import torch
 
 from mgpu_ddp import report
 from mgpu_ddp.command import remove_empty
-from mgpu_ddp.ending import fail_job
-from mgpu_ddp.errors import Exit, PeerError, PeerFailedError, PeerLostError, StateError, UsageError
+from mgpu_ddp.errors import Exit, OutOfMemoryError, PeerError, PeerFailedError, PeerLostError, StateError, UsageError
 from mgpu_ddp.job import Job
+from mgpu_ddp.keeping import Kept, peaks
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World, leave, reason_of
 
 log = logging.getLogger("mgpu_ddp")
 
 LINGER_S = 3.0
-EXIT_CODE_FILE = "MGPU_DDP_EXIT_CODE_FILE"
-"""Where rank 0 leaves its exit code for `mgpu-infer`, because torchrun returns 1 for all but 0."""
+OUTCOME_FILE = "MGPU_DDP_OUTCOME_FILE"
+"""Where rank 0 leaves the outcome of its last job for whoever started torchrun, which returns 1 for all but 0."""
 
 
 class Session:
     """What happened so far, and how the process will leave."""
 
-    def __init__(self, world: World, stop: StopWish, act: Callable[[Job], dict[str, Any]]) -> None:
+    def __init__(self, world: World, stop: StopWish, kept: Kept, act: Callable[[Job], dict[str, Any]]) -> None:
         self.world, self.stop = world, stop
+        self._kept = kept
         self.outcomes: list[dict[str, Any]] = []
         self.made: list[Path] = []
         """Folders this launch made, deepest first."""
@@ -41,13 +43,19 @@ class Session:
         self._heard = True
         """Whether the other ranks wait for another job."""
 
-    def lead(self, make: Callable[[], Job]) -> dict[str, Any]:
-        """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`."""
+    def lead(self, make: Callable[[], Job], apart: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`.
+
+        With `apart` it runs elsewhere, once its configuration has been found good.
+        """
         try:
             job = make()
         except UsageError as error:
             self.world.share("next job", {"refused": str(error)})
             return self._refuse(error)
+        if apart is not None:
+            self.outcomes.append(apart())
+            return self.outcomes[-1]
         self.world.share("next job", {"job": job.order()})
         return self.run_job(job)
 
@@ -57,8 +65,8 @@ class Session:
             usage = str(error) if isinstance(error, UsageError) else None
             self.world.share("next job", {"usage": usage, "failed": None if error is None else reason_of(error)})
 
-    def follow(self) -> None:
-        """Run the jobs that rank 0 makes. All ranks but rank 0."""
+    def follow(self) -> UsageError | None:
+        """Run the jobs that rank 0 makes, and return the user's mistake that ended them, if any. All but rank 0."""
         while True:
             order = self.world.share("next job", None)
             if "job" in order:
@@ -66,11 +74,11 @@ class Session:
             elif "refused" in order:
                 self._refuse(UsageError(order["refused"]))
             elif order["usage"] is not None:
-                raise UsageError(order["usage"])
+                return UsageError(order["usage"])
             elif order["failed"] is not None:
                 raise PeerFailedError(f"rank 0 of {self.world.size} raised {order['failed']}")
             else:
-                return
+                return None
 
     def run_job(self, job: Job) -> dict[str, Any]:
         """Run one job to an end that all ranks agree on, and return its outcome. Collective: every rank calls this.
@@ -84,16 +92,23 @@ class Session:
             with self.world.together(f"job {job.name}"):
                 outcome = self._act(job)
         except UsageError as error:
+            self._kept.forget()
             return self._refuse(error)
         except Exception as error:
-            outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
+            self._kept.forget()
+            outcome = {"status": _status_of(error), "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
+            raised = not job.in_sweep or isinstance(error, PeerLostError)
+            if not raised:
+                used = self.world.exchange("peaks", peaks())
+                outcome |= {name: max(rank[name] for rank in used) for name in used[0]}
+                _say(error)
             if self.world.rank == 0:
-                outcome = fail_job(job, reason_of(error))
+                outcome |= {"run_dir": str(job.home)}
+                report.print_summary(outcome)
             self.outcomes.append(outcome)
-            if not job.in_sweep or isinstance(error, PeerLostError):
+            if raised:
                 self._heard = False
                 raise
-            _say(error)
             # Its frames hold the job's tensors.
             traceback.clear_frames(error.__traceback__)
         else:
@@ -114,17 +129,11 @@ class Session:
             print(f"mgpu_ddp: {error}", file=sys.stderr, flush=True)
         self.world.exchange("told", None)
 
-    def sum_up(self, sweep_dir: str) -> None:
-        """Print the JSON line that ends a sweep. Rank 0 only."""
-        failed = sum(outcome["exit_code"] != Exit.COMPLETE for outcome in self.outcomes)
-        status = "failed" if failed else "complete"
-        counts = {"jobs": len(self.outcomes), "failed": failed, "exit_code": self.exit_code}
-        report.print_summary({"status": status, **counts, "sweep_dir": sweep_dir})
-
     @property
     def exit_code(self) -> int:
-        """The worst ending of all jobs."""
-        codes = {int(outcome["exit_code"]) for outcome in self.outcomes}
+        """The worst ending of all jobs; that a batch size does not fit is an answer where another one did."""
+        outcomes = [outcome for outcome in self.outcomes if outcome["status"] != "oom"] or self.outcomes
+        codes = {int(outcome["exit_code"]) for outcome in outcomes}
         order = [Exit.FAILED, Exit.USAGE, Exit.TOO_MANY_ERRORS, Exit.PREEMPTED]
         return next((int(code) for code in order if code in codes), int(Exit.COMPLETE))
 
@@ -133,8 +142,10 @@ class Session:
         code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
         if error is not None and not isinstance(error, UsageError):
             _say(error)
-        if self.world.rank == 0 and EXIT_CODE_FILE in os.environ:
-            Path(os.environ[EXIT_CODE_FILE]).write_text(str(int(code)))
+        if self.world.rank == 0 and OUTCOME_FILE in os.environ:
+            refused = {"status": "failed", "reason": str(error)} if isinstance(error, UsageError) else {}
+            last = {**(self.outcomes[-1] if self.outcomes else refused), "exit_code": int(code)}
+            Path(os.environ[OUTCOME_FILE]).write_text(json.dumps(last))
         if isinstance(error, UsageError):
             self.tell(error)
         # What was refused, or only planned, leaves no trace.
@@ -159,6 +170,12 @@ def _say(error: BaseException) -> None:
         log.error("%s", error)
     else:
         traceback.print_exception(error)
+
+
+def _status_of(error: Exception) -> str:
+    """`oom` for what ran out of memory, here or on another rank, in torch's words or ours; else `failed`."""
+    kind = error.kind if isinstance(error, PeerFailedError) else type(error).__name__
+    return "oom" if kind == OutOfMemoryError.__name__ else "failed"
 
 
 def _let_go() -> None:

@@ -66,7 +66,7 @@ def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
         smallest_rows=BATCH_SIZE,
         largest_rows=BATCH_SIZE,
     )
-    samples, clock = FolderSamples(str(root), files), Clock(warm_up=1)
+    samples, clock = FolderSamples(str(root), files), Clock(warm_up=1, began=0.0)
     loader = LoaderConfig(workers=2)
     held = held_batches(world)
     with closing(

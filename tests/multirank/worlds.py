@@ -118,6 +118,7 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
     from mgpu_ddp import report
     from mgpu_ddp.infer import infer
     from mgpu_ddp.job import Job
+    from mgpu_ddp.keeping import Kept
     from mgpu_ddp.session import Session
     from mgpu_ddp.signals import StopWish
     from mgpu_ddp.world import join, leave
@@ -128,7 +129,8 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
         ending: Any
         stop = StopWish()
         stop.install()
-        session = Session(world, stop, lambda job, stop=stop: infer(job, world, stop))
+        kept = Kept()
+        session = Session(world, stop, kept, lambda job, stop=stop, kept=kept: infer(job, world, stop, kept))
         disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == rank else None
         if disturb is not None:
             world.pulse.progress = {"at": "start"}

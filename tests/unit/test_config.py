@@ -19,6 +19,7 @@ from mgpu_ddp.config import (
     ModelConfig,
     OutputConfig,
     RuntimeConfig,
+    SweepConfig,
     TransformConfig,
     pack,
     parse_shard,
@@ -36,6 +37,7 @@ SCHEMAS: dict[str, Any] = {
     "loader": LoaderConfig,
     "output": OutputConfig,
     "dist": DistConfig,
+    "sweep": SweepConfig,
 }
 NAN, INF = float("nan"), float("inf")
 
@@ -175,7 +177,7 @@ def test_defaults_are_the_contracts() -> None:
 
 def every_key() -> set[str]:
     """Keys as the schema's fields have them, found without the package's own walk."""
-    keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist"}
+    keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist", "sweep"}
     for group, schema in [*SCHEMAS.items(), ("data", FolderConfig), ("data", ArrayConfig)]:
         keys |= {f"{group}.{field.name}" for field in dataclasses.fields(schema)}
     return keys - {"data.name"}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config import Config, FakeConfig, ModelConfig, OutputConfig, TransformConfig
+from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.predict import NONFINITE, Clock, Predictor, predict
 from mgpu_ddp.preprocess import plain
@@ -55,7 +56,7 @@ def run(module: nn.Module, world: World, batch_size: int) -> tuple[Rows, Clock]:
     output = OutputConfig(topk=2, fields=["topk", "logits"])
     config = Config(data=FakeConfig(), transform=TransformConfig(), model=ModelConfig(), output=output)
     predictor = Predictor(module, plain(SIDE), config, world.device)
-    clock = Clock(warm_up=1)
+    clock = Clock(warm_up=1, began=0.0)
     return concatenate(list(predict(batches(batch_size, 2), predictor, clock, world))), clock
 
 
@@ -79,7 +80,7 @@ def test_an_odd_batch_is_halved_down_to_single_images(world: World) -> None:
 
 
 def test_a_single_image_that_does_not_fit_ends_the_job(world: World) -> None:
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+    with pytest.raises(OutOfMemoryError, match=r"batch_size must fit into memory, got 1 \(.*DefaultCPUAllocator"):
         run(Sums(hungry=0), world, 4)
 
 

@@ -1,0 +1,217 @@
+"""A sweep's answer: a row for each of its jobs, on disk as soon as it is known, then a table and a picture."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mgpu_ddp.config import GROUPS
+from mgpu_ddp.durable import replace_bytes, replace_json
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.tuning import GAIN
+from mgpu_ddp.world import reason_of
+
+LEDGER = "sweep.json"
+MEASURED = (
+    *("images_per_s", "images_per_s_with_startup", "startup_s", "reused", "wall_s", "peak_gpu_bytes"),
+    *("peak_host_bytes", "bottleneck", "samples", "errors", "world_size", "device"),
+)
+"""What a row takes from the summary of its job."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One job of a sweep: where in it, and what is particular to it."""
+
+    job: int
+    repeat: int
+    values: dict[str, Any]
+    """Swept keys and their values."""
+    overrides: list[str]
+    """All that was asked for, but for what only the sweep as a whole reads."""
+
+
+def point_of(cfg: DictConfig, swept: Sequence[str]) -> Point:
+    """The point that Hydra has composed."""
+    composed = HydraConfig.get()
+    choices = composed.runtime.choices
+    overrides = [word for word in composed.overrides.task if not word.lstrip("+").startswith("sweep")]
+    return Point(
+        job=int(composed.job.num),
+        repeat=int(cfg.sweep.repeat),
+        values={key: choices[key] if key in GROUPS else OmegaConf.select(cfg, key) for key in swept},
+        overrides=overrides,
+    )
+
+
+class Sweep:
+    """The rows of a sweep folder. Rank 0 only."""
+
+    def __init__(self, folder: Path, swept: Sequence[str], *, stop_on_oom: bool) -> None:
+        self.folder, self.swept = folder, list(swept)
+        self._stop_on_oom = stop_on_oom
+        self._over = False
+        """Whether nothing more can run: a rank was lost, or a signal asked to stop."""
+        self._rows: dict[int, dict[str, Any]] = {}
+        try:
+            self._rows = {row["job"]: row for row in json.loads((folder / LEDGER).read_text())["jobs"]}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(
+                f"{folder / LEDGER} must be the ledger of a sweep, got {type(error).__name__}. Choose another"
+                " hydra.sweep.dir."
+            ) from None
+
+    def run(self, point: Point, run: Callable[[], dict[str, Any]]) -> float:
+        """Run a point, unless its answer is known, and keep the answer. Returns images/s, 0 where it failed.
+
+        Once `run` has raised, or was preempted, no other point runs.
+
+        Raises:
+            UsageError: the folder holds another sweep.
+        """
+        if self._over:
+            return 0.0
+        self._over = True
+        row = self._known(point)
+        if row is None:
+            try:
+                outcome = run()
+            except Exception as error:
+                self._keep(point, {"status": "failed", "reason": reason_of(error)})
+                raise
+            row = self._keep(point, outcome)
+        else:
+            self._rows[point.job] = row
+            self._write()
+        self._over = row["status"] == "preempted"
+        return float(row.get("images_per_s", 0.0))
+
+    def _keep(self, point: Point, outcome: dict[str, Any]) -> dict[str, Any]:
+        found = {name: outcome[name] for name in MEASURED if name in outcome}
+        rest = {name: outcome.get(name) for name in ("status", "reason", "run_dir")}
+        # What was asked for may be auto, or more than there are samples.
+        rest["used_batch_size"] = outcome.get("batch_size")
+        self._rows[point.job] = {**asdict(point), **rest, **found}
+        self._write()
+        return self._rows[point.job]
+
+    def _known(self, point: Point) -> dict[str, Any] | None:
+        before = self._rows.get(point.job)
+        if before is not None and (before["overrides"], before["repeat"]) != (point.overrides, point.repeat):
+            raise UsageError(
+                f"hydra.sweep.dir must be new or hold this same sweep, got {str(self.folder)!r}, whose job {point.job}"
+                f" was {' '.join(before['overrides'])!r}. Choose another."
+            )
+        if before is not None and before["status"] == "complete":
+            return before
+        batch_size = point.values.get("batch_size")
+        if self._stop_on_oom and isinstance(batch_size, int):
+            others = {**point.values, "batch_size": None}
+            for row in self._rows.values():
+                alike = {**row["values"], "batch_size": None} == others
+                if row["status"] == "oom" and alike and row["values"]["batch_size"] <= batch_size:
+                    reason = f"batch_size={row['values']['batch_size']} ran out of memory"
+                    return {**asdict(point), "status": "skipped", "reason": reason, "run_dir": None}
+        return None
+
+    def _write(self) -> None:
+        rows = [self._rows[job] for job in sorted(self._rows)]
+        replace_json(self.folder / LEDGER, {"swept": self.swept, **self.answer(), "jobs": rows})
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The points in order, each with what its repeats have in common."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for job in sorted(self._rows):
+            groups.setdefault(json.dumps(self._rows[job]["values"]), []).append(self._rows[job])
+        return [_together(rows) for rows in groups.values()]
+
+    def answer(self) -> dict[str, Any]:
+        """The recommended point: of those within 3 % of the best rate the one of the smallest batch."""
+        good = [point for point in self.points if point["images_per_s"]]
+        best = max((point["images_per_s"] for point in good), default=0.0)
+        near = [point for point in good if point["images_per_s"] * GAIN >= best]
+        if "batch_size" not in self.swept:
+            near = [point for point in near if point["images_per_s"] == best]
+        chosen = min(near, key=lambda point: _as_number(point["values"].get("batch_size")), default=None)
+        return {"recommended": chosen and chosen["values"], "best_images_per_s": best}
+
+    def conclude(self) -> dict[str, Any]:
+        """Write `sweep.csv` and `sweep.png`, print the table and return what the last line says of all jobs."""
+        answer, points = self.answer(), self.points
+        text = io.StringIO()
+        columns = ["job", "repeat", *self.swept, "status", "reason", *MEASURED, "used_batch_size", "run_dir"]
+        table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        for job in sorted(self._rows):
+            row = self._rows[job]
+            table.writerow(row | row["values"] | {"reused": " ".join(row.get("reused", ()))})
+        replace_bytes(self.folder / "sweep.csv", text.getvalue().encode())
+        if points:
+            from mgpu_ddp.sweep_plot import draw
+
+            draw(points, self.swept, answer["recommended"], self.folder / "sweep.png")
+        print("\n".join(_table(points, self.swept, answer["recommended"])))
+        failed = sum(row["status"] == "failed" for row in self._rows.values())
+        return {"jobs": len(self._rows), "failed": failed, **answer, "sweep_dir": str(self.folder)}
+
+
+def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the repeats of one point say: the median rate and its range, the highest peaks, the worst status."""
+    rates = [row["images_per_s"] for row in rows if row["status"] == "complete" and row.get("images_per_s")]
+    bad = [row for row in rows if row["status"] != "complete"]
+    whole = rates if not bad else []
+    return {
+        "values": rows[0]["values"],
+        "status": bad[0]["status"] if bad else "complete",
+        "reason": bad[0]["reason"] if bad else None,
+        "images_per_s": statistics.median(whole) if whole else None,
+        "slowest": min(rates, default=None),
+        "fastest": max(rates, default=None),
+        "startup_s": statistics.median([row["startup_s"] for row in rows if "startup_s" in row] or [0.0]),
+        "peak_gpu_bytes": max(row.get("peak_gpu_bytes", 0) for row in rows),
+        "peak_host_bytes": max(row.get("peak_host_bytes", 0) for row in rows),
+        "repeats": len(rows),
+    }
+
+
+def _as_number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("inf")
+
+
+def memory_of(points: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Which memory is worth showing: the name of its peak in a point, and in words."""
+    on_gpu = any(point["peak_gpu_bytes"] for point in points)
+    return ("peak_gpu_bytes", "GPU memory") if on_gpu else ("peak_host_bytes", "host memory")
+
+
+def _table(points: list[dict[str, Any]], swept: list[str], recommended: dict[str, Any] | None) -> list[str]:
+    kind, words = memory_of(points)
+    heads = [*swept, "images/s", "from", "to", f"peak {words}", "start-up", ""]
+    lines = []
+    for point in points:
+        cells = [str(point["values"][key]) for key in swept]
+        memory = f"{point[kind] / 2**30:.2f} GiB" if point[kind] else ""
+        if point["images_per_s"] is None:
+            name = "OOM" if point["status"] == "oom" else point["status"]
+            lines.append([*cells, name, "", "", memory, "", point["reason"] or ""])
+            continue
+        spread = [f"{point[name]:,.1f}" if point["repeats"] > 1 else "" for name in ("slowest", "fastest")]
+        mark = "<- recommended" if point["values"] == recommended else ""
+        rate = f"{point['images_per_s']:,.1f}"
+        lines.append([*cells, rate, *spread, memory, f"{point['startup_s']:.1f} s", mark])
+    # The last column, of reasons, is not padded.
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads) - 1)]
+    return [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in [heads, *lines]
+    ]

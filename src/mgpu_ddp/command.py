@@ -127,7 +127,7 @@ def check_command(argv: Sequence[str]) -> Command:
         return Command(words=ordered, informational=True, multirun=False)
     HydraConfig.instance().set_config(cfg)
     if multirun:
-        return _sweep(cfg, typed, words, overrides, flags.get("-cd"))
+        return _sweep(cfg, typed, overrides, flags.get("-cd"))
     task = cfg.copy()
     OmegaConf.set_struct(task, False)
     del task["hydra"]
@@ -151,10 +151,11 @@ def _values(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _sweep(
-    cfg: DictConfig, flags: list[str], words: list[str], overrides: list[Override], config_dir: str | None
-) -> Command:
+def _sweep(cfg: DictConfig, flags: list[str], overrides: list[Override], config_dir: str | None) -> Command:
     """The command of a sweep, whose first dimension, and so the slowest, is the round."""
+    # The last of a key counts, as where there is no sweep; a sweeper may see that otherwise.
+    last = {override.key_or_group: override for override in overrides}
+    overrides, words = list(last.values()), [override.input_line or "" for override in last.values()]
     settings = SweepConfig(repeats=cfg.sweep.repeats, stop_on_oom=cfg.sweep.stop_on_oom)
     choices = cfg.hydra.runtime.choices
     basic = choices["hydra/sweeper"] == "basic"

@@ -32,11 +32,6 @@ class PeerError(MgpuError):
 class PeerFailedError(PeerError):
     """Another rank raised; its own report holds the cause."""
 
-    def __init__(self, text: str, kind: str = "") -> None:
-        super().__init__(text)
-        self.kind = kind
-        """Name of the class that was raised there."""
-
 
 class PeerLostError(PeerError):
     """Another rank died or fell silent, so no further collective of this process group can succeed."""

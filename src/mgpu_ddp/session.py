@@ -96,12 +96,11 @@ class Session:
             return self._refuse(error)
         except Exception as error:
             self._kept.forget()
-            outcome = {"status": _status_of(error), "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
+            outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
             raised = not job.in_sweep or isinstance(error, PeerLostError)
             if not raised:
-                used = self.world.exchange("peaks", peaks())
-                outcome |= {name: max(rank[name] for rank in used) for name in used[0]}
                 _say(error)
+                outcome |= self._what_failed(error)
             if self.world.rank == 0:
                 outcome |= {"run_dir": str(job.home)}
                 report.print_summary(outcome)
@@ -116,6 +115,19 @@ class Session:
         if job.in_sweep:
             _let_go()
         return outcome
+
+    def _what_failed(self, error: Exception) -> dict[str, Any]:
+        """Why a job failed, by the rank that first could not go on, and the most memory that any used. Collective."""
+        mine = {"kind": type(error).__name__, "peer": isinstance(error, PeerError), "reason": reason_of(error)}
+        told = self.world.exchange("what failed", mine | peaks())
+        rank = next((rank for rank, other in enumerate(told) if not other["peer"]), 0)
+        where = f"rank {rank} of {self.world.size}: " if self.world.size > 1 else ""
+        return {
+            # torch's own error for a lack of memory has the same name as ours.
+            "status": "oom" if told[rank]["kind"] == OutOfMemoryError.__name__ else "failed",
+            "reason": where + told[rank]["reason"],
+            **{name: max(other[name] for other in told) for name in peaks()},
+        }
 
     def _refuse(self, error: UsageError) -> dict[str, Any]:
         """Print a user's mistake as the outcome of a job. Collective."""
@@ -170,12 +182,6 @@ def _say(error: BaseException) -> None:
         log.error("%s", error)
     else:
         traceback.print_exception(error)
-
-
-def _status_of(error: Exception) -> str:
-    """`oom` for what ran out of memory, here or on another rank, in torch's words or ours; else `failed`."""
-    kind = error.kind if isinstance(error, PeerFailedError) else type(error).__name__
-    return "oom" if kind == OutOfMemoryError.__name__ else "failed"
 
 
 def _let_go() -> None:

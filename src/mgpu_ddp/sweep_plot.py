@@ -25,7 +25,7 @@ def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], recommended: di
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values)
     if numeric:
         values.sort()
-    logarithmic = numeric and len(values) > 2 and values[-1] > 4 * values[0]
+    logarithmic = numeric and len(values) > 2 and values[-1] >= 4 * values[0]
     places = {value: float(value) if numeric else float(i) for i, value in enumerate(values)}
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in points:
@@ -41,18 +41,18 @@ def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], recommended: di
     top = max((point["fastest"] or 0.0 for point in points), default=0.0) or 1.0
     for point in points:
         x = places[point["values"].get(along)]
-        if point["values"] == recommended and point["images_per_s"]:
+        if recommended is not None and point["values"] == recommended:
             y = point["images_per_s"]
             rate.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.4)
-            text = f"recommended\n{y:,.0f} images/s"
-            rate.annotate(text, (x, y), xytext=(0, -14), textcoords="offset points", ha="center", va="top", color=INK)
+            named = ", ".join(f"{key}={value}" for key, value in recommended.items())
+            rate.set_title(f"circled: {named or 'the only point'}, {y:,.0f} images/s", loc="left", color=INK)
         elif point["images_per_s"] is None:
             rate.plot(x, 0.04 * top, "x", color=RED, markersize=9, markeredgewidth=2)
             word = "OOM" if point["status"] == "oom" else point["status"]
             rate.annotate(word, (x, 0.04 * top), xytext=(0, 8), textcoords="offset points", ha="center", color=RED)
     rate.set_ylabel("images/s")
     rate.set_ylim(0, 1.12 * top)
-    memory.set_ylabel(f"peak {words}, GiB")
+    memory.set_ylabel(f"peak {words},\nGiB".replace(" memory", "\nmemory"))
     memory.set_ylim(0, None)
     memory.set_xlabel(along or "")
     if logarithmic:
@@ -63,7 +63,7 @@ def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], recommended: di
     if len(lines) > 1:
         rate.legend(frameon=False, fontsize=9)
     if any(point["repeats"] > 1 for point in points):
-        rate.set_title("median of the repeats; bars from the slowest to the fastest", fontsize=9, color=MUTED)
+        rate.set_ylabel("images/s, median and range of the repeats")
     for axes in (rate, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=MUTED, alpha=0.25)

@@ -117,7 +117,7 @@ class World:
                 raise (
                     UsageError(text)
                     if is_usage
-                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {text}", name)
+                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {text}")
                 )
 
     def raise_alarm(self, job: str, text: str) -> None:

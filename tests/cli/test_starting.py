@@ -76,18 +76,6 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     assert json.loads((tmp_path / "errors" / "status.json").read_text())["status"] == "failed"
 
 
-def test_a_sweep_runs_every_point_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    ended = run(torchrun(2, *SMALL, "data.size=30", "--multirun", "batch_size=4,8"), tmp_path)
-    assert ended.code == 0, ended.err
-    (sweep,) = tmp_path.glob("multirun/*/*")
-    for number, batch_size in enumerate((4, 8)):
-        assert_proved(sweep / str(number), 30)
-        assert json.loads((sweep / str(number) / "manifest.json").read_text())["batch_size"] == batch_size
-    lines = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
-    assert [line["batch_size"] for line in lines[:2]] == [4, 8]
-    assert lines[-1] == {"status": "complete", "jobs": 2, "failed": 0, "exit_code": 0, "sweep_dir": str(sweep)}
-
-
 def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
     from mgpu_ddp.keys import documented_keys
 

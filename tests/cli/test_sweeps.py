@@ -1,0 +1,210 @@
+"""Sweeps: every rank agrees on every job, what fails harms no other job, and the folder says what to use."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.cli.starting import (
+    SMALL,
+    SMALL_IMAGES,
+    Ended,
+    committed_rows,
+    finish,
+    mgpu_infer,
+    python_m,
+    run,
+    started,
+    torchrun,
+    wait_until,
+    worker_pids,
+)
+from tests.conftest import assert_proved, make_images, read_rows
+
+SWEEP = ("--multirun", "hydra.sweep.dir=sweep")
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def ledger(tmp_path: Path) -> dict[int, dict[str, Any]]:
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    return {row["job"]: row for row in rows}
+
+
+def statuses(tmp_path: Path) -> list[str]:
+    return [row["status"] for _, row in sorted(ledger(tmp_path).items())]
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A folder of 31 images, of which the second, and so one of rank 1, is broken."""
+    root = tmp_path / "broken"
+    sorted(make_images(root, 31))[1].write_bytes(b"no image")
+    return root
+
+
+def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, broken: Path) -> None:
+    """Ranks that went on alone would mix the rows of different jobs, or wait for each other for ever."""
+    command = torchrun(3, *SMALL_IMAGES, "data=folder", f"data.root={broken}")
+    points = ("batch_size=4,-1,8", "on_error=raise,record")
+    ended = run([*command, *SWEEP, *points], tmp_path)
+    assert ended.code == 1, ended.err
+    assert statuses(tmp_path) == ["failed", "complete", "failed", "failed", "failed", "complete"]
+    rows = ledger(tmp_path)
+    for job in (0, 4):
+        assert rows[job]["reason"].startswith("rank 1 of 3: class0/image 0003.png (index 1) must be predicted, got")
+    for job in (2, 3):
+        assert rows[job]["reason"] == "batch_size must be at least 1 or auto, got -1. Try batch_size=32."
+        assert not (tmp_path / "sweep" / str(job)).exists()
+    assert ended.summary["recommended"] in ({"batch_size": n, "on_error": "record"} for n in (4, 8))
+    assert (ended.summary["jobs"], ended.summary["failed"]) == (6, 4)
+    for job, batch_size in ((1, 4), (5, 8)):
+        assert_proved(tmp_path / "sweep" / str(job), 31, errors=1)
+        alone = [*SMALL_IMAGES, "data=folder", f"data.root={broken}", f"batch_size={batch_size}", f"output.dir={job}"]
+        assert run(python_m(*alone), tmp_path).code == 0
+        assert read_rows(tmp_path / "sweep" / str(job)) == read_rows(tmp_path / str(job))
+    assert rows[5]["reused"] == [], "what a failed job leaves may differ from rank to rank"
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["batch_size"], row["on_error"]) for row in table[:2]] == [("4", "raise"), ("4", "record")]
+
+
+def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(tmp_path: Path) -> None:
+    command = torchrun(2, *SMALL, "data.size=60", *SWEEP, "batch_size=2,4", "sweep.repeats=2")
+    ended = run(command, tmp_path)
+    assert ended.code == 0, ended.err
+    rows = ledger(tmp_path)
+    assert [(row["repeat"], row["values"]["batch_size"]) for row in rows.values()] == [(1, 2), (1, 4), (2, 2), (2, 4)]
+    assert [row["reused"] for row in rows.values()] == [[], *[["model", "predictor"]] * 3]
+    assert rows[1]["startup_s"] < rows[0]["startup_s"] / 2, "only the first job pays for the process"
+    with Image.open(tmp_path / "sweep" / "sweep.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 500
+    assert "<- recommended" in ended.out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/predictions/*")}
+    again = run(command, tmp_path)
+    assert again.code == 0, again.err
+    assert ledger(tmp_path) == rows
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    other = run([*command[:-2], "batch_size=4,2", "sweep.repeats=2"], tmp_path)
+    assert other.code == 1
+    assert other.err.count("mgpu_ddp: hydra.sweep.dir must be new or hold this same sweep, got") == 1
+    assert ledger(tmp_path) == rows
+
+
+def test_a_rank_that_dies_ends_the_sweep_which_starts_again_where_it_was(tmp_path: Path) -> None:
+    command = torchrun(2, *SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8,16")
+    with started(command, tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "sweep" / "1") > 0, process)
+        os.kill(worker_pids(process.pid)[1], signal.SIGKILL)
+        ended = finish(process, tmp_path, 0)
+    assert ended.code == 1
+    assert statuses(tmp_path) == ["complete", "failed"]
+    assert "rank 1 of 2 died" in ledger(tmp_path)[1]["reason"]
+    assert ended.summary["status"] == "failed"
+    kept = committed_rows(tmp_path / "sweep" / "1")
+    again = run(command, tmp_path)
+    assert again.code == 0, again.err
+    assert statuses(tmp_path) == ["complete"] * 3
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 4000 - kept
+    for job in range(3):
+        assert_proved(tmp_path / "sweep" / str(job), 4000)
+
+
+def test_a_signal_preempts_the_sweep(tmp_path: Path) -> None:
+    command = mgpu_infer(*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8")
+    with started(command, tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process, tmp_path, 0)
+    assert ended.code == 75, ended.err
+    assert statuses(tmp_path) == ["preempted"], "the jobs after it have not begun"
+    again = run(command, tmp_path)
+    assert again.code == 0, again.err
+    assert statuses(tmp_path) == ["complete"] * 2
+
+
+def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
+    """On rank 1 alone: the kernel refuses it more than half a gigabyte beyond what it has."""
+    sizes = ("data.size=700", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=50")
+    model = ("model.name=squeezenet1_1", "loader.workers=1", "loader.prefetch=1")
+    points = ("batch_size=2,256,512,4", "sweep.stop_on_oom=true")
+    with started(torchrun(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
+        rank = worker_pids(process.pid)[1]
+        used = int(Path(f"/proc/{rank}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(rank, resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))
+        ended = finish(process, tmp_path, 0)
+    assert statuses(tmp_path) == ["complete", "oom", "skipped", "complete"], ended.err
+    rows = ledger(tmp_path)
+    assert rows[1]["reason"].startswith("rank 1 of 2: batch_size must fit into memory, got 256 ")
+    assert rows[1]["peak_host_bytes"] > 0
+    assert rows[2]["reason"] == "batch_size=256 ran out of memory"
+    assert "OOM" in ended.out
+    assert_proved(tmp_path / "sweep" / "3", 700)
+    assert ended.code == 0, "that a batch does not fit is an answer"
+
+
+def only_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(tmp_path: Path) -> None:
+    apart = ("hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2")
+    command = python_m(*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, *apart, "batch_size=4,-1,16")
+    with started(command, tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
+        os.kill(worker_pids(only_child(process.pid))[0], signal.SIGSEGV)
+        ended = finish(process, tmp_path, 0)
+    assert ended.code == 1, ended.err
+    assert statuses(tmp_path) == ["failed", "failed", "complete"]
+    assert "rank 0 left no word" in ledger(tmp_path)[0]["reason"]
+    assert_proved(tmp_path / "sweep" / "2", 4000)
+    assert ledger(tmp_path)[2]["world_size"] == 2
+    logs = sorted((tmp_path / "sweep" / "logs" / "2").rglob("stderr.log"))
+    assert len(logs) == 2
+    assert "rows to do" in logs[0].read_text() + logs[1].read_text()
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_the_sweep_script_needs_no_list(tmp_path: Path) -> None:
+    command = [str(LAUNCH / "sweep.sh"), *SMALL, "data.size=24", "hydra.sweep.dir=sweep", "batch_size=3,6"]
+    os.environ["PYTHON"] = sys.executable
+    ended = run(command, tmp_path)
+    assert ended.code == 0, ended.err
+    assert [row["repeat"] for row in ledger(tmp_path).values()] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path) -> None:
+    """Optuna's sampler is random: two ranks that asked it would run different jobs."""
+    draw = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "batch_size=range(1,9)")
+    ended = run(torchrun(2, *SMALL, "data.size=20", *SWEEP, *draw), tmp_path)
+    assert ended.code == 0, ended.err
+    assert statuses(tmp_path) == ["complete"] * 3
+    best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+    fastest = max(ledger(tmp_path).values(), key=lambda row: float(row["images_per_s"]))
+    assert f"batch_size: {fastest['values']['batch_size']}" in best, "images/s is what it maximises"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["batch_size="], "batch_size must be a value or a list of values, got 'batch_size='. Give batch_size=A,B."),
+        (["batch_size=range(5,5)"], "batch_size must be a value or a list of values, got 'batch_size=range(5,5)'."),
+        (["batch_size=4,8", "output.dir=mine"], "output.dir must be a folder for each job of a sweep, got 'mine'."),
+        (["batch_size=4,8", "sweep.repeats=0"], "sweep.repeats must be at least 1, got 0."),
+        (["data.size=10,many"], "data.size must be an integer, got 'many'."),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, settings: list[str], line: str) -> None:
+    ended: Ended = run(python_m("--multirun", *settings), tmp_path)
+    assert ended.code == 2
+    assert f"mgpu_ddp: {line}" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not (tmp_path / "multirun").exists()

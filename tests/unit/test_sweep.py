@@ -1,0 +1,163 @@
+"""A sweep's ledger and its answer, from rows as jobs leave them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mgpu_ddp.errors import PeerLostError, UsageError
+from mgpu_ddp.sweep import Point, Sweep
+from mgpu_ddp.tuning import smallest_near_best
+
+
+def point(job: int, repeat: int = 1, **values: Any) -> Point:
+    return Point(
+        job=job,
+        repeat=repeat,
+        values={key.replace("__", "."): value for key, value in values.items()},
+        overrides=[f"{key}={value}" for key, value in values.items()],
+    )
+
+
+def measured(images_per_s: float, gigabytes: float = 1) -> dict[str, Any]:
+    return {
+        "status": "complete",
+        "exit_code": 0,
+        "images_per_s": images_per_s,
+        "startup_s": 1.0,
+        "peak_gpu_bytes": int(gigabytes * 2**30),
+        "peak_host_bytes": 2**30,
+    }
+
+
+FAILED = {"status": "failed", "exit_code": 1, "reason": "it broke"}
+OOM = {"status": "oom", "exit_code": 1, "reason": "too large", "peak_gpu_bytes": 9 * 2**30, "peak_host_bytes": 1}
+
+
+def sweep_of(folder: Path, *rows: tuple[Point, dict[str, Any]], stop_on_oom: bool = False) -> Sweep:
+    keys = list(dict.fromkeys(key for point, _ in rows for key in point.values))
+    sweep = Sweep(folder, keys, stop_on_oom=stop_on_oom)
+    for each, outcome in rows:
+        sweep.run(each, lambda outcome=outcome: outcome)
+    return sweep
+
+
+def test_the_smallest_batch_near_the_best_rate_is_recommended(tmp_path: Path) -> None:
+    rates = {16: 700.0, 32: 965.0, 64: 975.0, 128: 1000.0, 256: 990.0}
+    sweep = sweep_of(tmp_path, *((point(i, batch_size=n), measured(rates[n])) for i, n in enumerate(rates)))
+    assert sweep.answer() == {"recommended": {"batch_size": 64}, "best_images_per_s": 1000.0}
+    assert smallest_near_best(rates) == 64
+    assert smallest_near_best({}) == 8
+
+
+def test_of_repeats_the_median_counts_and_one_that_failed_spoils_its_point(tmp_path: Path) -> None:
+    rows = [(1, 8, measured(100)), (1, 16, measured(300)), (2, 8, measured(110)), (2, 16, FAILED), (3, 8, measured(50))]
+    sweep = sweep_of(tmp_path, *((point(i, r, batch_size=n), found) for i, (r, n, found) in enumerate(rows)))
+    first, second = sweep.points
+    assert (first["images_per_s"], first["slowest"], first["fastest"]) == (100, 50, 110)
+    assert (second["images_per_s"], second["status"], second["reason"]) == (None, "failed", "it broke")
+    assert sweep.answer()["recommended"] == {"batch_size": 8}
+
+
+def test_without_a_batch_size_the_fastest_is_recommended(tmp_path: Path) -> None:
+    sweep = sweep_of(
+        tmp_path,
+        (point(0, runtime__precision="fp32"), measured(99)),
+        (point(1, runtime__precision="fp16"), measured(100)),
+    )
+    assert sweep.answer()["recommended"] == {"runtime.precision": "fp16"}
+
+
+def test_larger_batches_than_one_that_did_not_fit_are_skipped_where_asked(tmp_path: Path) -> None:
+    def must_not_run() -> dict[str, Any]:
+        raise AssertionError("this point was to be skipped")
+
+    sweep = sweep_of(tmp_path, (point(0, batch_size=8, model__name="vgg16"), OOM), stop_on_oom=True)
+    assert sweep.run(point(1, batch_size=16, model__name="vgg16"), must_not_run) == 0.0
+    assert sweep.run(point(2, batch_size=16, model__name="resnet18"), lambda: measured(5)) == 5.0
+    assert sweep.run(point(3, batch_size=4, model__name="vgg16"), lambda: measured(6)) == 6.0
+    assert [p["status"] for p in sweep.points] == ["oom", "skipped", "complete", "complete"]
+    (tmp_path / "eager").mkdir()
+    eager = sweep_of(tmp_path / "eager", (point(0, batch_size=8), OOM))
+    assert eager.run(point(1, batch_size=16), lambda: measured(7)) == 7.0
+
+
+def test_each_row_is_on_disk_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    seen = []
+
+    def look() -> dict[str, Any]:
+        seen.append(len(json.loads((tmp_path / "sweep.json").read_text())["jobs"]))
+        return measured(1)
+
+    sweep = sweep_of(tmp_path, (point(0, batch_size=8), FAILED))
+    sweep.run(point(1, batch_size=16), look)
+    assert seen == [1]
+
+
+def test_after_a_lost_rank_or_a_signal_nothing_runs(tmp_path: Path) -> None:
+    def lose() -> dict[str, Any]:
+        raise PeerLostError("rank 1 of 2 died")
+
+    sweep = Sweep(tmp_path, ["batch_size"], stop_on_oom=False)
+    with pytest.raises(PeerLostError):
+        sweep.run(point(0, batch_size=8), lose)
+    assert sweep.run(point(1, batch_size=16), lose) == 0.0
+    assert [row["reason"] for row in json.loads((tmp_path / "sweep.json").read_text())["jobs"]] == [
+        "PeerLostError: rank 1 of 2 died"
+    ]
+    again = Sweep(tmp_path, ["batch_size"], stop_on_oom=False)
+    again.run(point(0, batch_size=8), lambda: {"status": "preempted", "exit_code": 75})
+    assert again.run(point(1, batch_size=16), lose) == 0.0
+
+
+def test_what_was_complete_stays_and_another_sweep_is_refused(tmp_path: Path) -> None:
+    sweep_of(tmp_path, (point(0, batch_size=8), measured(5)), (point(1, batch_size=16), FAILED))
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(UsageError, match=r"hydra\.sweep\.dir must be new or hold this same sweep, got .* whose job 0"):
+        sweep_of(tmp_path, (point(0, batch_size=4), measured(1)))
+    assert (tmp_path / "sweep.json").read_bytes() == before
+    again = sweep_of(tmp_path, (point(0, batch_size=8), FAILED), (point(1, batch_size=16), measured(9)))
+    assert [p["images_per_s"] for p in again.points] == [5, 9]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"jobs": 3}', '{"jobs": [{}]}'])
+def test_a_ledger_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UsageError, match=r"must be the ledger of a sweep, got .* Choose another hydra\.sweep\.dir"):
+        Sweep(tmp_path, [], stop_on_oom=False)
+    assert (tmp_path / "sweep.json").read_text() == text
+
+
+SHAPES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "one key": [({"batch_size": 2**i}, measured(100 - (i - 6) ** 2, i)) for i in range(3, 9)],
+    "out of memory": [({"batch_size": 64}, measured(9)), ({"batch_size": 128}, OOM), ({"batch_size": -1}, FAILED)],
+    "two keys": [
+        ({"batch_size": n, "runtime__precision": p}, measured(n * len(p)))
+        for n in (8, 16, 32)
+        for p in ("fp32", "bf16x")
+    ],
+    "no number": [({"model__name": name}, measured(len(name))) for name in ("resnet18", "resnet152", "vgg16")],
+    "one that looks like two": [({"batch_size": size}, measured(3)) for size in (8, "auto")],
+    "many lines": [({"batch_size": n, "seed": s}, measured(n + s)) for n in (8, 16) for s in range(9)],
+    "nothing swept": [({}, measured(4))],
+    "nothing ran": [({"batch_size": -1}, FAILED), ({"batch_size": 0}, FAILED)],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_sweep_has_a_table_and_a_picture(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(point(i, **values), found) for i, (values, found) in enumerate(SHAPES[shape])]
+    sweep = sweep_of(tmp_path, *rows)
+    answer = sweep.conclude()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(sweep.points)
+    assert sum("<- recommended" in line for line in lines) == (shape != "nothing ran")
+    assert answer["jobs"] == len(rows)
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + len(rows)
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("L").getcolors() or []) > 20, "an empty picture has next to no shades"

@@ -64,19 +64,24 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
         assert not (tmp_path / "sweep" / str(job)).exists()
     assert ended.summary["recommended"] in ({"batch_size": n, "on_error": "record"} for n in (4, 8))
     assert (ended.summary["jobs"], ended.summary["failed"]) == (6, 4)
-    for job, batch_size in ((1, 4), (5, 8)):
+    for job in (1, 5):
         assert_proved(tmp_path / "sweep" / str(job), 31, errors=1)
-        alone = [*SMALL_IMAGES, "data=folder", f"data.root={broken}", f"batch_size={batch_size}", f"output.dir={job}"]
-        assert run(python_m(*alone), tmp_path).code == 0
-        assert read_rows(tmp_path / "sweep" / str(job)) == read_rows(tmp_path / str(job))
+    alone = python_m(*SMALL_IMAGES, "data=folder", f"data.root={broken}", "batch_size=8", "output.dir=alone")
+    assert run(alone, tmp_path).code == 0
+    assert read_rows(tmp_path / "sweep" / "5") == read_rows(tmp_path / "alone")
     assert rows[5]["reused"] == [], "what a failed job leaves may differ from rank to rank"
     with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["batch_size"], row["on_error"]) for row in table[:2]] == [("4", "raise"), ("4", "record")]
 
 
-def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(tmp_path: Path) -> None:
-    command = torchrun(2, *SMALL, "data.size=60", *SWEEP, "batch_size=2,4", "sweep.repeats=2")
+def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(LAUNCH / "sweep.sh"), *SMALL, "data.size=60", "hydra.sweep.dir=sweep", "batch_size=2,4"]
+    command.append("sweep.repeats=2")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PROCESSES", "2")
     ended = run(command, tmp_path)
     assert ended.code == 0, ended.err
     rows = ledger(tmp_path)
@@ -92,15 +97,12 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(tmp_pa
     assert again.code == 0, again.err
     assert ledger(tmp_path) == rows
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    other = run([*command[:-2], "batch_size=4,2", "sweep.repeats=2"], tmp_path)
-    assert other.code == 1
-    assert other.err.count("mgpu_ddp: hydra.sweep.dir must be new or hold this same sweep, got") == 1
-    assert ledger(tmp_path) == rows
 
 
-def test_a_rank_that_dies_ends_the_sweep_which_starts_again_where_it_was(tmp_path: Path) -> None:
-    command = torchrun(2, *SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8,16")
-    with started(command, tmp_path) as process:
+def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) -> None:
+    """First a rank is killed, then a signal comes; each start has another number of ranks."""
+    settings = (*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8,16")
+    with started(torchrun(2, *settings), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "sweep" / "1") > 0, process)
         os.kill(worker_pids(process.pid)[1], signal.SIGKILL)
         ended = finish(process, tmp_path, 0)
@@ -109,30 +111,23 @@ def test_a_rank_that_dies_ends_the_sweep_which_starts_again_where_it_was(tmp_pat
     assert "rank 1 of 2 died" in ledger(tmp_path)[1]["reason"]
     assert ended.summary["status"] == "failed"
     kept = committed_rows(tmp_path / "sweep" / "1")
-    again = run(command, tmp_path)
+    with started(mgpu_infer(*settings), tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "sweep" / "2") > 0, process)
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process, tmp_path, 0)
+    assert ended.code == 75, ended.err
+    assert statuses(tmp_path) == ["complete", "complete", "preempted"]
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 4000 - kept
+    again = run(python_m(*settings), tmp_path)
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["complete"] * 3
-    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 4000 - kept
     for job in range(3):
         assert_proved(tmp_path / "sweep" / str(job), 4000)
 
 
-def test_a_signal_preempts_the_sweep(tmp_path: Path) -> None:
-    command = mgpu_infer(*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8")
-    with started(command, tmp_path) as process:
-        wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
-        process.send_signal(signal.SIGTERM)
-        ended = finish(process, tmp_path, 0)
-    assert ended.code == 75, ended.err
-    assert statuses(tmp_path) == ["preempted"], "the jobs after it have not begun"
-    again = run(command, tmp_path)
-    assert again.code == 0, again.err
-    assert statuses(tmp_path) == ["complete"] * 2
-
-
 def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     """On rank 1 alone: the kernel refuses it more than half a gigabyte beyond what it has."""
-    sizes = ("data.size=700", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=50")
+    sizes = ("data.size=300", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=50")
     model = ("model.name=squeezenet1_1", "loader.workers=1", "loader.prefetch=1")
     points = ("batch_size=2,256,512,4", "sweep.stop_on_oom=true")
     with started(torchrun(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
@@ -147,7 +142,7 @@ def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     assert rows[1]["peak_host_bytes"] > 0
     assert rows[2]["reason"] == "batch_size=256 ran out of memory"
     assert "OOM" in ended.out
-    assert_proved(tmp_path / "sweep" / "3", 700)
+    assert_proved(tmp_path / "sweep" / "3", 300)
     assert ended.code == 0, "that a batch does not fit is an answer"
 
 
@@ -173,14 +168,6 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
     assert not (tmp_path / "sweep" / "1").exists()
 
 
-def test_the_sweep_script_needs_no_list(tmp_path: Path) -> None:
-    command = [str(LAUNCH / "sweep.sh"), *SMALL, "data.size=24", "hydra.sweep.dir=sweep", "batch_size=3,6"]
-    os.environ["PYTHON"] = sys.executable
-    ended = run(command, tmp_path)
-    assert ended.code == 0, ended.err
-    assert [row["repeat"] for row in ledger(tmp_path).values()] == [1, 1, 2, 2, 3, 3]
-
-
 def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path) -> None:
     """Optuna's sampler is random: two ranks that asked it would run different jobs."""
     draw = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "batch_size=range(1,9)")
@@ -192,19 +179,8 @@ def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path
     assert f"batch_size: {fastest['values']['batch_size']}" in best, "images/s is what it maximises"
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        (["batch_size="], "batch_size must be a value or a list of values, got 'batch_size='. Give batch_size=A,B."),
-        (["batch_size=range(5,5)"], "batch_size must be a value or a list of values, got 'batch_size=range(5,5)'."),
-        (["batch_size=4,8", "output.dir=mine"], "output.dir must be a folder for each job of a sweep, got 'mine'."),
-        (["batch_size=4,8", "sweep.repeats=0"], "sweep.repeats must be at least 1, got 0."),
-        (["data.size=10,many"], "data.size must be an integer, got 'many'."),
-    ],
-)
-def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, settings: list[str], line: str) -> None:
-    ended: Ended = run(python_m("--multirun", *settings), tmp_path)
+def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
+    ended: Ended = run(python_m("--multirun", "data.size=10,many"), tmp_path)
     assert ended.code == 2
-    assert f"mgpu_ddp: {line}" in ended.err
-    assert len(ended.err.strip().splitlines()) == 1
+    assert ended.err == "mgpu_ddp: data.size must be an integer, got 'many'. See --help.\n"
     assert not (tmp_path / "multirun").exists()

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 from mgpu_ddp.errors import PeerFailedError
+from mgpu_ddp.job import Job
+from mgpu_ddp.keeping import Kept
+from mgpu_ddp.session import Session
+from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World, share_weights
 from tests.conftest import assert_proved, make_images, read_rows
 from tests.multirank.worlds import Case, ended, folder, run_world, tiny
@@ -51,6 +55,24 @@ def at_different_topics(world: World) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def sweep_with_a_failing_rank(world: World) -> list[str]:
+    """Three jobs of a sweep of which the second fails on rank 1 alone, where nothing collective would tell."""
+
+    def act(job: Job) -> dict[str, Any]:
+        if job.name == "1" and world.rank == 1:
+            raise ValueError("only here")
+        return {"status": "complete", "exit_code": 0, "ran": job.name}
+
+    session = Session(world, StopWish(), Kept(), act)
+    if world.rank == 0:
+        for name in "012":
+            session.lead(lambda name=name: Job(name=name, config=tiny(), run_dir=Path(), in_sweep=True))
+        session.end(None)
+    else:
+        session.follow()
+    return [outcome.get("ran") or outcome["reason"] for outcome in session.outcomes]
 
 
 def mend(path: Path, world: World) -> None:
@@ -112,6 +134,7 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         Case(name="buffers", call=buffers_from_rank_0),
         Case(name="block", call=fails_on_rank_1),
         Case(name="topics", call=at_different_topics),
+        Case(name="sweep", call=sweep_with_a_failing_rank),
         Case(name="raise", config=tiny(data=folder(bad), on_error="raise", output={"commit_every": 12})),
         Case(name="after", config=tiny()),
         Case(name="other-batch", config=tiny(batch_size=7)),
@@ -293,3 +316,7 @@ def test_retried_rows_of_an_array_equal_those_of_a_run_without_errors(out: Path,
     retried, good = np.load(out / "failed-npy" / "predictions.npy"), np.load(out / "good-npy" / "predictions.npy")
     assert np.array_equal(retried, good)
     assert np.isfinite(retried).all()
+
+
+def test_a_job_of_a_sweep_fails_on_all_ranks_or_on_none(out: Path) -> None:
+    assert ended(out, "sweep", SIZE) == [["0", "rank 1 of 3: ValueError: only here", "2"]] * SIZE

@@ -166,7 +166,12 @@ HOSTILE = [
     "hydra/launcher=submitit_local",
     "hydra/launcher=[basic,evil]",
     "+hydra/launcher=joblib",
-    "hydra/sweeper=optuna",
+    "hydra/sweeper=ax",
+    "hydra.sweeper.custom_search_space=os.system",
+    "hydra.sweeper.storage=sqlite:///x.db",
+    "hydra/sweeper/sampler=cmaes",
+    "hydra.sweeper.sampler._target_=os.system",
+    "hydra.launcher._target_=os.system",
     "hydra/sweeper=[evil]",
     "hydra.launcher._target_=os.system",
     "+hydra.launcher._target_=os.system",
@@ -413,3 +418,32 @@ def test_make_folder_that_fails_leaves_no_trace(tmp_path: Path) -> None:
         make_folder(tmp_path / "new" / ("n" * 300))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["batch_size="], "batch_size must be a value or a list of values, got 'batch_size='. Give batch_size=A,B."),
+        (["batch_size=range(5,5)"], "batch_size must be a value or a list of values, got 'batch_size=range(5,5)'."),
+        (["batch_size=interval(1,5)"], "batch_size must be a value or a list of values, got"),
+        (["batch_size=4,8", "output.dir=mine"], "output.dir must be a folder for each job of a sweep, got 'mine'."),
+        (["batch_size=4,8", "sweep.repeats=0"], "sweep.repeats must be at least 1, got 0."),
+        (["batch_size=4,8", "sweep.repeat=2"], "sweep.repeat must be left to sweep.repeats"),
+        (["data.size=10,many"], "data.size must be an integer, got 'many'."),
+        (["data=fake,nothing"], "data must be one of fake, folder, array, got 'nothing'."),
+        (["sweep=batch_size"], "sweep must be added as +sweep=batch_size, got 'sweep=batch_size'."),
+        (["+sweep=mine"], "sweep must be added as +sweep=batch_size, got '+sweep=mine'."),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_one_line(words: list[str], line: str) -> None:
+    assert line in refused("--multirun", *words)
+
+
+def test_the_round_is_the_slowest_dimension_of_a_sweep() -> None:
+    command = check_command(["+sweep=batch_size", "seed=1,2", "sweep.repeats=4", "seed=3,4"])
+    assert (command.multirun, command.swept, command.stop_on_oom) == (True, ("batch_size", "seed"), True)
+    swept = [word for word in command.words if "," in word]
+    assert [word.partition("=")[0] for word in swept] == ["sweep.repeat", "batch_size", "seed"]
+    assert (swept[0], swept[-1]) == ("sweep.repeat=range(1,5)", "seed=3,4")
+    other = check_command(["+sweep=batch_size", "batch_size=7,9"])
+    assert [word for word in other.words if word.startswith("batch_size=")] == ["batch_size=7,9"]

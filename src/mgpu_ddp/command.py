@@ -4,19 +4,16 @@ Hydra imports and calls whatever a `_target_` names (callbacks, launchers, log h
 the command line is read, composed and checked here first. A mistake becomes one line in this project's words.
 """
 
-import difflib
 import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -26,46 +23,12 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from mgpu_ddp.config import GROUPS, SweepConfig, require, to_config
 from mgpu_ddp.durable import add_folder
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.guarding import parse, refuse_code_in_files, split, unknown_key
 from mgpu_ddp.keys import documented_keys
 
-FLAGS: dict[str, str | None] = {
-    **dict.fromkeys(("-h", "--help", "--hydra-help", "--version"), None),
-    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--resolve"), None),
-    **dict.fromkeys(("-c", "--cfg"), "job|hydra|all"),
-    **dict.fromkeys(("-i", "--info"), "(all|config|defaults|defaults-tree|plugins|searchpath)?"),
-    **dict.fromkeys(("-p", "--package"), r"[\w.@]+"),
-    **dict.fromkeys(("-sc", "--shell-completion"), r"(install|uninstall|query)=\w+"),
-    **dict.fromkeys(("-cd", "--config-dir"), "[^-].*"),
-}
-"""Hydra's flags that may pass, each with the values it takes; None for none."""
-SHORT = {
-    "--help": "-h",
-    "--multirun": "-m",
-    "--run": "-r",
-    "--cfg": "-c",
-    "--info": "-i",
-    "--package": "-p",
-    "--shell-completion": "-sc",
-    "--config-dir": "-cd",
-}
-SWEEPS = ("batch_size",)
-"""The sweeps of conf/sweep."""
 MAX_COMPOSED = 100
 """Values of a swept key that are checked before its sweep begins."""
 INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
-
-OPEN_KEYS = (
-    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose"),
-    *("hydra.launcher.nproc_per_node", "hydra.launcher.max_restarts"),
-    *("hydra.sweeper.n_trials", "hydra.sweeper.direction", "hydra.sweeper.study_name", "hydra.sweeper.sampler.seed"),
-)
-"""The keys of Hydra's own configuration that cannot make it import code or open files."""
-OPEN_GROUPS = {
-    "hydra/launcher": ("basic", "torchrun"),
-    "hydra/sweeper": ("basic", "optuna"),
-    "hydra/sweeper/sampler": ("tpe", "random", "grid"),
-}
-"""Hydra chooses launchers and sweepers by `_target_`; these are the ones it may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +70,8 @@ def check_command(argv: Sequence[str]) -> Command:
     Raises:
         UsageError: an unknown key or value, or anything that could run code.
     """
-    flags, words = _split(argv)
-    overrides = _parse(words)
+    flags, words = split(argv)
+    overrides = parse(words)
     informational = not INFORMATIONAL.isdisjoint(flags)
     multirun = "-m" in flags
     typed = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
@@ -161,7 +124,7 @@ def _sweep(cfg: DictConfig, flags: list[str], overrides: list[Override], config_
     basic = choices["hydra/sweeper"] == "basic"
     given = {override.key_or_group for override in overrides}
     params = {key: value for key, value in (cfg.hydra.sweeper.get("params") or {}).items() if key not in given}
-    overrides = [*_parse([f"{key}={value}" for key, value in params.items()]), *overrides]
+    overrides = [*parse([f"{key}={value}" for key, value in params.items()]), *overrides]
     first = {override.key_or_group: next(iter(_values(override)), "") for override in overrides}
     for override in overrides:
         key, values = override.key_or_group, _values(override)
@@ -235,110 +198,16 @@ def quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """Sort arguments into flags with their values and overrides; only known flags pass."""
-    flags: dict[str, str | None] = {}
-    words: list[str] = []
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            words.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        remedy = "See --help; overrides are key=value, without dashes."
-        require(flag in FLAGS, "option", "one of Hydra's safe flags", word, remedy)
-        pattern = FLAGS[flag]
-        if pattern is not None and not equals and rest and re.fullmatch(pattern, rest[0]):
-            value = rest.pop(0)
-        require(re.fullmatch(pattern or "", value) is not None, flag, pattern or "alone", value, remedy)
-        # One name for both spellings: argparse would take the last of the two.
-        flags[SHORT.get(flag, flag)] = value or None
-    return flags, words
-
-
-def _parse(words: list[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    overrides: list[Override] = []
-    for word in words:
-        try:
-            override = parser.parse_override(word)
-        except HydraException:
-            text = f"override must be key=value in Hydra's grammar, got {word!r}. Quote values that hold , = or braces."
-            raise UsageError(text) from None
-        _refuse_key(override)
-        overrides.append(override)
-    return overrides
-
-
-def _refuse_key(override: Override) -> None:
-    key, line = override.key_or_group, str(override.input_line)
-    require(bool(key) and override.package is None, "override", "key=value", line, "Leave @package out.")
-    require(key != "sweep.repeat", key, "left to sweep.repeats", line, "Leave it out.")
-    if key == "sweep":
-        ok = override.is_add() and override.value() in SWEEPS
-        require(ok, key, f"added as {' or '.join(f'+sweep={name}' for name in SWEEPS)}", line, "See --help.")
-        return
-    require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
-    if key in OPEN_GROUPS:
-        require(override.value() in OPEN_GROUPS[key], key, " or ".join(OPEN_GROUPS[key]), line, f"Leave {key} out.")
-    elif key.split(".")[0].split("/")[0] == "hydra":
-        rule = f"one of Hydra's harmless keys ({', '.join(OPEN_KEYS)})"
-        require(key in OPEN_KEYS and not override.is_delete(), key, rule, line, "Leave it out; --multirun sweeps.")
-    else:
-        is_name = override.is_delete() or override.is_sweep_override() or isinstance(override.value(), str)
-        require(key not in GROUPS or is_name, key, f"one of {', '.join(GROUPS.get(key, ()))}", line, "See --help.")
-        require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
-        if (override.is_add() or override.is_force_add()) and key not in documented_keys():
-            raise UsageError(_unknown_key(key, line))
-
-
-def _refuse_code_in_files(folder: Path) -> None:
-    """Refuse a config folder in which any file speaks of Hydra or of targets, chosen or not: a sweep may choose it."""
-    for name in ("config.yaml", "schema.yaml"):
-        require(
-            not (folder / name).exists(), "--config-dir", f"without {name}", str(folder), "Name the file otherwise."
-        )
-    # Links are followed, as Hydra follows them.
-    paths = [Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names]
-    for path in sorted(path for path in paths if path.suffix in (".yaml", ".yml")):
-        try:
-            text = path.read_text()
-            spoken = [
-                text,
-                *(f"{key} {value}" for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(path)), "")),
-            ]
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"--config-dir must hold readable YAML, got {str(path)!r} ({reason}). Mend it.") from None
-        for word in ("hydra", "_target_"):
-            ok = not any(word in part for part in spoken)
-            require(ok, "--config-dir", f"free of {word}", str(path), "Configuration files cannot steer Hydra.")
-
-
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", "a folder", config_dir, "Name an existing folder.")
-        _refuse_code_in_files(Path(config_dir))
+        refuse_code_in_files(Path(config_dir))
         overrides = [*overrides, f"hydra.searchpath=[{quote('file://' + str(Path(config_dir).absolute()))}]"]
     try:
         with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
             return compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(explain(error, overrides)) from None
-
-
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    items: Iterator[tuple[Any, Any]]
-    if isinstance(node, dict):
-        items = iter(node.items())
-    elif isinstance(node, list):
-        items = iter(enumerate(node))
-    else:
-        yield prefix, node
-        return
-    for key, child in items:
-        yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -354,15 +223,5 @@ def explain(error: Exception, overrides: list[str]) -> str:
             remedy = f"Choose it by model.name={value}." if name == "model" else "See --help."
             return f"{name} must be {keys[name].kind}, got {value!r}. {remedy}"
         if f"'{name}'" in str(error) or f"{name}=" in str(error):
-            return _unknown_key(name, override)
+            return unknown_key(name, override)
     return f"the configuration must compose, got: {' '.join(str(error).split())}. See --help."
-
-
-def _unknown_key(name: str, override: str) -> str:
-    if name in documented_keys():
-        group = name.partition(".")[0]
-        options = [option for option, schema in GROUPS.get(group, {}).items() if hasattr(schema, name.split(".")[-1])]
-        return f"{name} must belong to the chosen {group}, got {override!r}. Add {group}={' or '.join(options)}."
-    near = difflib.get_close_matches(name, documented_keys(), n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."

@@ -116,7 +116,11 @@ def main() -> None:
     sys.setswitchinterval(0.0005)
     stop = StopWish()
     stop.install()
-    world = join()
+    try:
+        world = join()
+    except UsageError as mistake:
+        print(f"mgpu_ddp: {mistake}", file=sys.stderr)
+        sys.exit(int(Exit.USAGE))
     report.start_logging(world)
     kept = Kept()
     session = Session(world, stop, kept, lambda job: infer(job, world, stop, kept))

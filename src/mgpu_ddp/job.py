@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
 from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, pack, parse_shard, unpack
@@ -141,9 +142,17 @@ def _find_place(run_dir: Path, overwrite: bool, world: World) -> tuple[bool, boo
         put_in_place(run_dir)
         os.close(held)
     # Neither a restart by torchrun nor a requeue by SLURM is another launch.
-    first = overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    starts_over = first and not world.is_done(f"overwrite/{run_dir}") and holds_result(run_dir)
+    again = world.is_done(f"overwrite/{run_dir}") or (
+        slurm.is_requeued() and any(_begun_by(folder) == slurm.job_id() for folder in (run_dir, run_dir / NEXT))
+    )
+    starts_over = overwrite and not again and holds_result(run_dir)
     return starts_over or (run_dir / NEXT).exists(), starts_over
+
+
+def _begun_by(folder: Path) -> str:
+    """The SLURM job that a folder's job began in."""
+    manifest = Manifest.read(folder)
+    return manifest.slurm_job if manifest else ""
 
 
 def claim_job(
@@ -169,6 +178,8 @@ def claim_job(
                 batch_size=max(1, min(batch_size, length, length if config.limit is None else config.limit)),
                 world_sizes=[world.size],
                 versions=versions(),
+                slurm_job=slurm.job_id(),
+                shard=config.shard,
             )
             if files is not None:
                 wanted.fingerprint["listing"] = files.digest(stop)

@@ -63,6 +63,10 @@ class Manifest:
     world_sizes: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     complete: bool = False
+    slurm_job: str = ""
+    """The SLURM job that began it, where one did."""
+    shard: str | None = None
+    """i/n, where it is one of n independent jobs."""
 
     @property
     def prefix(self) -> int:

@@ -22,6 +22,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from mgpu_ddp import slurm
 from mgpu_ddp.config import Config
 from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError, ProtocolError, UsageError
 from mgpu_ddp.pulse import BEAT_S, Pulse
@@ -51,6 +52,8 @@ class World:
     size: int
     local_rank: int
     local_size: int
+    share_of_cpus: int
+    """CPUs for this rank: those its process may use, shared among the ranks of its host."""
     attempt: int
     device: torch.device
     link: Link = field(repr=False, compare=False)
@@ -58,11 +61,6 @@ class World:
     @property
     def pulse(self) -> Pulse:
         return self.link.pulse
-
-    @property
-    def share_of_cpus(self) -> int:
-        """CPUs for this rank: those its process may use, shared among the ranks of its host."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Give every rank the JSON values of all ranks. Collective: every rank calls this.
@@ -199,7 +197,17 @@ class Channel:
 
 
 def join() -> World:
-    """Enter the world: torchrun's, or one process alone. Collective: every rank calls this, once per process."""
+    """Enter the world: torchrun's, srun's, or one process alone. Collective: every rank calls this, once per process.
+
+    Raises:
+        UsageError: SLURM does not say where the first task runs.
+    """
+    task = slurm.read_task()
+    if task is not None:
+        address, port = task.master
+        found = {"RANK": task.rank, "WORLD_SIZE": task.size, "MASTER_ADDR": address, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in found.items()}
+        os.environ |= {"LOCAL_RANK": str(task.local_rank), "LOCAL_WORLD_SIZE": str(task.local_size)}
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     launch: Store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -211,11 +219,16 @@ def join() -> World:
     pulse = Pulse(store.clone(), rank, size)
     dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
     pulse.start()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpus = len(os.sched_getaffinity(0))
+    # On a cluster that does not bind its jobs to CPUs, every process may use those of all jobs.
+    allowed = min(cpus, int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)))
     return World(
         rank=rank,
         size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=local_size,
+        share_of_cpus=max(1, allowed // local_size) if task is None else min(cpus, task.cpus),
         attempt=attempt,
         device=torch.device("cpu"),
         link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),
@@ -226,27 +239,38 @@ def choose_device(config: Config, world: World) -> World:
     """This world on the device that `runtime.device` and `strategy` ask for. Collective: every rank calls this.
 
     Raises:
-        UsageError: no CUDA, or more processes than GPUs on this host.
+        UsageError: no CUDA, or not one GPU for each process.
     """
+    wanted, gpus, index, gpu = config.runtime.device, 0, 0, ""
+    with world.together("look for GPUs"):
+        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+        if gpus:
+            # SLURM may show each task its own GPU alone.
+            index = world.local_rank if gpus >= world.local_size else 0
+            gpu = f"{os.uname().nodename} {torch.cuda.get_device_properties(index).uuid}"
+    found = world.exchange("GPUs", gpu)
     with world.together("choose the device"):
         if config.strategy == "data_parallel" and world.size > 1:
             raise UsageError(
                 f"strategy must be ddp for {world.size} processes, got 'data_parallel'."
                 " Start that with python -m mgpu_ddp.infer."
             )
-        wanted = config.runtime.device
-        gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-        if wanted == "cuda" and gpus == 0:
+        if wanted == "cuda" and not gpus:
             raise UsageError("runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.")
-        if gpus == 0:
-            return replace(world, device=torch.device("cpu"))
-        if world.local_size > gpus:
+        if any(found) and not gpus:
+            raise UsageError(
+                f"runtime.device must be one that every rank has, got no GPU on rank {world.rank} of {world.size}"
+                f" ({os.uname().nodename}). Use runtime.device=cpu, or other nodes."
+            )
+        if gpus and found.count(gpu) > 1:
             raise UsageError(
                 f"nproc_per_node must be at most {gpus}, the GPUs of this host, got {world.local_size} on rank"
                 f" {world.rank} of {world.size}. Start fewer processes or use runtime.device=cpu."
             )
-        torch.cuda.set_device(world.local_rank)
-        return replace(world, device=torch.device("cuda", world.local_rank))
+        if not gpus:
+            return replace(world, device=torch.device("cpu"))
+        torch.cuda.set_device(index)
+    return replace(world, device=torch.device("cuda", index))
 
 
 def leave(world: World) -> None:

@@ -189,9 +189,7 @@ def run_sweep(session: Session, command: Command) -> None:
     run(command, run_point)
     if errors and isinstance(errors[0], UsageError):
         raise errors[0]
-    answer = sweep.conclude()
-    code = int(Exit.FAILED) if errors else session.exit_code
-    report.print_summary({"status": "failed" if code else "complete", "exit_code": code, **answer})
+    report.print_summary(sweep.conclude(int(Exit.FAILED) if errors else session.exit_code))
     if errors:
         raise errors[0]
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mgpu_ddp.config import GROUPS
 from mgpu_ddp.durable import replace_bytes, replace_json
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.tuning import GAIN
 from mgpu_ddp.world import reason_of
 
@@ -59,6 +59,7 @@ class Sweep:
         self._stop_on_oom = stop_on_oom
         self._over = False
         """Whether nothing more can run: a rank was lost, or a signal asked to stop."""
+        self._status = "running"
         self._rows: dict[int, dict[str, Any]] = {}
         try:
             self._rows = {row["job"]: row for row in json.loads((folder / LEDGER).read_text())["jobs"]}
@@ -125,7 +126,7 @@ class Sweep:
 
     def _write(self) -> None:
         rows = [self._rows[job] for job in sorted(self._rows)]
-        replace_json(self.folder / LEDGER, {"swept": self.swept, **self.answer(), "jobs": rows})
+        replace_json(self.folder / LEDGER, {"status": self._status, "swept": self.swept, **self.answer(), "jobs": rows})
 
     @property
     def points(self) -> list[dict[str, Any]]:
@@ -145,9 +146,14 @@ class Sweep:
         chosen = min(near, key=lambda point: _as_number(point["values"].get("batch_size")), default=None)
         return {"recommended": chosen and chosen["values"], "best_images_per_s": best}
 
-    def conclude(self) -> dict[str, Any]:
-        """Write `sweep.csv` and `sweep.png`, print the table and return what the last line says of all jobs."""
+    def conclude(self, code: int) -> dict[str, Any]:
+        """Write `sweep.csv` and `sweep.png`, print the table and return what the last line says of all jobs.
+
+        `code` is what the process is going to return.
+        """
         answer, points = self.answer(), self.points
+        self._status = {int(Exit.COMPLETE): "complete", int(Exit.PREEMPTED): "preempted"}.get(code, "failed")
+        self._write()
         text = io.StringIO()
         columns = ["job", "repeat", *self.swept, "status", "reason", *MEASURED, "used_batch_size", "run_dir"]
         table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -162,7 +168,8 @@ class Sweep:
             draw(points, self.swept, answer["recommended"], self.folder / "sweep.png")
         print("\n".join(_table(points, self.swept, answer["recommended"])))
         failed = sum(row["status"] == "failed" for row in self._rows.values())
-        return {"jobs": len(self._rows), "failed": failed, **answer, "sweep_dir": str(self.folder)}
+        counts = {"jobs": len(self._rows), "failed": failed}
+        return {"status": self._status, "exit_code": code, **counts, **answer, "sweep_dir": str(self.folder)}
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_every_shape_of_sweep_has_a_table_and_a_picture(
 ) -> None:
     rows = [(point(i, **values), found) for i, (values, found) in enumerate(SHAPES[shape])]
     sweep = sweep_of(tmp_path, *rows)
-    answer = sweep.conclude()
+    answer = sweep.conclude(0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(sweep.points)
     assert sum("<- recommended" in line for line in lines) == (shape != "nothing ran")

@@ -14,7 +14,7 @@ from tests.conftest import assert_proved, read_rows
 from tests.slurm.cluster import Cluster, status_of
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-SIZE = 5000
+SIZE = 12000
 LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=240")
 MERGE = [sys.executable, "-m", "mgpu_ddp.merge"]
 

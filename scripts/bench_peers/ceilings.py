@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.datasets import FakeSamples, FolderSamples
+from mgpu_ddp.datasets import FakeSamples, FileSamples
 from mgpu_ddp.decoding import decode_batch
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches, num_workers
@@ -71,7 +71,7 @@ def _generate(number, workers, seconds, ready, counts) -> None:
 def read(args: argparse.Namespace, config: Config, world: World) -> float:
     """Files per second that arrive packed, through the loader that mgpu_ddp's loop reads from."""
     files = Listing.build(find_images(args.root, follow_outside=False))
-    samples = FolderSamples(args.root, files)
+    samples = FileSamples(args.root, files)
     plan = Plan(
         start=0,
         stop=len(files),

@@ -80,6 +80,22 @@ class FolderConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ListConfig:
+    name: str = "list"
+    """The images that a file names, in its order; one that is named twice gets two rows."""
+    path: str = MISSING
+    """The list: .csv or .parquet with a column path and maybe a column label (whole numbers), or a text of one path
+    a line."""
+    root: str | None = None
+    """Where relative paths begin. null: the folder of data.path."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.csv.")
+        self.path = os.path.abspath(os.path.expanduser(self.path))
+        self.root = os.path.abspath(os.path.expanduser(self.root or os.path.dirname(self.path)))
+
+
+@dataclass(kw_only=True, slots=True)
 class ArrayConfig:
     name: str = "array"
     """Images that were decoded before: one .npy of uint8, mapped into memory."""
@@ -89,6 +105,10 @@ class ArrayConfig:
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.npy.")
         self.path = os.path.abspath(os.path.expanduser(self.path))
+
+
+Listed = FolderConfig | ListConfig
+"""The data that come as encoded images with names."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,7 +248,7 @@ class SweepConfig:
 @dataclass(kw_only=True, slots=True)
 class Config:
     data: Any = MISSING
-    """What to predict: fake, folder or array."""
+    """What to predict: fake, folder, list or array."""
     transform: Any = MISSING
     """How an image becomes model input: auto, plain or imagenet."""
     model: Any = MISSING
@@ -297,7 +317,7 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "data": {"fake": FakeConfig, "folder": FolderConfig, "array": ArrayConfig},
+    "data": {"fake": FakeConfig, "folder": FolderConfig, "list": ListConfig, "array": ArrayConfig},
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
     "model": {"resnet18": ModelConfig},
 }

@@ -1,7 +1,5 @@
 """Names of datasets → samples that a loader worker can read one by one."""
 
-import logging
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,14 +11,12 @@ from PIL import Image
 
 from mgpu_ddp import listing
 from mgpu_ddp.arrays import ArraySamples
-from mgpu_ddp.config import ArrayConfig, Config, FakeConfig, FolderConfig
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.config import ArrayConfig, Config, FakeConfig, FolderConfig, ListConfig, Listed
+from mgpu_ddp.folders import FileSamples, list_folder, read_list
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
-from mgpu_ddp.preprocess import Pixels, StageClock, Transform, decode
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.world import World
-
-log = logging.getLogger("mgpu_ddp")
 
 
 class Samples(Protocol):
@@ -89,44 +85,6 @@ class FakeSamples:
         return None
 
 
-class FolderSamples:
-    """Image files under a root, in the order of a listing."""
-
-    def __init__(self, root: str, files: Listing) -> None:
-        self._root = os.fsencode(os.path.abspath(root))
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int, clock: StageClock) -> bytes:
-        """The content of a file."""
-        started = time.perf_counter()
-        with open(os.path.join(self._root, self._files.path(index)), "rb", buffering=0) as file:
-            data = file.read()
-        clock("read", time.perf_counter() - started)
-        return data
-
-    def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
-    ) -> tuple[Pixels, int]:
-        if data is None:
-            data = self.read(index, clock)
-        started = time.perf_counter()
-        image = decode(data)
-        decoded = time.perf_counter()
-        clock("decode", decoded - started)
-        pixels = transform.geometry(image)
-        clock("resize", time.perf_counter() - decoded)
-        return pixels, self.known_label(index)
-
-    def known_label(self, index: int) -> int:
-        return self._files.label(index)
-
-    def path(self, index: int) -> str | None:
-        return listing.readable(self._files.path(index))
-
-
 class ChosenSamples:
     """Some samples of a dataset, numbered from 0."""
 
@@ -155,41 +113,25 @@ def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -
     """List the dataset on rank 0. Collective: every rank calls this; None elsewhere and where none is needed.
 
     Raises:
-        UsageError: the folder is missing, unreadable or holds no image.
+        UsageError: the images are missing or unreadable, or there are none.
     """
     with world.together("list the images"):
-        if world.rank == 0 and isinstance(config.data, FolderConfig):
-            return _list_folder(config, config.data, run_dir, afresh=afresh)
-    return None
-
-
-def _list_folder(config: Config, data: FolderConfig, run_dir: Path, *, afresh: bool) -> Listing:
-    # A folder that is continued keeps its listing: it alone says which index is which file.
-    known = None if afresh or Manifest.read(run_dir) is None else Listing.open(run_dir / listing.FILE_NAME)
-    if known is not None and config.shard is not None:
+        if world.rank != 0 or not isinstance(config.data, Listed):
+            return None
+        if isinstance(config.data, ListConfig):
+            return read_list(config.data)
+        # A folder that is continued keeps its listing: it alone says which index is which file.
+        known = None if afresh or Manifest.read(run_dir) is None else Listing.open(run_dir / listing.FILE_NAME)
         # More samples would move the borders between the shards.
-        return known
-    paths = listing.find_images(data.root, follow_outside=data.follow_outside)
-    if known is not None:
-        return known.grown(paths)
-    if not paths:
-        kinds = ", ".join(e.decode().lstrip(".") for e in listing.EXTENSIONS)
-        raise UsageError(f"data.root must hold at least one image ({kinds}), got {data.root!r}. Name another folder.")
-    files = Listing.build(paths)
-    names = [listing.readable(name) for name in files.classes()]
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    labels = f"labels from {len(names):,} class folders ({shown})"
-    why_not = "no labels: not every image lies in one level of class folders"
-    log.info("%s images, %s", f"{len(paths):,}", labels if names else why_not)
-    return files
+        return list_folder(config.data, known, may_grow=config.shard is None)
 
 
 def open_samples(config: Config, files: Listing | None) -> Samples:
     """The samples of a dataset, given its listing where it has one."""
     data: Any = config.data
-    if isinstance(data, FolderConfig):
+    if isinstance(data, FolderConfig | ListConfig):
         assert files is not None
-        return FolderSamples(data.root, files)
+        return FileSamples(str(data.root), files)
     if isinstance(data, ArrayConfig):
         return ArraySamples(data)
     return FakeSamples(data)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mgpu_ddp.config import Config, require
+from mgpu_ddp.config import Config, Listed, require
 from mgpu_ddp.loading import Batch, Jpegs, reason_of
 from mgpu_ddp.preprocess import Transform, decode, imagenet
 
@@ -28,7 +28,7 @@ def decode_of(config: Config, device: torch.device) -> str:
     Raises:
         UsageError: the GPU was asked for in vain.
     """
-    may, wanted = device.type == "cuda" and config.data.name == "folder", config.runtime.decode
+    may, wanted = device.type == "cuda" and isinstance(config.data, Listed), config.runtime.decode
     rule = "cpu or auto but for image files on a CUDA device"
     require(may or wanted != "gpu", "runtime.decode", rule, wanted, "Leave it out.")
     return "gpu" if may and wanted != "cpu" else "cpu"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
-from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, pack, parse_shard, unpack
+from mgpu_ddp.config import ArrayConfig, Config, Listed, pack, parse_shard, unpack
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.listing import FILE_NAME, Listing
@@ -211,7 +211,7 @@ def claim_job(
         mine["token"] = secrets.token_hex(3)
     shared = world.share("claim", mine)
     with world.together("open the samples"):
-        if isinstance(config.data, FolderConfig):
+        if isinstance(config.data, Listed):
             files = Listing.open(run_dir / FILE_NAME)
         samples = open_samples(config, files)
     return Claim(**shared, manifest=manifest, held=held, folder=run_dir, samples=samples)

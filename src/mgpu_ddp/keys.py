@@ -31,6 +31,8 @@ class Key(NamedTuple):
     default: Any
     kind: str
     doc: str
+    option: str | None = None
+    """The choice within its group that it belongs to."""
 
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
@@ -38,7 +40,15 @@ KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 def documented_keys() -> dict[str, Key]:
     """Every key of the command line, in the order of the schema."""
-    return dict(_keys_of(Config, ""))
+    keys: dict[str, Key] = {}
+    for name, key in _keys_of(Config, ""):
+        if name in keys:
+            # Options of one group may give a key of theirs the same name.
+            first = keys[name]
+            doc = first.doc if first.option is None else f"{first.option}: {first.doc}"
+            key = first._replace(option=None, doc=f"{doc} {key.option}: {key.doc}")
+        keys[name] = key
+    return keys
 
 
 def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
@@ -52,10 +62,12 @@ def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
     for item in fields(schema):
         name = f"{prefix}{item.name}"
         if schema is Config and item.name in GROUPS:
-            options = GROUPS[item.name].values()
+            options = {o if inspect.isclass(o) else type(o): choice for choice, o in GROUPS[item.name].items()}
             yield name, Key(next(iter(GROUPS[item.name])), f"one of {', '.join(GROUPS[item.name])}", docs[item.name])
-            for option in dict.fromkeys(o if inspect.isclass(o) else type(o) for o in options):
-                yield from ((key, value) for key, value in _keys_of(option, f"{name}.") if key != "data.name")
+            for option, choice in options.items():
+                for key, value in _keys_of(option, f"{name}."):
+                    if key != "data.name":
+                        yield key, value._replace(option=choice)
         elif is_dataclass(item.type):
             yield from _keys_of(item.type, f"{name}.")
         else:

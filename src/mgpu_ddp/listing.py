@@ -97,6 +97,28 @@ def readable(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def as_labels(column: Any, what: str) -> Any:
+    """Arrow values as class numbers, int32; null where they are null or negative, as some data sets have it.
+
+    Raises:
+        UsageError: they are no whole numbers, or too large.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise UsageError(
+            f"{what} must hold whole numbers, got {column.type}. Number the classes from 0, or leave it out."
+        )
+    try:
+        labels = column.cast(pa.int32())
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"{what} must hold class numbers, got: {error}. Number them from 0.") from None
+    return compute.if_else(compute.less(labels, 0), pa.scalar(None, pa.int32()), labels)
+
+
 class Listing:
     """An Arrow table of paths and labels, in memory or memory-mapped."""
 

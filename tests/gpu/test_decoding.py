@@ -15,7 +15,7 @@ import torchvision
 
 from mgpu_ddp import kernels, preprocess
 from mgpu_ddp.config import Config, FolderConfig, LoaderConfig, ModelConfig, OutputConfig, TransformConfig
-from mgpu_ddp.datasets import FolderSamples
+from mgpu_ddp.datasets import FileSamples
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
@@ -66,7 +66,7 @@ def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
         smallest_rows=BATCH_SIZE,
         largest_rows=BATCH_SIZE,
     )
-    samples, clock = FolderSamples(str(root), files), Clock(warm_up=1, began=0.0)
+    samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
     loader = LoaderConfig(workers=2)
     held = held_batches(world)
     with closing(

@@ -15,6 +15,7 @@ from mgpu_ddp.config import (
     DistConfig,
     FakeConfig,
     FolderConfig,
+    ListConfig,
     LoaderConfig,
     ModelConfig,
     OutputConfig,
@@ -178,7 +179,7 @@ def test_defaults_are_the_contracts() -> None:
 def every_key() -> set[str]:
     """Keys as the schema's fields have them, found without the package's own walk."""
     keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist", "sweep"}
-    for group, schema in [*SCHEMAS.items(), ("data", FolderConfig), ("data", ArrayConfig)]:
+    for group, schema in [*SCHEMAS.items(), ("data", FolderConfig), ("data", ListConfig), ("data", ArrayConfig)]:
         keys |= {f"{group}.{field.name}" for field in dataclasses.fields(schema)}
     return keys - {"data.name"}
 

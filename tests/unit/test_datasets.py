@@ -10,7 +10,7 @@ from torchvision.datasets import FakeData
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.datasets import FakeSamples, FolderSamples, find_listing, open_samples
+from mgpu_ddp.datasets import FakeSamples, FileSamples, find_listing, open_samples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing, find_images
 from mgpu_ddp.manifest import Manifest
@@ -70,7 +70,7 @@ def test_folder_samples_load_by_the_listing(tmp_path: Path) -> None:
         path = Path(str(tmp_path)) / name.decode("utf-8", "surrogateescape")
         path.parent.mkdir()
         path.write_bytes(encoded(photo(30, 20, seed), "PNG"))
-    samples = FolderSamples(str(tmp_path), Listing.build(find_images(str(tmp_path), follow_outside=False)))
+    samples = FileSamples(str(tmp_path), Listing.build(find_images(str(tmp_path), follow_outside=False)))
     assert len(samples) == 2
     assert [samples.path(i) for i in range(2)] == [r"cat/\udcff.png", "dog/a\nb.png"]
     stages: set[str] = set()

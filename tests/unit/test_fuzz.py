@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mgpu_ddp import preprocess
 from mgpu_ddp.command import check_command
 from mgpu_ddp.config import LoaderConfig
-from mgpu_ddp.datasets import FolderSamples
+from mgpu_ddp.datasets import FileSamples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys
 from mgpu_ddp.listing import Listing
@@ -62,7 +62,7 @@ def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     good = encoded(photo(20, 20), "PNG")
     for name, content in (("0.png", good), ("1.png", data), ("2.png", good)):
         (root / name).write_bytes(content)
-    samples = FolderSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
+    samples = FileSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
     ring = Ring(1, 4, (16, 16), packed=False, pinned=False)
     worker = BatchMaker(samples, preprocess.imagenet(16), ring, LoaderConfig(timeout_s=10))
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1, 2])), ring, packed=False)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import FakeConfig, LoaderConfig
-from mgpu_ddp.datasets import FakeSamples, FolderSamples, Samples
+from mgpu_ddp.datasets import FakeSamples, FileSamples, Samples
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.loading import Batch, BatchMaker, Order, as_batch, load_batches, num_workers
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform
@@ -26,11 +26,11 @@ from tests.unit.conftest import encoded, photo
 SIZE = 16
 
 
-def folder(root: Path, files: dict[str, bytes]) -> FolderSamples:
+def folder(root: Path, files: dict[str, bytes]) -> FileSamples:
     """Samples of files with these contents, listed by name."""
     for name, data in files.items():
         (root / name).write_bytes(data)
-    return FolderSamples(str(root), Listing.build(sorted(name.encode() for name in files)))
+    return FileSamples(str(root), Listing.build(sorted(name.encode() for name in files)))
 
 
 def made(
@@ -197,11 +197,19 @@ def test_a_request_to_stop_is_no_bad_sample() -> None:
 
 
 def test_a_sample_that_blocks_becomes_an_error_row(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "1.png")  # opening it waits for a writer that never comes, like a dead mount
+    os.mkfifo(tmp_path / "pipe")
     good = encoded(photo(20, 20), "PNG")
-    for name in ("0.png", "2.png"):
+    for name in ("0.png", "1.png", "2.png"):
         (tmp_path / name).write_bytes(good)
-    samples = FolderSamples(str(tmp_path), Listing.build([b"0.png", b"1.png", b"2.png"]))
+
+    class Blocked(FileSamples):
+        def fetch(self, index: int) -> bytes:
+            if index == 1:
+                # Opening it waits for a writer that never comes, like a dead mount.
+                (tmp_path / "pipe").read_bytes()
+            return super().fetch(index)
+
+    samples = Blocked(str(tmp_path), Listing.build([b"0.png", b"1.png", b"2.png"]))
     before = signal.getsignal(signal.SIGALRM)
     started = time.perf_counter()
     batch = made(samples, [0, 1, 2], timeout_s=0.2)

@@ -1,0 +1,127 @@
+"""Images as files: a folder of them, or a list that names them."""
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from mgpu_ddp import listing
+from mgpu_ddp.config import FolderConfig, ListConfig
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.images import ImageSamples
+from mgpu_ddp.listing import Listing
+
+log = logging.getLogger("mgpu_ddp")
+
+NO_NAME = "\x01"
+"""Between the columns of a text that has one: no sane path holds it."""
+
+
+class FileSamples(ImageSamples):
+    """Image files, each by its path relative to a root."""
+
+    def __init__(self, root: str, files: Listing) -> None:
+        super().__init__(files)
+        self._root = os.fsencode(os.path.abspath(root))
+
+    def fetch(self, index: int) -> bytes:
+        # What is neither a file nor a folder may never end, or never begin: it is opened without waiting, and left.
+        file = os.open(os.path.join(self._root, self.files.path(index)), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(file, "rb", buffering=0) as opened:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            return opened.read()
+
+
+def list_folder(data: FolderConfig, known: Listing | None, *, may_grow: bool) -> Listing:
+    """List a folder; what is known keeps its index, and new images are appended.
+
+    Raises:
+        UsageError: the folder is missing, unreadable or holds no image.
+    """
+    if known is not None and not may_grow:
+        return known
+    paths = listing.find_images(data.root, follow_outside=data.follow_outside)
+    if known is not None:
+        return known.grown(paths)
+    if not paths:
+        kinds = ", ".join(e.decode().lstrip(".") for e in listing.EXTENSIONS)
+        raise UsageError(f"data.root must hold at least one image ({kinds}), got {data.root!r}. Name another folder.")
+    files = Listing.build(paths)
+    names = [listing.readable(name) for name in files.classes()]
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    labels = f"labels from {len(names):,} class folders ({shown})"
+    why_not = "no labels: not every image lies in one level of class folders"
+    log.info("%s images, %s", f"{len(paths):,}", labels if names else why_not)
+    return files
+
+
+def read_list(data: ListConfig) -> Listing:
+    """Read the file that names the images.
+
+    Raises:
+        UsageError: it is missing, cannot be read or lacks what it needs.
+    """
+    import pyarrow as pa
+
+    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(Path(data.path).suffix.lower(), _read_text)
+    try:
+        table = read(data.path)
+    except (OSError, pa.ArrowException) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"data.path must be a readable list, got {data.path!r} ({' '.join(text.split())}). Mend it."
+        ) from None
+    if "path" not in table.column_names:
+        found = ", ".join(table.column_names)
+        raise UsageError(f"data.path must have a column path, got {data.path!r} with {found}. Rename one.")
+    if not table.num_rows:
+        raise UsageError(f"data.path must name at least one image, got {data.path!r}. Name another list.")
+    paths = table["path"].combine_chunks()
+    if paths.null_count:
+        raise UsageError(f"data.path must have a path in every row, got {paths.null_count} rows without. Mend it.")
+    labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
+    log.info(
+        "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
+    )
+    return Listing.of(
+        paths.cast(pa.large_binary()), listing.as_labels(labels, f"column label of data.path={data.path!r}")
+    )
+
+
+def _read_text(path: str) -> Any:
+    from pyarrow import csv
+
+    # A path may hold commas, quotes and bytes that are not UTF-8.
+    return csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(column_names=["path"], use_threads=False),
+        parse_options=csv.ParseOptions(delimiter=NO_NAME, quote_char=False),
+        convert_options=_as_bytes(),
+    )
+
+
+def _read_csv(path: str) -> Any:
+    from pyarrow import csv
+
+    read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, read, parse, _as_bytes()) as reader:
+        names = [name for name in ("path", "label") if name in reader.schema.names] or None
+    return csv.read_csv(path, read, parse, _as_bytes(names))
+
+
+def _as_bytes(names: list[str] | None = None) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    return csv.ConvertOptions(column_types={"path": pa.large_binary()}, include_columns=names)
+
+
+def _read_parquet(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        names = [name for name in ("path", "label") if name in file.schema_arrow.names]
+        return file.read(columns=names) if "path" in names else file.schema_arrow.empty_table()

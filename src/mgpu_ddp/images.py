@@ -1,0 +1,52 @@
+"""Encoded images that a listing names: read, decoded and brought to size one by one, wherever their bytes lie."""
+
+import time
+from abc import ABC, abstractmethod
+
+from mgpu_ddp import listing
+from mgpu_ddp.listing import Listing
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform, decode
+
+
+class ImageSamples(ABC):
+    """The images of a listing, in its order; a source says how the bytes of one are fetched."""
+
+    def __init__(self, files: Listing) -> None:
+        self.files = files
+
+    @abstractmethod
+    def fetch(self, index: int) -> bytes:
+        """The encoded bytes of an image.
+
+        Raises:
+            StateError: the source is not what was listed, so that none of its images can be trusted. All else that
+                it raises is this image's own.
+        """
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int, clock: StageClock) -> bytes:
+        started = time.perf_counter()
+        data = self.fetch(index)
+        clock("read", time.perf_counter() - started)
+        return data
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        if data is None:
+            data = self.read(index, clock)
+        started = time.perf_counter()
+        image = decode(data)
+        decoded = time.perf_counter()
+        clock("decode", decoded - started)
+        pixels = transform.geometry(image)
+        clock("resize", time.perf_counter() - decoded)
+        return pixels, self.known_label(index)
+
+    def known_label(self, index: int) -> int:
+        return self.files.label(index)
+
+    def path(self, index: int) -> str | None:
+        return listing.readable(self.files.path(index))

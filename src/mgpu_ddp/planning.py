@@ -58,7 +58,8 @@ def tasks(job: Job, claim: Claim, model: Model, world: World) -> Iterator[Task]:
     """The samples without a row, then those to retry. Collective: every rank walks it to its end or leaves it."""
     config, samples = job.config, claim.samples
     sizes = {"batch_size": claim.batch_size, "num_classes": model.num_classes}
-    plan = _plan(config, claim.prefix, claim.stop, contiguous=config.collect == "shards", **sizes, world=world)
+    contiguous, block = config.collect == "shards", config.loader.block
+    plan = _plan(config, claim.prefix, claim.stop, contiguous=contiguous, block=block, **sizes, world=world)
     yield Task(
         name="rows",
         plan=plan,
@@ -76,7 +77,8 @@ def tasks(job: Job, claim: Claim, model: Model, world: World) -> Iterator[Task]:
                 index for index, _, _ in error_rows(job.run_dir, claim.manifest, config.output.format, samples.path)
             ]
     chosen = np.array(world.share("failed rows", failed), dtype=np.int64)
-    plan = _plan(config, 0, len(chosen), contiguous=False, **sizes, world=world)
+    # They are few, and lie apart.
+    plan = _plan(config, 0, len(chosen), contiguous=False, block=1, **sizes, world=world)
     yield Task(
         name="failed rows",
         plan=plan,
@@ -96,7 +98,15 @@ def row_bytes(config: Config, num_classes: int) -> int:
 
 
 def _plan(
-    config: Config, start: int, stop: int, *, contiguous: bool, batch_size: int, num_classes: int, world: World
+    config: Config,
+    start: int,
+    stop: int,
+    *,
+    contiguous: bool,
+    block: int,
+    batch_size: int,
+    num_classes: int,
+    world: World,
 ) -> Plan:
     """Windows over [start, stop). Collective: every rank calls this."""
     ahead = num_workers(config.loader, world) * config.loader.prefetch + held_batches(world)
@@ -115,6 +125,7 @@ def _plan(
         contiguous=contiguous,
         smallest_rows=smallest,
         largest_rows=largest,
+        block=block,
     )
 
 
@@ -202,6 +213,7 @@ def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict
         start,
         stop,
         contiguous=contiguous,
+        block=job.config.loader.block,
         batch_size=batch_size,
         num_classes=model.num_classes,
         world=world,

@@ -4,10 +4,11 @@ A window is a contiguous index range that all ranks finish together; it is what 
 Everything here follows from numbers that every rank knows, so no rank has to be told.
 """
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -25,6 +26,28 @@ class Window:
     number: int
     start: int
     stop: int
+
+
+class Dealt(Sequence[int]):
+    """Those of the indices [start, stop) that one rank gets when block b goes to rank b mod W, ascending."""
+
+    def __init__(self, start: int, stop: int, block: int, rank: int, size: int) -> None:
+        self._start, self._block, self._rank, self._size = start, block, rank, size
+        rounds, rest = divmod(stop - start, block * size)
+        self._length = rounds * block + min(max(rest - rank * block, 0), block)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[int]: ...
+    def __getitem__(self, place: int | slice) -> int | Sequence[int]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(self._length))]
+        number, within = divmod(range(self._length)[place], self._block)
+        return self._start + (number * self._size + self._rank) * self._block + within
 
 
 class Plan:
@@ -46,10 +69,11 @@ class Plan:
         contiguous: bool,
         smallest_rows: int,
         largest_rows: int,
+        block: int = 1,
     ) -> None:
         self.start, self.stop, self.size, self.batch_size = start, stop, size, batch_size
-        self.contiguous = contiguous
-        self.step = size * batch_size
+        self.contiguous, self.block = contiguous, block
+        self.step = size * (batch_size if contiguous else math.lcm(batch_size, block))
         self.smallest = self._whole_steps(smallest_rows)
         self.largest = max(self._whole_steps(largest_rows), self.smallest)
         self._stops = [start]
@@ -57,7 +81,7 @@ class Plan:
         self._lock = threading.Lock()
 
     def _whole_steps(self, rows: int) -> int:
-        """Round up to whole batches of all ranks, so that only the last window has a ragged tail."""
+        """Round up to whole batches, and blocks, of all ranks, so that only the last window has a ragged tail."""
         return max(1, -(-rows // self.step)) * self.step
 
     def window(self, number: int) -> Window | None:
@@ -85,14 +109,16 @@ class Plan:
         with self._lock:
             self._rates.append((window.stop - window.start) / max(slowest_s, 1e-3))
 
-    def rows(self, window: Window, rank: int) -> range:
+    def rows(self, window: Window, rank: int) -> Sequence[int]:
         """The indices of one rank in one window, ascending.
 
-        Cyclic (rank, rank+W, ...: DistributedSampler's own rule, without its padding) where rows travel to
-        rank 0; one contiguous stretch where each rank writes its own part.
+        Block by block in turn where rows travel to rank 0 (with blocks of one that is DistributedSampler's own rule,
+        without its padding); one contiguous stretch where each rank writes its own part.
         """
         if not self.contiguous:
-            return range(window.start + rank, window.stop, self.size)
+            if self.block == 1:
+                return range(window.start + rank, window.stop, self.size)
+            return Dealt(window.start, window.stop, self.block, rank, self.size)
         each, extra = divmod(window.stop - window.start, self.size)
         first = window.start + rank * each + min(rank, extra)
         return range(first, first + each + (rank < extra))
@@ -110,8 +136,7 @@ class Plan:
     def count(self, rank: int) -> int:
         """How many rows one rank owes in all."""
         # Windows before the last split evenly, so the remainder is the last one's alone.
-        each, extra = divmod(self.stop - self.start, self.size)
-        return each + (rank < extra)
+        return len(self.rows(Window(number=0, start=self.start, stop=self.stop), rank))
 
 
 class ShardSampler(DistributedSampler[int]):

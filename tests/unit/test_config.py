@@ -77,7 +77,7 @@ def build(key: str, value: Any) -> Any:
         ("loader.workers", "at least 0 or auto", [-1, "four", "4"]),
         ("loader.prefetch", "at least 1", [0]),
         ("loader.timeout_s", "at least 0.1", [0, -1, NAN]),
-        ("loader.block", "1", [2]),
+        ("loader.block", "at least 1", [0, -1]),
         ("output.format", "one of parquet, csv, jsonl, npy", ["json", "Parquet"]),
         ("output.collect", "one of auto, gather, shards", ["all"]),
         ("output.topk", "at least 1", [0]),

@@ -95,6 +95,6 @@ def test_a_window_holds_all_that_is_read_ahead_of_it(world: World, device: str) 
     """Else the sampler asks for a window before the one that sizes it was gathered."""
     there = replace(world, device=torch.device(device))
     settings = config(loader=LoaderConfig(workers=3, prefetch=2))
-    plan = _plan(settings, 0, 10**6, contiguous=False, batch_size=4, num_classes=5, world=there)
+    plan = _plan(settings, 0, 10**6, contiguous=False, block=1, batch_size=4, num_classes=5, world=there)
     held = in_flight(there) + (STAGED if device == "cuda" else 0)
     assert plan.smallest >= plan.step * (3 * 2 + held)

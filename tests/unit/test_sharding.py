@@ -19,6 +19,16 @@ def make_plan(**changes: Any) -> Plan:
     return Plan(**values)
 
 
+def owed(block: int, plan: Plan, rank: int) -> list[int]:
+    """The rule spelt out: within its window, block b goes to rank b mod W."""
+    return [
+        index
+        for window in plan.windows()
+        for index in range(window.start, window.stop)
+        if (index - window.start) // block % plan.size == rank
+    ]
+
+
 def batches_of(plan: Plan, rank: int) -> list[list[int]]:
     return list(BatchSampler(ShardSampler(plan, rank), plan.batch_size, drop_last=False))
 
@@ -62,6 +72,34 @@ def test_only_the_last_window_has_a_ragged_tail(contiguous: bool) -> None:
     assert [w.stop - w.start for w in windows] == [24, 24, 24, 24, 1]
     for window in windows[:-1]:
         assert {len(plan.rows(window, rank)) for rank in range(3)} == {8}
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 12, 1000])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
+def test_blocks_of_every_size_are_dealt_in_turn(count: int, size: int, block: int) -> None:
+    for window_rows, start in itertools.product(WINDOWS, (0, 13)):
+        plan = make_plan(start=start, stop=start + count, size=size, smallest_rows=window_rows, block=block)
+        windows = list(plan.windows())
+        rows = [list(ShardSampler(plan, rank)) for rank in range(size)]
+        assert sorted(itertools.chain(*rows)) == list(range(start, start + count))
+        assert rows == [owed(block, plan, rank) for rank in range(size)]
+        assert [plan.count(rank) for rank in range(size)] == [len(r) for r in rows]
+        for window in windows[:-1]:
+            assert {len(plan.rows(window, rank)) % plan.batch_size for rank in range(size)} == {0}
+            # Across windows too the blocks are those of one count from the start.
+            assert (window.stop - start) % (size * block) == 0
+        if windows:
+            last = plan.rows(windows[-1], 0)
+            assert list(last[:3]) == list(last)[:3]
+            assert [last[i] for i in range(len(last))] == list(last)
+            with pytest.raises(IndexError):
+                last[len(last)]
+
+
+def test_stretches_know_no_blocks() -> None:
+    plan = make_plan(contiguous=True, block=1000)
+    assert plan.step == 12
 
 
 def test_contiguous_stretches_lie_in_dataset_order() -> None:

@@ -90,7 +90,7 @@ def claim_folder(
         if found is not None and found.complete and not wanted.complete:
             # Before anything changes that a reader may trust as long as the status says complete.
             write_status(folder, "running", wanted)
-        if files is not None and grown:
+        if files is not None and (grown or files.refreshed):
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
             replace_bytes(folder / FILE_NAME, files.buffer)
         wanted.write(folder)

@@ -96,6 +96,49 @@ class ListConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WebDatasetConfig:
+    name: str = "webdataset"
+    """The images in tar files, in their order; the row's path is tar/member."""
+    urls: str = MISSING
+    """The tars, as a pattern with braces or *, quoted: 'data.urls="tars/train-{0000..0127}.tar"'."""
+    extensions: list[str] = field(default_factory=list)
+    """Which members are images, by what follows the first dot of their name: [jpg], or [left.jpg] of several in a
+    sample. Each gets a row. []: every member whose name ends as an image's does."""
+    label_extension: str | None = None
+    """Members that hold the class of their sample as a whole number: cls. null: no labels."""
+
+    def __post_init__(self) -> None:
+        self.urls = _local_pattern(self.urls)
+        self.extensions = [extension.lower().removeprefix(".") for extension in self.extensions]
+        self.label_extension = self.label_extension and self.label_extension.lower().removeprefix(".")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParquetConfig:
+    name: str = "parquet"
+    """The images in a column of Parquet files, in their order."""
+    urls: str = MISSING
+    """The files, as a pattern with braces or *, quoted: 'data.urls="photos/*.parquet"'."""
+    column: str = "image"
+    """The column of encoded images: bytes, or a struct of bytes and path as Hugging Face datasets have it."""
+    label_column: str | None = None
+    """The column of classes as whole numbers. null: no labels."""
+    key_column: str | None = None
+    """The column that becomes the row's path: text, bytes or whole numbers; image.path is that of a struct. null:
+    file/row number."""
+
+    def __post_init__(self) -> None:
+        self.urls = _local_pattern(self.urls)
+        require(bool(self.column), "data.column", "the name of a column", self.column, "Leave it out for image.")
+
+
+def _local_pattern(urls: str) -> str:
+    require(bool(urls), "data.urls", "a pattern of files", urls, "Give data.urls='photos/*.tar'.")
+    require("://" not in urls, "data.urls", "files that are mounted or local", urls, "Copy or mount them.")
+    return os.path.abspath(os.path.expanduser(urls))
+
+
+@dataclass(kw_only=True, slots=True)
 class ArrayConfig:
     name: str = "array"
     """Images that were decoded before: one .npy of uint8, mapped into memory."""
@@ -107,7 +150,7 @@ class ArrayConfig:
         self.path = os.path.abspath(os.path.expanduser(self.path))
 
 
-Listed = FolderConfig | ListConfig
+Listed = FolderConfig | ListConfig | WebDatasetConfig | ParquetConfig
 """The data that come as encoded images with names."""
 
 
@@ -249,7 +292,7 @@ class SweepConfig:
 @dataclass(kw_only=True, slots=True)
 class Config:
     data: Any = MISSING
-    """What to predict: fake, folder, list or array."""
+    """What to predict: fake, folder, list, webdataset, parquet or array."""
     transform: Any = MISSING
     """How an image becomes model input: auto, plain or imagenet."""
     model: Any = MISSING
@@ -318,7 +361,14 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "data": {"fake": FakeConfig, "folder": FolderConfig, "list": ListConfig, "array": ArrayConfig},
+    "data": {
+        "fake": FakeConfig,
+        "folder": FolderConfig,
+        "list": ListConfig,
+        "webdataset": WebDatasetConfig,
+        "parquet": ParquetConfig,
+        "array": ArrayConfig,
+    },
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
     "model": {"resnet18": ModelConfig},
 }

@@ -1,6 +1,7 @@
 """Names of datasets → samples that a loader worker can read one by one."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +12,23 @@ from PIL import Image
 
 from mgpu_ddp import listing
 from mgpu_ddp.arrays import ArraySamples
-from mgpu_ddp.config import ArrayConfig, Config, FakeConfig, FolderConfig, ListConfig, Listed
+from mgpu_ddp.config import (
+    ArrayConfig,
+    Config,
+    FakeConfig,
+    FolderConfig,
+    ListConfig,
+    Listed,
+    ParquetConfig,
+    WebDatasetConfig,
+)
 from mgpu_ddp.folders import FileSamples, list_folder, read_list
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
+from mgpu_ddp.parquets import ParquetSamples, index_parquet
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform
+from mgpu_ddp.shards import index_shards
+from mgpu_ddp.tars import TarSamples, index_tar
 from mgpu_ddp.world import World
 
 
@@ -115,15 +128,24 @@ def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -
     Raises:
         UsageError: the images are missing or unreadable, or there are none.
     """
+    data, known = config.data, None
     with world.together("list the images"):
-        if world.rank != 0 or not isinstance(config.data, Listed):
-            return None
-        if isinstance(config.data, ListConfig):
-            return read_list(config.data)
-        # A folder that is continued keeps its listing: it alone says which index is which file.
-        known = None if afresh or Manifest.read(run_dir) is None else Listing.open(run_dir / listing.FILE_NAME)
-        # More samples would move the borders between the shards.
-        return list_folder(config.data, known, may_grow=config.shard is None)
+        if world.rank != 0 or not isinstance(data, Listed):
+            pass
+        elif isinstance(data, ListConfig):
+            return read_list(data)
+        else:
+            # A folder that is continued keeps its listing: it alone says which index is which file.
+            if not afresh and Manifest.read(run_dir) is not None:
+                known = Listing.open(run_dir / listing.FILE_NAME)
+            if isinstance(data, FolderConfig):
+                # More samples would move the borders between the shards.
+                return list_folder(data, known, may_grow=config.shard is None)
+    if isinstance(data, WebDatasetConfig):
+        return index_shards(data.urls, partial(index_tar, data), known, world)
+    if isinstance(data, ParquetConfig):
+        return index_shards(data.urls, partial(index_parquet, data), known, world)
+    return None
 
 
 def open_samples(config: Config, files: Listing | None) -> Samples:
@@ -132,6 +154,12 @@ def open_samples(config: Config, files: Listing | None) -> Samples:
     if isinstance(data, FolderConfig | ListConfig):
         assert files is not None
         return FileSamples(str(data.root), files)
+    if isinstance(data, WebDatasetConfig):
+        assert files is not None
+        return TarSamples(files)
+    if isinstance(data, ParquetConfig):
+        assert files is not None
+        return ParquetSamples(files, data.column)
     if isinstance(data, ArrayConfig):
         return ArraySamples(data)
     return FakeSamples(data)

@@ -3,11 +3,16 @@
 `listing.arrow` is an Arrow IPC file with the columns `path` (raw bytes relative to the root, since names need
 not be UTF-8) and `label` (int32, null where folders are not classes). It is sorted by the bytes of the path;
 what a later start finds besides is appended. It alone defines which index is which file.
+
+Other sources list the names of their images in an order of their own. Where many images lie in one file, the metadata
+says which files these are, and for tars the columns `offset` and `size` (int64) where in its file each image lies.
 """
 
 import hashlib
+import json
 import os
 import stat
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +124,19 @@ def as_labels(column: Any, what: str) -> Any:
     return compute.if_else(compute.less(labels, 0), pa.scalar(None, pa.int32()), labels)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """A file that holds many images, as it was when they were listed."""
+
+    path: str
+    num_bytes: int
+    modified_ns: int
+    groups: list[int]
+    """Images of each of its row groups, or of the whole file."""
+    group_bytes: int = 0
+    """Of the images in its largest row group."""
+
+
 class Listing:
     """An Arrow table of paths and labels, in memory or memory-mapped."""
 
@@ -126,7 +144,11 @@ class Listing:
         import pyarrow as pa
 
         self.buffer = buffer
-        table = pa.ipc.open_file(buffer).read_all()
+        self.table = table = pa.ipc.open_file(buffer).read_all()
+        self.shards = [Shard(**shard) for shard in json.loads((table.schema.metadata or {}).get(b"shards", b"[]"))]
+        """The files in which the images lie, in the order of the rows."""
+        self.refreshed = False
+        """Whether it takes the place of a listing whose files have changed."""
         # One record batch: every lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)
@@ -142,12 +164,13 @@ class Listing:
         )
 
     @classmethod
-    def of(cls, paths: Any, labels: Any) -> "Listing":
-        """A listing of Arrow arrays: large_binary and int32."""
+    def of(cls, path: Any, label: Any, *, shards: list[Shard] | None = None, **places: Any) -> "Listing":
+        """A listing of Arrow arrays: large_binary and int32; `places`: `offset` and `size` where they are needed."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
-        batch = pa.record_batch({"path": paths, "label": labels})
+        metadata = {"shards": json.dumps([asdict(shard) for shard in shards])} if shards is not None else None
+        batch = pa.record_batch({"path": path, "label": label, **places}, metadata=metadata)
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return cls(sink.getvalue())
@@ -159,7 +182,7 @@ class Listing:
         try:
             with pa.memory_map(str(path)) as mapped:
                 return cls(mapped.read_buffer())
-        except (OSError, pa.ArrowException, IndexError, KeyError) as error:
+        except (OSError, pa.ArrowException, IndexError, KeyError, TypeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise UsageError(
                 f"{path} must be the listing this job began with, got a file that cannot be read ({text})."

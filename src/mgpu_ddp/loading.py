@@ -6,7 +6,8 @@ import time
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -59,6 +60,8 @@ class Batch:
     jpegs: Jpegs | None
     errors: dict[int, str]
     seconds: dict[str, float]
+    read_bytes: int = 0
+    """What its worker asked the kernel for in the meantime, as of all files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +88,14 @@ class Made:
     sizes: list[int]
     spilt: dict[int, bytes]
     """Encoded images that the room did not hold, by their number."""
+    read_bytes: int = 0
 
 
-class BatchMaker(Dataset[Made]):
-    """What runs in a worker: an order in, its slot filled with one padded batch."""
+class BatchMaker(Dataset[Made | StateError]):
+    """What runs in a worker: an order in, its slot filled with one padded batch.
+
+    A source that is not what was listed is no matter of one sample: its error comes out in the place of a batch.
+    """
 
     def __init__(
         self, samples: Samples, transform: Transform, ring: Ring, config: LoaderConfig, *, packed: bool = False
@@ -96,7 +103,12 @@ class BatchMaker(Dataset[Made]):
         self._samples, self._transform, self._ring, self._config = samples, transform, ring, config
         self._packed = packed
 
-    def __getitems__(self, order: Order) -> Made:
+    def __getitems__(self, order: Order) -> Made | StateError:
+        before = _bytes_read()
+        made = self._make(order)
+        return made if isinstance(made, StateError) else replace(made, read_bytes=_bytes_read() - before)
+
+    def _make(self, order: Order) -> Made | StateError:
         view, room = self._ring.array(order.slot), self._ring.room(order.slot)
         labels = np.full(len(order.indices), -1, dtype=np.int32)
         seconds: dict[str, float] = {}
@@ -128,6 +140,8 @@ class BatchMaker(Dataset[Made]):
                         labels[place] = self._samples.known_label(index)
                     else:
                         view[place], labels[place] = self._samples.load(index, self._transform, clock, data)
+            except StateError as error:
+                return error
             except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                 view[place] = 0
                 labels[place] = self._samples.known_label(index)
@@ -172,6 +186,7 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
         jpegs=jpegs,
         errors=made.errors,
         seconds=made.seconds,
+        read_bytes=made.read_bytes,
     )
 
 
@@ -187,6 +202,11 @@ class Orders:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+def _bytes_read() -> int:
+    """All that this process has asked the kernel to read so far, from its page cache or not. Source: proc(5)."""
+    return int(Path("/proc/self/io").read_bytes().split(b"\n", 1)[0].partition(b":")[2])
 
 
 class TookTooLongError(BaseException):
@@ -288,6 +308,8 @@ def load_batches(
         batches = iter(loader)
     try:
         for made in batches:
+            if isinstance(made, StateError):
+                raise made
             yield as_batch(made, ring, packed=packed), time.perf_counter() - started
             started = time.perf_counter()
     finally:
@@ -296,6 +318,6 @@ def load_batches(
         ring.close()
 
 
-def _as_made(made: Any) -> Made:
-    assert isinstance(made, Made)
+def _as_made(made: Any) -> Made | StateError:
+    assert isinstance(made, Made | StateError)
     return made

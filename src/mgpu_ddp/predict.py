@@ -146,6 +146,8 @@ class Clock:
     """Of the collecting thread: writing and listing parts."""
     workers_s: dict[str, float] = field(default_factory=dict)
     """Seconds of loader workers, per stage."""
+    read_bytes: int = 0
+    """Of the loader workers."""
     batch_s: list[float] = field(default_factory=list)
     rows: int = 0
     errors: int = 0
@@ -300,6 +302,7 @@ def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:
     split = frozenset(batch.index[columns.pop("split")].tolist()) if "split" in columns else frozenset()
     errors = batch.errors | nonfinite
     clock.batch(n, batch.seconds)
+    clock.read_bytes += batch.read_bytes
     clock.errors += len(errors)
     clock.nonfinite += len(nonfinite)
     clock.split_rows += len(split)

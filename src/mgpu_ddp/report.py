@@ -172,6 +172,8 @@ class RankMetrics:
     """Of the collecting thread."""
     workers_s: dict[str, float]
     """Of the loader workers together, per stage."""
+    read_bytes: int
+    """That the loader workers asked the kernel for."""
     batch_p50_ms: float
     batch_p95_ms: float
     peak_host_bytes: int
@@ -201,6 +203,7 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         gather_s=clock.gather_s,
         write_s=clock.write_s,
         workers_s=clock.workers_s,
+        read_bytes=clock.read_bytes,
         batch_p50_ms=float(np.percentile(batch_ms, 50)),
         batch_p95_ms=float(np.percentile(batch_ms, 95)),
         **peaks(),
@@ -241,6 +244,7 @@ def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, det
         "rows_this_run": rows,
         "nonfinite": sum(r.nonfinite for r in ranks),
         "split_rows": sum(r.split_rows for r in ranks),
+        "read_bytes": sum(r.read_bytes for r in ranks),
         "deterministic": deterministic,
         "peak_gpu_bytes": max(r.peak_gpu_bytes for r in ranks),
         "peak_host_bytes": max(r.peak_host_bytes for r in ranks),

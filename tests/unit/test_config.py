@@ -19,9 +19,11 @@ from mgpu_ddp.config import (
     LoaderConfig,
     ModelConfig,
     OutputConfig,
+    ParquetConfig,
     RuntimeConfig,
     SweepConfig,
     TransformConfig,
+    WebDatasetConfig,
     pack,
     parse_shard,
     to_config,
@@ -179,7 +181,12 @@ def test_defaults_are_the_contracts() -> None:
 def every_key() -> set[str]:
     """Keys as the schema's fields have them, found without the package's own walk."""
     keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist", "sweep"}
-    for group, schema in [*SCHEMAS.items(), ("data", FolderConfig), ("data", ListConfig), ("data", ArrayConfig)]:
+    for group, schema in [
+        *SCHEMAS.items(),
+        ("data", FolderConfig),
+        *(("data", schema) for schema in (ListConfig, WebDatasetConfig, ParquetConfig)),
+        ("data", ArrayConfig),
+    ]:
         keys |= {f"{group}.{field.name}" for field in dataclasses.fields(schema)}
     return keys - {"data.name"}
 

@@ -1,0 +1,133 @@
+"""Images in tar files: an index of where each lies, then reads of just those bytes.
+
+Source of the naming: WebDataset. Members in a row whose names are equal up to the first dot of the last component make
+a sample, and what follows that dot says what each is. Only headers are read to index a tar, and members that hold
+labels where those are asked for; nothing is unpickled, and nothing but images is decoded.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from mgpu_ddp.config import WebDatasetConfig
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.images import ImageSamples
+from mgpu_ddp.listing import EXTENSIONS, Listing, Shard, as_labels
+from mgpu_ddp.shards import Indexed, OpenShards, look_at
+
+LABEL_BYTES = 18
+"""More than a whole number takes is no label."""
+
+
+def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
+    """Find the images in a tar.
+
+    Raises:
+        UsageError: it cannot be read to its end, or a label is none.
+    """
+    import pyarrow as pa
+
+    paths: list[bytes] = []
+    labels: list[int | None] = []
+    places: list[tuple[int, int]] = []
+    sample: bytes | None = None
+    first = 0
+    label: int | None = None
+    num_bytes, modified_ns = look_at(path)
+    with _reading(path) as file:
+        for member in _members(file, path):
+            member_name = os.fsencode(member.name)
+            folder, slash, base = member_name.rpartition(b"/")
+            key, _, extension = base.partition(b".")
+            kind = extension.decode("utf-8", "replace").lower()
+            if folder + slash + key != sample:
+                labels += [label] * (len(paths) - first)
+                sample, first, label = folder + slash + key, len(paths), None
+            if kind == data.label_extension:
+                label = _read_label(file, member, path)
+            elif kind in data.extensions or (
+                not data.extensions and b"." + extension.lower().rpartition(b".")[2] in EXTENSIONS
+            ):
+                paths.append(os.fsencode(name) + b"/" + member_name)
+                places.append((member.offset_data, member.size))
+        labels += [label] * (len(paths) - first)
+    offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return Indexed(
+        shard=Shard(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)]),
+        rows=pa.record_batch(
+            {
+                "path": pa.array(paths, type=pa.large_binary()),
+                "label": as_labels(pa.array(labels, type=pa.int64()), f"data.label_extension={data.label_extension}"),
+                "offset": pa.array(offsets),
+                "size": pa.array(sizes),
+            }
+        ),
+    )
+
+
+def _reading(path: str) -> tarfile.TarFile:
+    try:
+        # Bare tars alone: within compressed ones nothing can be found without reading all that comes before it.
+        return tarfile.open(path, "r:", errors="surrogateescape", encoding="utf-8")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            is_packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+        found = "a compressed one, which has no random access" if is_packed else str(error)
+        raise UsageError(f"data.urls must be tars, got {path!r} ({found}). Mend or unpack it.") from None
+
+
+def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar, to its proper end."""
+    try:
+        while (member := file.next()) is not None:
+            # It would keep them all.
+            file.members = []  # type: ignore[attr-defined]
+            if member.isreg() and not member.issparse():
+                yield member
+        # tarfile takes whatever it does not understand for the end.
+        assert file.fileobj is not None
+        file.fileobj.seek(file.offset)
+        last = file.fileobj.read(tarfile.BLOCKSIZE)
+        whole = last == bytes(tarfile.BLOCKSIZE)
+        found = "no end, it was cut off" if len(last) < tarfile.BLOCKSIZE else "no header"
+    except UsageError:
+        raise
+    except Exception as error:  # tarfile raises all kinds for what is broken
+        whole, found = False, f"{type(error).__name__}: {error}"
+    if not whole:
+        raise UsageError(
+            f"data.urls must be whole tars, got {path!r} ({found} at byte {file.offset:,}). Copy it again."
+        )
+
+
+def _read_label(file: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
+    content = file.extractfile(member)
+    text = content.read(LABEL_BYTES) if content is not None else b""
+    try:
+        if member.size > LABEL_BYTES:
+            raise ValueError
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"data.label_extension must name whole numbers, got {text!r} in {member.name!r} of {path!r}. Leave it out."
+        ) from None
+
+
+class TarSamples(ImageSamples):
+    """Images in tars, read by where they lie."""
+
+    def __init__(self, files: Listing) -> None:
+        super().__init__(files)
+        self._stops = np.cumsum([shard.groups[0] for shard in files.shards])
+        self._offsets, self._sizes = (files.table[name].chunk(0) for name in ("offset", "size"))
+        self._tars = OpenShards(files.shards, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
+
+    def fetch(self, index: int) -> bytes:
+        tar = self._tars[int(np.searchsorted(self._stops, index, side="right"))]
+        size = self._sizes[index].as_py()
+        data = os.pread(tar, size, self._offsets[index].as_py())
+        if len(data) < size:
+            raise EOFError(f"the tar ends {size - len(data):,} bytes before this image does")
+        return data

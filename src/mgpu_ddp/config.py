@@ -91,6 +91,8 @@ class ListConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.csv.")
+        for key, value in (("data.path", self.path), ("data.root", self.root or "")):
+            require("://" not in value, key, "local or mounted", value, "Copy or mount it.")
         self.path = os.path.abspath(os.path.expanduser(self.path))
         self.root = os.path.abspath(os.path.expanduser(self.root or os.path.dirname(self.path)))
 
@@ -254,6 +256,8 @@ class OutputConfig:
     """Samples of all ranks together that become durable at once. auto aims at about 10 seconds."""
 
     def __post_init__(self) -> None:
+        rule = "a folder of a file system: object stores cannot rename, which makes a part appear whole or not at all"
+        require("://" not in (self.dir or ""), "output.dir", rule, self.dir, "Write to a disk, and copy it afterwards.")
         self.dir = self.dir and os.path.expanduser(self.dir)
         _one_of("output.format", self.format, ("parquet", "csv", "jsonl", "npy"))
         _one_of("output.collect", self.collect, ("auto", "gather", "shards"))

@@ -178,6 +178,20 @@ def test_defaults_are_the_contracts() -> None:
     assert {name: defaults[name] for name in contract} == contract
 
 
+@pytest.mark.parametrize(
+    ("schema", "key"),
+    [
+        (OutputConfig, "dir"),
+        (ListConfig, "path"),
+        (WebDatasetConfig, "urls"),
+        (ParquetConfig, "urls"),
+    ],
+)
+def test_object_stores_are_refused_with_the_reason(schema: Any, key: str) -> None:
+    with pytest.raises(UsageError, match=rf"^(output|data)\.{key} must be .*, got 's3://bucket/x'\. .*\.$"):
+        schema(**{key: "s3://bucket/x"})
+
+
 def every_key() -> set[str]:
     """Keys as the schema's fields have them, found without the package's own walk."""
     keys = {field.name for field in dataclasses.fields(Config)} - {"runtime", "loader", "output", "dist", "sweep"}

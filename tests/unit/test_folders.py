@@ -24,15 +24,15 @@ def listed(path: Path, content: bytes) -> Listing:
 
 
 def test_a_text_names_one_path_a_line_whatever_its_bytes(tmp_path: Path) -> None:
-    content = b'b, "1".jpg\na.jpg\r\n\n/abs\xff.png\na.jpg\n 2.png'
+    content = b'"b", 1.jpg\na.jpg\r\n\n/abs\xff.png\na.jpg\n 2.png'
     files = listed(tmp_path / "images.txt", content)
-    assert [path for path, _ in rows(files)] == [b'b, "1".jpg', b"a.jpg", b"/abs\xff.png", b"a.jpg", b" 2.png"]
+    assert [path for path, _ in rows(files)] == [b'"b", 1.jpg', b"a.jpg", b"/abs\xff.png", b"a.jpg", b" 2.png"]
     assert {label for _, label in rows(files)} == {-1}
 
 
 def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
     wanted = [(b"x/a.jpg", 3), (b'q"u,o\nte.jpg', -1), (b"x/a.jpg", -1), (b"0", 0)]
-    text = b'other,label,path\n1,3,x/a.jpg\n2,,"q""u,o\nte.jpg"\n3,-1,x/a.jpg\n4,0,0\n'
+    text = b'other,label,path\n1,3,x/a.jpg\n2,,"q""u,o\nte.jpg"\n3,-7,x/a.jpg\n4,0,0\n'
     assert rows(listed(tmp_path / "images.csv", text)) == wanted
     table = {
         "label": pa.array([3, None, -1, 0], pa.int64()),

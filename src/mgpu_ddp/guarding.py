@@ -43,12 +43,15 @@ SWEEPS = ("batch_size",)
 """The sweeps of conf/sweep."""
 OPEN_KEYS = (
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose"),
-    *("hydra.launcher.nproc_per_node", "hydra.launcher.max_restarts"),
+    *("hydra.launcher.nproc_per_node", "hydra.launcher.max_restarts", "hydra.launcher.nodes"),
+    *("hydra.launcher.ntasks_per_node", "hydra.launcher.gpus_per_node", "hydra.launcher.cpus_per_task"),
+    *("hydra.launcher.mem", "hydra.launcher.time", "hydra.launcher.partition", "hydra.launcher.account"),
+    *("hydra.launcher.qos", "hydra.launcher.constraint"),
     *("hydra.sweeper.n_trials", "hydra.sweeper.direction", "hydra.sweeper.study_name", "hydra.sweeper.sampler.seed"),
 )
 """The keys of Hydra's own configuration that cannot make it import code or open files."""
 OPEN_GROUPS = {
-    "hydra/launcher": ("basic", "torchrun"),
+    "hydra/launcher": ("basic", "torchrun", "slurm"),
     "hydra/sweeper": ("basic", "optuna"),
     "hydra/sweeper/sampler": ("tpe", "random", "grid"),
 }

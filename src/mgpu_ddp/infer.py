@@ -162,9 +162,9 @@ def run_sweep(session: Session, command: Command) -> None:
 
     errors: list[Exception] = []
     size = session.world.size
-    remedy = "Start the sweep by python -m mgpu_ddp.infer, which starts torchrun for each job."
+    remedy = "Start the sweep by python -m mgpu_ddp.infer, which starts the processes of each job."
     config.require(
-        not command.isolated or size == 1, "hydra/launcher", f"basic for {size} processes", "torchrun", remedy
+        not command.isolated or size == 1, "hydra/launcher", f"basic for {size} processes", "another", remedy
     )
 
     def run_point(cfg: DictConfig) -> float:

@@ -1,10 +1,10 @@
-"""A job under a torchrun of its own: what crashes in it ends nothing else."""
+"""A job in processes of its own, by torchrun or by srun: what crashes in it ends nothing else."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ POLL_S = 0.2
 
 
 def run_apart(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
-    """Run the job that Hydra has composed under a torchrun of its own and return its outcome.
+    """Run the job that Hydra has composed in processes of its own and return its outcome.
 
     Its log files are in SWEEP/logs/<job>; on this terminal it shows what its rank 0 says.
 
@@ -32,22 +32,27 @@ def run_apart(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict
     """
     composed = HydraConfig.get()
     logs = sweep_dir / "logs" / str(composed.job.num)
-    command = [sys.executable, "-m", "mgpu_ddp.launch", *_options(composed.launcher), f"--log-dir={logs}"]
-    command += ["-m", "mgpu_ddp.infer", *job_words(overrides, composed.runtime.output_dir)]
+    # Where the job's own host can write to, which may be another one.
+    told = logs / "outcome.json"
+    start = (_torchrun if composed.launcher.kind == "torchrun" else _srun)(composed.launcher, logs)
+    command = [*start, "-m", "mgpu_ddp.infer", *job_words(overrides, composed.runtime.output_dir)]
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
-        told = Path(folder) / "outcome"
-        # stdout is for what this process has to say.
-        child = subprocess.Popen(command, env=os.environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-        asked = False
-        while child.poll() is None:
-            stop.wait(POLL_S) if not asked else _wait(child)
-            if stop and not asked:
-                child.send_signal(signal.SIGTERM)
-                asked = True
-        outcome = outcome_in(told)
+    told.unlink(missing_ok=True)
+    # A job is to have an allocation of its own also where this process is in one.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
+    environ |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    # stdout is for what this process has to say.
+    child = subprocess.Popen(command, env=environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
+    asked = False
+    while child.poll() is None:
+        stop.wait(POLL_S) if not asked else _wait(child)
+        if stop and not asked:
+            # torchrun takes any signal as the wish to end; srun passes this one on, and would kill its tasks for TERM.
+            child.send_signal(signal.SIGUSR1)
+            asked = True
+    outcome = outcome_in(told)
     if "status" not in outcome:
-        reason = f"rank 0 left no word, torchrun ended with {child.returncode}; its log is in {logs}"
+        reason = f"rank 0 left no word, {composed.launcher.kind} ended with {child.returncode}; its log is in {logs}"
         outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason}
     report.print_summary(outcome)
     return outcome
@@ -61,7 +66,7 @@ def job_words(overrides: Sequence[str], run_dir: str) -> list[str]:
     return [*words, f"hydra.run.dir={quote(run_dir)}"]
 
 
-def _options(launcher: Any) -> list[str]:
+def _torchrun(launcher: Any, logs: Path) -> list[str]:
     processes, restarts = launcher.nproc_per_node, launcher.max_restarts
     ok = processes == "auto" or (isinstance(processes, int) and processes >= 1)
     remedy = "Try hydra.launcher.nproc_per_node=2."
@@ -69,11 +74,21 @@ def _options(launcher: Any) -> list[str]:
     remedy = "Try hydra.launcher.max_restarts=1."
     require(restarts >= 0, "hydra.launcher.max_restarts", "at least 0", restarts, remedy)
     return [
-        f"--nproc_per_node={num_processes(processes)}",
-        f"--max-restarts={restarts}",
-        "--tee=3",
-        "--local-ranks-filter=0",
+        *(sys.executable, "-m", "mgpu_ddp.launch"),
+        *(f"--nproc_per_node={num_processes(processes)}", f"--max-restarts={restarts}"),
+        *(f"--log-dir={logs}", "--tee=3", "--local-ranks-filter=0"),
     ]
+
+
+def _srun(launcher: Any, logs: Path) -> list[str]:
+    """Source: srun(1)."""
+    words = ["srun", "--kill-on-bad-exit=1"]
+    for key, value in launcher.items():
+        if key not in ("_target_", "kind") and value is not None:
+            ok = re.fullmatch(r"[\w][\w.:,@/&|*+-]*", str(value)) is not None
+            require(ok, f"hydra.launcher.{key}", "what srun may take", str(value), "Leave it out for null.")
+            words.append(f"--{key.replace('_', '-')}={value}")
+    return [*words, sys.executable]
 
 
 def _wait(child: "subprocess.Popen[bytes]") -> None:

@@ -127,6 +127,20 @@ def test_a_sweep_in_one_allocation(cluster: Cluster, tmp_path: Path) -> None:
     assert_proved(sweep / "1", 30)
 
 
+def test_a_sweep_with_an_allocation_for_each_job(cluster: Cluster, tmp_path: Path) -> None:
+    command = python_m(*SMALL, "data.size=30", "--multirun", "batch_size=3,-1,6", "hydra.sweep.dir=sweep")
+    settings = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.partition=all")
+    done = subprocess.run([*command, *settings], env=cluster.environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert [(row["status"], row.get("world_size")) for row in rows] == [
+        ("complete", 2),
+        ("failed", None),
+        ("complete", 2),
+    ]
+    assert_proved(tmp_path / "sweep" / "2", 30)
+
+
 def test_a_mistake_in_a_job_is_said_once_and_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(str(LAUNCH / "slurm.sbatch"), "batch_size=-1", cwd=tmp_path)
     ended = cluster.wait(job)

@@ -172,6 +172,7 @@ HOSTILE = [
     "hydra/sweeper/sampler=cmaes",
     "hydra.sweeper.sampler._target_=os.system",
     "hydra.launcher._target_=os.system",
+    "hydra.launcher.kind=slurm",
     "hydra/sweeper=[evil]",
     "hydra.launcher._target_=os.system",
     "+hydra.launcher._target_=os.system",

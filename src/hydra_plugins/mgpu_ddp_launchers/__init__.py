@@ -1,10 +1,11 @@
-"""`hydra/launcher=torchrun`: each job of a sweep under a torchrun of its own.
+"""`hydra/launcher=torchrun` and `hydra/launcher=slurm`: each job of a sweep in processes of its own.
 
-Hydra finds this package by its place. It imports it at every start, so nothing costly belongs here: what starts
-torchrun is `mgpu_ddp.isolation`.
+Hydra finds this package by its place. It imports it at every start, so nothing costly belongs here: what starts the
+processes is `mgpu_ddp.isolation`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
@@ -12,19 +13,39 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class TorchrunConfig:
-    _target_: str = "hydra_plugins.mgpu_ddp_launchers.TorchrunLauncher"
+    _target_: str = "hydra_plugins.mgpu_ddp_launchers.ApartLauncher"
+    kind: str = "torchrun"
     nproc_per_node: int | str = "auto"
     """Processes of each job. auto: one per GPU, one where there is none."""
     max_restarts: int = 0
     """How often a job that crashed starts again by itself."""
 
 
-class TorchrunLauncher(BasicLauncher):
+@dataclass
+class SlurmConfig:
+    """Options of srun, which gets an allocation for each job and waits for it; null leaves one out."""
+
+    _target_: str = "hydra_plugins.mgpu_ddp_launchers.ApartLauncher"
+    kind: str = "slurm"
+    nodes: int = 1
+    ntasks_per_node: int = 1
+    gpus_per_node: str | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+
+
+class ApartLauncher(BasicLauncher):
     """Hydra's own launcher, with the settings of the processes that each of its jobs starts."""
 
-    def __init__(self, nproc_per_node: int | str, max_restarts: int) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.nproc_per_node, self.max_restarts = nproc_per_node, max_restarts
+        self.settings = settings
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="torchrun", node=TorchrunConfig, provider="mgpu_ddp")
+for _config in (TorchrunConfig, SlurmConfig):
+    ConfigStore.instance().store(group="hydra/launcher", name=_config.kind, node=_config, provider="mgpu_ddp")

@@ -101,3 +101,7 @@ def test_the_wheel_runs_in_an_environment_that_holds_nothing_else(tmp_path: Path
     ended = run(command, tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", 20)
+    apart = ["+sweep=batch_size", "batch_size=4", "sweep.repeats=1", "hydra.sweep.dir=sweep", "hydra/launcher=torchrun"]
+    ended = run([str(python), "-m", "mgpu_ddp.infer", *SMALL, "data.size=20", *apart], tmp_path)
+    assert ended.code == 0, ended.err
+    assert_proved(tmp_path / "sweep" / "0", 20)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from mgpu_ddp.config import GROUPS, SweepConfig, require, to_config
 from mgpu_ddp.durable import add_folder
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.guarding import parse, refuse_code_in_files, split, unknown_key
+from mgpu_ddp.guarding import OPEN_GROUPS, parse, refuse_code_in_files, split, unknown_key
 from mgpu_ddp.keys import documented_keys
 
 MAX_COMPOSED = 100
@@ -219,6 +219,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         if isinstance(cause, ValidationError) and cause.full_key == name:
             kind = keys[name].kind if name in keys else "a group of keys"
             return f"{name} must be {kind}, got {value!r}. See --help."
+        if name in OPEN_GROUPS:
+            return f"{name} must be installed, got {value!r}. Install its plugin (pip install hydra-{value}-sweeper)."
         if name in GROUPS and value not in GROUPS[name] and f"{name}/{value}" in str(error):
             remedy = f"Choose it by model.name={value}." if name == "model" else "See --help."
             return f"{name} must be {keys[name].kind}, got {value!r}. {remedy}"

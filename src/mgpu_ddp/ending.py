@@ -94,7 +94,10 @@ def _conclude(
             " Raise it to continue."
         )
     elif ending == "preempted":
-        reason = f"stopped on request; {proof.missing} rows are left, resume with output.dir={job.home}"
+        remedy = (
+            "start the sweep again with its hydra.sweep.dir" if job.in_sweep else f"resume with output.dir={job.home}"
+        )
+        reason = f"stopped on request; {proof.missing} rows are left, {remedy}"
     elif (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
         raise ProofError(
             f"the table must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"

@@ -84,6 +84,11 @@ def help_text() -> str:
         "  mgpu-infer [key=value ...]                  one process per GPU, started for you",
         "  python -m mgpu_ddp.infer [key=value ...]    one process",
         "",
+        "  --multirun batch_size=32,64                 a job for each point, and a table of them",
+        "  +sweep=batch_size                           the same for 16 to 1024, three times each",
+        "  hydra/launcher=torchrun                     each job of a sweep apart; slurm: in an allocation of its own",
+        "  hydra/sweeper=optuna                        draws the points (pip install hydra-optuna-sweeper)",
+        "",
     ]
     for name, key in documented_keys().items():
         default = "null" if key.default is None else "required" if key.default is MISSING else key.default

@@ -89,6 +89,8 @@ class Pulse(threading.Thread):
                     f" got none for {silent_s:.0f} s, last seen at: {at}"
                 )
                 self._store.set("lost", text)
+            elif self._is_gone(rank, beat):
+                self._store.set("lost", self._died(rank, json.loads(beat)))
         if self._store.check(["lost"]):
             self.lost = self._store.get("lost").decode()
         if self._alarm_key and self.alarm is None and self._store.check([self._alarm_key]):
@@ -103,13 +105,19 @@ class Pulse(threading.Thread):
             time.sleep(BEAT_S / 10)
 
     def _look_for_the_dead(self) -> None:
-        """Name a rank of this host whose process is gone; those of other hosts are known by their silence alone."""
-        for rank, raw in enumerate(self._store.multi_get([f"pulse/{r}" for r in range(self.size)])):
-            beat = json.loads(raw)
-            *host, pid = beat["process"]
-            if host == [*_host()] and not _lives(pid):
-                self.lost = f"rank {rank} of {self.size} died, last seen at: {beat.get('at')}"
+        for rank, beat in enumerate(self._store.multi_get([f"pulse/{r}" for r in range(self.size)])):
+            if self._is_gone(rank, beat):
+                self.lost = self._died(rank, json.loads(beat))
                 return
+
+    def _is_gone(self, rank: int, beat: bytes) -> bool:
+        """Whether the process of a rank of this host is gone; other hosts' are known by their silence alone."""
+        *host, pid = json.loads(beat)["process"]
+        # A rank that leaves in peace says so before its process ends.
+        return host == [*_host()] and not _lives(pid) and not self._store.check([f"left/{rank}"])
+
+    def _died(self, rank: int, beat: dict[str, Any]) -> str:
+        return f"rank {rank} of {self.size} died, last seen at: {beat.get('at')}"
 
     def check(self) -> None:
         """Raise if a rank is known to be lost."""

@@ -239,6 +239,7 @@ def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, det
         "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,
         "images_per_s_with_startup": rows / wall_s,
         "wall_s": wall_s,
+        "steady_s": steady_s,
         "startup_s": max(r.startup_s for r in ranks),
         "reused": list(ranks[0].reused),
         "rows_this_run": rows,

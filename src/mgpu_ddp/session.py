@@ -3,6 +3,8 @@
 Rank 0 alone runs Hydra. What Hydra composes is a job; the other ranks are told of it and of nothing else.
 """
 
+import ctypes
+import errno
 import gc
 import json
 import logging
@@ -108,8 +110,7 @@ class Session:
             if raised:
                 self._heard = False
                 raise
-            # Its frames hold the job's tensors.
-            traceback.clear_frames(error.__traceback__)
+            forget_frames(error)
         else:
             self.outcomes.append(outcome)
         if job.in_sweep:
@@ -118,13 +119,15 @@ class Session:
 
     def _what_failed(self, error: Exception) -> dict[str, Any]:
         """Why a job failed, by the rank that first could not go on, and the most memory that any used. Collective."""
-        mine = {"kind": type(error).__name__, "peer": isinstance(error, PeerError), "reason": reason_of(error)}
+        # torch's own error for a lack of memory has the same name as ours.
+        oom = type(error).__name__ == OutOfMemoryError.__name__ or isinstance(error, MemoryError)
+        oom = oom or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        mine = {"oom": oom, "peer": isinstance(error, PeerError), "reason": reason_of(error)}
         told = self.world.exchange("what failed", mine | peaks())
         rank = next((rank for rank, other in enumerate(told) if not other["peer"]), 0)
         where = f"rank {rank} of {self.world.size}: " if self.world.size > 1 else ""
         return {
-            # torch's own error for a lack of memory has the same name as ours.
-            "status": "oom" if told[rank]["kind"] == OutOfMemoryError.__name__ else "failed",
+            "status": "oom" if told[rank]["oom"] else "failed",
             "reason": where + told[rank]["reason"],
             **{name: max(other[name] for other in told) for name in peaks()},
         }
@@ -184,8 +187,18 @@ def _say(error: BaseException) -> None:
         traceback.print_exception(error)
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Clear what the frames of an error, and of those that led to it, hold: the job's tensors among it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def _let_go() -> None:
     """Give back the memory of a job that is over."""
     gc.collect()
+    # What the C library holds of it would count as the next job's.
+    ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +19,16 @@ from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.tuning import GAIN
 from mgpu_ddp.world import reason_of
 
+log = logging.getLogger("mgpu_ddp")
+
 LEDGER = "sweep.json"
+WORK = ("data", "model", "transform", "limit", "shard")
+"""Keys that change what there is to do: their rates are no choice between ways to do it."""
+SHORT_S = 1.0
+"""A rate measured for less says little."""
 MEASURED = (
     *("images_per_s", "images_per_s_with_startup", "startup_s", "reused", "wall_s", "peak_gpu_bytes"),
-    *("peak_host_bytes", "bottleneck", "samples", "errors", "world_size", "device"),
+    *("peak_host_bytes", "bottleneck", "samples", "errors", "world_size", "device", "steady_s"),
 )
 """What a row takes from the summary of its job."""
 
@@ -84,6 +91,8 @@ class Sweep:
         self._over = True
         row = self._known(point)
         if row is None:
+            named = ", ".join(f"{key}={value}" for key, value in point.values.items())
+            log.info("job %d, round %d: %s", point.job, point.repeat, named)
             try:
                 outcome = run()
             except Exception as error:
@@ -91,6 +100,7 @@ class Sweep:
                 raise
             row = self._keep(point, outcome)
         else:
+            log.info("job %d is %s already", point.job, row["status"])
             self._rows[point.job] = row
             self._write()
         self._over = row["status"] == "preempted"
@@ -137,14 +147,32 @@ class Sweep:
         return [_together(rows) for rows in groups.values()]
 
     def answer(self) -> dict[str, Any]:
-        """The recommended point: of those within 3 % of the best rate the one of the smallest batch."""
-        good = [point for point in self.points if point["images_per_s"]]
+        """The recommended point: of those within 3 % of the best rate the one of the smallest batch.
+
+        Where the work itself is swept, there is one for each kind of work, in a list.
+        """
+        chosen = [values for work in self._by_work() if (values := self._recommend(work)) is not None]
+        best = max((point["images_per_s"] for point in self.points if point["images_per_s"]), default=0.0)
+        recommended = chosen if any(_is_work(key) for key in self.swept) else next(iter(chosen), None)
+        return {"recommended": recommended, "best_images_per_s": best}
+
+    def _by_work(self) -> list[list[dict[str, Any]]]:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for point in self.points:
+            work = json.dumps({key: value for key, value in point["values"].items() if _is_work(key)})
+            groups.setdefault(work, []).append(point)
+        return list(groups.values())
+
+    def _recommend(self, points: list[dict[str, Any]]) -> dict[str, Any] | None:
+        good = [point for point in points if point["images_per_s"]]
         best = max((point["images_per_s"] for point in good), default=0.0)
         near = [point for point in good if point["images_per_s"] * GAIN >= best]
         if "batch_size" not in self.swept:
             near = [point for point in near if point["images_per_s"] == best]
-        chosen = min(near, key=lambda point: _as_number(point["values"].get("batch_size")), default=None)
-        return {"recommended": chosen and chosen["values"], "best_images_per_s": best}
+        if not near or (self.swept and all(_is_work(key) for key in self.swept)):
+            return None
+        values: dict[str, Any] = min(near, key=lambda point: _as_number(point["used_batch_size"]))["values"]
+        return values
 
     def conclude(self, code: int) -> dict[str, Any]:
         """Write `sweep.csv` and `sweep.png`, print the table and return what the last line says of all jobs.
@@ -162,14 +190,25 @@ class Sweep:
             row = self._rows[job]
             table.writerow(row | row["values"] | {"reused": " ".join(row.get("reused", ()))})
         replace_bytes(self.folder / "sweep.csv", text.getvalue().encode())
+        chosen = answer["recommended"] if isinstance(answer["recommended"], list) else [answer["recommended"]]
+        print("\n".join(_table(points, self.swept, chosen)), flush=True)
         if points:
+            self._draw(points, chosen)
+        statuses = [row["status"] for row in self._rows.values()]
+        counts = {"jobs": len(statuses)} | {name: statuses.count(name) for name in ("failed", "oom", "skipped")}
+        return {"status": self._status, "exit_code": code, **counts, **answer, "sweep_dir": str(self.folder)}
+
+    def _draw(self, points: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> None:
+        try:
             from mgpu_ddp.sweep_plot import draw
 
-            draw(points, self.swept, answer["recommended"], self.folder / "sweep.png")
-        print("\n".join(_table(points, self.swept, answer["recommended"])))
-        failed = sum(row["status"] == "failed" for row in self._rows.values())
-        counts = {"jobs": len(self._rows), "failed": failed}
-        return {"status": self._status, "exit_code": code, **counts, **answer, "sweep_dir": str(self.folder)}
+            draw(points, self.swept, chosen, self.folder / "sweep.png")
+        except Exception as error:  # the numbers are there: a picture that cannot be drawn takes none of them away
+            log.warning("sweep.png could not be drawn: %s", reason_of(error))
+
+
+def _is_work(key: str) -> bool:
+    return key.partition(".")[0] in WORK
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,6 +226,8 @@ def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "startup_s": statistics.median([row["startup_s"] for row in rows if "startup_s" in row] or [0.0]),
         "peak_gpu_bytes": max(row.get("peak_gpu_bytes", 0) for row in rows),
         "peak_host_bytes": max(row.get("peak_host_bytes", 0) for row in rows),
+        "steady_s": min((row.get("steady_s", 0.0) for row in rows if row["status"] == "complete"), default=0.0),
+        "used_batch_size": rows[-1].get("used_batch_size"),
         "repeats": len(rows),
     }
 
@@ -201,7 +242,7 @@ def memory_of(points: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return ("peak_gpu_bytes", "GPU memory") if on_gpu else ("peak_host_bytes", "host memory")
 
 
-def _table(points: list[dict[str, Any]], swept: list[str], recommended: dict[str, Any] | None) -> list[str]:
+def _table(points: list[dict[str, Any]], swept: list[str], chosen: list[dict[str, Any]]) -> list[str]:
     kind, words = memory_of(points)
     heads = [*swept, "images/s", "from", "to", f"peak {words}", "start-up", ""]
     lines = []
@@ -213,12 +254,18 @@ def _table(points: list[dict[str, Any]], swept: list[str], recommended: dict[str
             lines.append([*cells, name, "", "", memory, "", point["reason"] or ""])
             continue
         spread = [f"{point[name]:,.1f}" if point["repeats"] > 1 else "" for name in ("slowest", "fastest")]
-        mark = "<- recommended" if point["values"] == recommended else ""
+        mark = "<- recommended" if point["values"] in chosen else ""
+        if point["values"].get("batch_size", used := point["used_batch_size"]) != used:
+            mark = f"with {used} {mark}".rstrip()
         rate = f"{point['images_per_s']:,.1f}"
         lines.append([*cells, rate, *spread, memory, f"{point['startup_s']:.1f} s", mark])
     # The last column, of reasons, is not padded.
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads) - 1)]
-    return [
+    table = [
         "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
         for line in [heads, *lines]
     ]
+    short = min((point["steady_s"] for point in points if point["images_per_s"]), default=SHORT_S)
+    if short < SHORT_S:
+        table.append(f"measured for {short:.2f} s at the least: more samples would make the rates comparable")
+    return table

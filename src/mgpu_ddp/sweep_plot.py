@@ -17,7 +17,7 @@ COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
 MAX_SERIES = len(COLOURS)
 
 
-def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], recommended: dict[str, Any] | None, to: Path) -> None:
+def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], chosen: Sequence[dict[str, Any]], to: Path) -> None:
     """Draw a sweep along `batch_size`, or else its first key; every choice of the other keys is a line."""
     along = "batch_size" if "batch_size" in swept else next(iter(swept), None)
     others = [key for key in swept if key != along]
@@ -41,19 +41,20 @@ def draw(points: Sequence[dict[str, Any]], swept: Sequence[str], recommended: di
     top = max((point["fastest"] or 0.0 for point in points), default=0.0) or 1.0
     for point in points:
         x = places[point["values"].get(along)]
-        if recommended is not None and point["values"] == recommended:
+        if point["values"] in chosen:
             y = point["images_per_s"]
             rate.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.4)
-            named = ", ".join(f"{key}={value}" for key, value in recommended.items())
-            rate.set_title(f"circled: {named or 'the only point'}, {y:,.0f} images/s", loc="left", color=INK)
+            named = ", ".join(f"{key}={value}" for key, value in point["values"].items())
+            title = f"recommended: {named}, {y:,.0f} images/s" if len(chosen) == 1 else "recommended: what is circled"
+            rate.set_title(title, loc="left", color=INK)
         elif point["images_per_s"] is None:
             rate.plot(x, 0.04 * top, "x", color=RED, markersize=9, markeredgewidth=2)
-            word = "OOM" if point["status"] == "oom" else point["status"]
+            word = {"oom": "OOM", "skipped": ""}.get(point["status"], point["status"])
             rate.annotate(word, (x, 0.04 * top), xytext=(0, 8), textcoords="offset points", ha="center", color=RED)
     rate.set_ylabel("images/s")
     rate.set_ylim(0, 1.12 * top)
-    memory.set_ylabel(f"peak {words},\nGiB".replace(" memory", "\nmemory"))
-    memory.set_ylim(0, None)
+    memory.set_ylabel(f"{words},\nGiB")
+    memory.set_ylim(0, 1.2 * max(point[kind] for point in points) / 2**30 or 1)
     memory.set_xlabel(along or "")
     if logarithmic:
         memory.set_xscale("log", base=2)

@@ -1,8 +1,13 @@
 """What jobs take over from each other, and how their memory is measured."""
 
+import gc
+import weakref
+
 import torch
 
+from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.keeping import Kept, available_bytes, peaks, reset_peaks
+from mgpu_ddp.session import forget_frames
 
 
 def test_a_thing_is_made_once_for_the_same_and_again_for_another() -> None:
@@ -43,3 +48,26 @@ def test_each_job_has_its_own_peak_of_memory() -> None:
     reset_peaks()
     assert peaks()["peak_host_bytes"] < with_it - (32 << 20)
     assert 0 < available_bytes() < 2**50
+
+
+def test_an_error_holds_nothing_of_its_job_once_it_is_told() -> None:
+    """Also what led to it: that is where the tensors were."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def hungry() -> None:
+        tensor = torch.ones(10)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError(f"no memory for {tensor.shape}")
+
+    caught: Exception | None = None
+    try:
+        try:
+            hungry()
+        except RuntimeError:
+            raise OutOfMemoryError("lower it") from None
+    except OutOfMemoryError as error:
+        caught = error
+    assert held[0]() is not None
+    forget_frames(caught)
+    gc.collect()
+    assert held[0]() is None

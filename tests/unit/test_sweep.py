@@ -27,6 +27,7 @@ def measured(images_per_s: float, gigabytes: float = 1) -> dict[str, Any]:
         "exit_code": 0,
         "images_per_s": images_per_s,
         "startup_s": 1.0,
+        "steady_s": 3.0,
         "peak_gpu_bytes": int(gigabytes * 2**30),
         "peak_host_bytes": 2**30,
     }
@@ -40,7 +41,8 @@ def sweep_of(folder: Path, *rows: tuple[Point, dict[str, Any]], stop_on_oom: boo
     keys = list(dict.fromkeys(key for point, _ in rows for key in point.values))
     sweep = Sweep(folder, keys, stop_on_oom=stop_on_oom)
     for each, outcome in rows:
-        sweep.run(each, lambda outcome=outcome: outcome)
+        used = {"batch_size": each.values.get("batch_size", 32)}
+        sweep.run(each, lambda outcome=outcome, used=used: outcome | used)
     return sweep
 
 
@@ -138,7 +140,11 @@ SHAPES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         for n in (8, 16, 32)
         for p in ("fp32", "bf16x")
     ],
-    "no number": [({"model__name": name}, measured(len(name))) for name in ("resnet18", "resnet152", "vgg16")],
+    "other work": [({"data__size": n}, measured(n)) for n in (10, 20)],
+    "work and batches": [
+        ({"model__name": name, "batch_size": n}, measured(n)) for name in ("resnet18", "vgg16") for n in (8, 16)
+    ],
+    "no number": [({"runtime__precision": name}, measured(len(name))) for name in ("fp32", "fp16xx", "bf16x")],
     "one that looks like two": [({"batch_size": size}, measured(3)) for size in (8, "auto")],
     "many lines": [({"batch_size": n, "seed": s}, measured(n + s)) for n in (8, 16) for s in range(9)],
     "nothing swept": [({}, measured(4))],
@@ -155,9 +161,29 @@ def test_every_shape_of_sweep_has_a_table_and_a_picture(
     answer = sweep.conclude(0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(sweep.points)
-    assert sum("<- recommended" in line for line in lines) == (shape != "nothing ran")
+    none = shape in ("nothing ran", "other work")
+    assert sum("<- recommended" in line for line in lines) == (2 if shape == "work and batches" else not none)
     assert answer["jobs"] == len(rows)
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + len(rows)
     with Image.open(tmp_path / "sweep.png") as picture:
         assert min(picture.size) > 500
         assert len(picture.convert("L").getcolors() or []) > 20, "an empty picture has next to no shades"
+
+
+def test_the_table_says_what_its_figures_rest_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = Sweep(tmp_path, ["batch_size"], stop_on_oom=False)
+    short = measured(5) | {"steady_s": 0.04}
+    sweep.run(point(0, batch_size="auto"), lambda: short | {"batch_size": 16})
+    sweep.run(point(1, batch_size=512), lambda: short | {"batch_size": 64})
+    sweep.conclude(0)
+    out = capsys.readouterr().out
+    assert "with 16" in out
+    assert "with 64" in out
+    assert out.endswith("measured for 0.04 s at the least: more samples would make the rates comparable\n")
+
+
+def test_a_picture_that_cannot_be_drawn_takes_nothing_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.png").mkdir()
+    answer = sweep_of(tmp_path, (point(0, batch_size=8), measured(5))).conclude(0)
+    assert answer["recommended"] == {"batch_size": 8}
+    assert "<- recommended" in capsys.readouterr().out

@@ -91,12 +91,19 @@ def read_list(data: ListConfig) -> Listing:
     )
 
 
+def _open(path: str) -> Any:
+    import pyarrow as pa
+
+    # Names need not be UTF-8.
+    return pa.OSFile(os.fsencode(path))
+
+
 def _read_text(path: str) -> Any:
     from pyarrow import csv
 
     # A path may hold commas, quotes and bytes that are not UTF-8.
     return csv.read_csv(
-        path,
+        _open(path),
         read_options=csv.ReadOptions(column_names=["path"], use_threads=False),
         parse_options=csv.ParseOptions(delimiter=NO_NAME, quote_char=False),
         convert_options=_as_bytes(),
@@ -107,9 +114,9 @@ def _read_csv(path: str) -> Any:
     from pyarrow import csv
 
     read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, read, parse, _as_bytes()) as reader:
+    with csv.open_csv(_open(path), read, parse, _as_bytes()) as reader:
         names = [name for name in ("path", "label") if name in reader.schema.names] or None
-    return csv.read_csv(path, read, parse, _as_bytes(names))
+    return csv.read_csv(_open(path), read, parse, _as_bytes(names))
 
 
 def _as_bytes(names: list[str] | None = None) -> Any:
@@ -122,6 +129,6 @@ def _as_bytes(names: list[str] | None = None) -> Any:
 def _read_parquet(path: str) -> Any:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        names = [name for name in ("path", "label") if name in file.schema_arrow.names]
-        return file.read(columns=names) if "path" in names else file.schema_arrow.empty_table()
+    table = pq.ParquetFile(_open(path), pre_buffer=False)
+    names = [name for name in ("path", "label") if name in table.schema_arrow.names]
+    return table.read(columns=names, use_threads=False) if "path" in names else table.schema_arrow.empty_table()

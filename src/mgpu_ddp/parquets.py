@@ -6,6 +6,7 @@ memory that all workers of the rank share.
 
 import mmap
 import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def index_parquet(data: ParquetConfig, path: str, *, name: str) -> Indexed:
         with _open(path) as file:
             image = _image_leaf(file.schema_arrow, data.column, path)
             rows = file.metadata.num_rows
-            named = pa.array([f"{name}/{row}" for row in range(rows)], type=pa.large_string()).cast(pa.large_binary())
+            named = pa.array([b"%s/%d" % (os.fsencode(name), row) for row in range(rows)], type=pa.large_binary())
             keys = (
                 named
                 if data.key_column is None
@@ -67,9 +68,11 @@ def index_parquet(data: ParquetConfig, path: str, *, name: str) -> Indexed:
 
 
 def _open(path: str) -> Any:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+    # Names need not be UTF-8.
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)), pre_buffer=False, page_checksum_verification=True)
 
 
 def _image_leaf(schema: Any, column: str, path: str) -> str:
@@ -199,7 +202,7 @@ class ParquetSamples(ImageSamples):
         ]
         self._places = [(number, group) for number, group, _ in groups]
         self._stops = np.cumsum([rows for _, _, rows in groups])
-        self._files: OpenShards[Any] = OpenShards(files.shards, _open, lambda file: file.close())
+        self._files: OpenShards[Any] = OpenShards(files.shards, _open, lambda file: file.close(force=True))
         self._groups = SharedGroups(max(shard.group_bytes + 9 * max(shard.groups, default=0) for shard in files.shards))
         self._broken: dict[int, str] = {}
 

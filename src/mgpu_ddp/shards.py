@@ -212,6 +212,6 @@ class OpenShards(Generic[Opened]):
 
 def _changed(shard: Shard, found: str) -> StateError:
     return StateError(
-        f"{shard.path} must stay as it was indexed, got {found}. What was committed stays valid; start again to index"
+        f"{shard.path!r} must stay as it was indexed, got {found}. What was committed stays valid; start again to index"
         " it anew."
     )

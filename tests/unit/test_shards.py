@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mgpu_ddp import parquets, preprocess
-from mgpu_ddp.config import LoaderConfig, ParquetConfig, WebDatasetConfig
+from mgpu_ddp.config import ListConfig, LoaderConfig, ParquetConfig, WebDatasetConfig
 from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.folders import read_list
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.loading import Batch, load_batches
@@ -236,7 +237,7 @@ def test_a_shard_that_changes_while_it_is_read_ends_the_job_in_one_line(
         os.utime(path)
     else:
         path.unlink()
-    with pytest.raises(StateError, match=r"1\.tar must stay as it was indexed, got ") as raised:
+    with pytest.raises(StateError, match=r"1\.tar' must stay as it was indexed, got ") as raised:
         batches(samples, world, workers=workers)
     assert "\n" not in str(raised.value)
 
@@ -369,3 +370,17 @@ def test_what_is_read_is_at_most_a_tenth_more_than_the_data(tmp_path: Path, worl
         assert all(not batch.errors for batch in found)
         read = sum(batch.read_bytes for batch in found)
         assert 0.9 < read / data <= 1.1, type(samples).__name__
+
+
+def test_files_need_no_utf8_names(tmp_path: Path, world: World) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    tar_of(folder / "x\udcfe.tar", {"a.jpg": b"1"})
+    parquet_of(tmp_path / "x.parquet", image=[b"2"]).rename(folder / "x\udcfe.parquet")
+    (folder / "x\udcfe.txt").write_bytes(b"a\xfd.jpg\n")
+    tars, columns = TarSamples(indexed(folder / "*.tar", world)), parquet_samples(folder / "*.parquet", world)
+    assert [(s.path(0), s.fetch(0)) for s in (tars, columns)] == [
+        ("x\\udcfe.tar/a.jpg", b"1"),
+        ("x\\udcfe.parquet/0", b"2"),
+    ]
+    assert read_list(ListConfig(path=str(folder / "x\udcfe.txt"))).path(0) == b"a\xfd.jpg"

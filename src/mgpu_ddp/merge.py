@@ -4,7 +4,6 @@ Each shard (`shard=i/n`) is a job of its own in a folder below DIR. Once all are
 like any other: its parts are the shards' own, under a second name, and the proof reads all of them.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from mgpu_ddp.claiming import hold_folder
 from mgpu_ddp.config import parse_shard, require
 from mgpu_ddp.durable import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.errors import Exit, MgpuError, ProofError, StateError, UsageError
-from mgpu_ddp.listing import FILE_NAME
+from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
 from mgpu_ddp.proof import prove
 
@@ -128,8 +127,9 @@ def _identity(shard: Shard) -> dict[str, Any]:
     identity["batch_size"] = shard.manifest.batch_size
     if (shard.folder / FILE_NAME).exists():
         # The listing itself: the fingerprint speaks of its first rows alone, up to the shard's last.
-        with (shard.folder / FILE_NAME).open("rb") as file:
-            identity[FILE_NAME] = hashlib.file_digest(file, "sha256").hexdigest()
+        # Not its bytes: those of tars also say when each was changed.
+        files = Listing.open(shard.folder / FILE_NAME)
+        identity[FILE_NAME] = files.digest(len(files))
     else:
         identity["listing"] = shard.manifest.fingerprint.get("listing")
     return identity

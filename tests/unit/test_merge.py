@@ -13,6 +13,7 @@ from mgpu_ddp.errors import ProofError, UsageError
 from mgpu_ddp.infer import infer
 from mgpu_ddp.job import Job
 from mgpu_ddp.keeping import Kept
+from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.merge import main, merge
 from mgpu_ddp.signals import StopWish
@@ -20,6 +21,7 @@ from mgpu_ddp.world import World
 from tests.conftest import assert_proved, make_images, read_rows
 from tests.multirank.worlds import folder, tiny
 
+OTHER = Listing.build([b"other.jpg"])
 KINDS: dict[str, dict[str, Any]] = {
     "parquet": {},
     "csv": {"output": {"format": "csv"}},
@@ -117,7 +119,8 @@ def other_model(manifest: Manifest) -> None:
             "run must hold shards of one job, got model.name='resnet50' in shard-1, 'squeezenet1_1' in",
         ),
         (spoil(move), "run must be shards of the same samples, got 'shard-0 up to 10, shard-1 from 11'."),
-        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(b"other"), "got listing.arrow="),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(OTHER.buffer), "got listing.arrow="),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(b""), "listing.arrow must be the listing this job"),
         (lambda d: (d / "shard-2" / "manifest.json").write_text("{"), "must be a readable manifest"),
     ],
 )

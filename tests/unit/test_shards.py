@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mgpu_ddp import parquets, preprocess
+from mgpu_ddp import merge, parquets, preprocess
 from mgpu_ddp.config import ListConfig, LoaderConfig, ParquetConfig, WebDatasetConfig
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.folders import read_list
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.loading import Batch, load_batches
+from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.parquets import ParquetSamples, index_parquet
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.shards import Indexed, expand, index_shards, root_of
@@ -199,6 +200,20 @@ def test_only_what_has_changed_is_indexed_again(tmp_path: Path, world: World) ->
     assert grown.refreshed
     assert grown.digest(len(known)) == known.digest(len(known)), "the same names in the same order: the same job"
     assert [TarSamples(grown).fetch(i) for i in (0, 2, 4, 8)] == [bytes(9), b"one", bytes([2]) * 9, b"four"]
+
+
+def test_shards_of_a_job_may_have_seen_their_tars_touched(tmp_path: Path, world: World) -> None:
+    tar_of(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
+    identities = []
+    for number, content in enumerate((b"1", b"1", b"one")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tar_of(tmp_path / "x.tar", {"a.jpg": content, f"{'c' if number == 2 else 'b'}.jpg": b"2"})
+        os.utime(tmp_path / "x.tar", ns=(number, number))
+        (folder / FILE_NAME).write_bytes(indexed(tmp_path / "x.tar", world).buffer)
+        manifest = Manifest(fingerprint={}, start=0, stop=2, batch_size=1)
+        identities.append(merge._identity(merge.Shard(folder=folder, manifest=manifest, number=number, count=3)))
+    assert identities[0] == identities[1] != identities[2]
 
 
 def batches(samples: ImageSamples, world: World, *, workers: int = 2, size: int = 1, block: int = 1) -> list[Batch]:

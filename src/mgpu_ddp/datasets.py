@@ -25,7 +25,7 @@ from mgpu_ddp.config import (
 from mgpu_ddp.folders import FileSamples, list_folder, read_list
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
-from mgpu_ddp.parquets import ParquetSamples, index_parquet
+from mgpu_ddp.parquets import ParquetSamples, advise_block, index_parquet
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.shards import index_shards
 from mgpu_ddp.tars import TarSamples, index_tar
@@ -144,7 +144,10 @@ def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -
     if isinstance(data, WebDatasetConfig):
         return index_shards(data.urls, partial(index_tar, data), known, world)
     if isinstance(data, ParquetConfig):
-        return index_shards(data.urls, partial(index_parquet, data), known, world)
+        files = index_shards(data.urls, partial(index_parquet, data), known, world)
+        if files is not None and config.collect == "gather" and world.size > 1:
+            advise_block(files, config.loader.block)
+        return files
     return None
 
 

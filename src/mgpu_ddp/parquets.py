@@ -4,6 +4,7 @@ A row group is read once per rank, not once per loader worker: the worker that n
 memory that all workers of the rank share.
 """
 
+import logging
 import mmap
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import Listing, Shard, as_labels
 from mgpu_ddp.ring import MAP_NORESERVE
 from mgpu_ddp.shards import Indexed, OpenShards, look_at
+
+log = logging.getLogger("mgpu_ddp")
 
 SHARED_BYTES = 1 << 30
 """Address space for row groups that workers share; memory is taken for what is in use."""
@@ -120,6 +123,14 @@ def _keys(column: Any, named: Any) -> Any:
         raise UsageError(
             f"data.key_column must hold text, bytes or whole numbers, got {column.type}. Leave it out."
         ) from None
+
+
+def advise_block(files: Listing, block: int) -> None:
+    """Say so where several ranks would each read all of a row group for some of its rows."""
+    largest = max(rows for shard in files.shards for rows in shard.groups)
+    if block < largest:
+        text = "loader.block=%d deals the rows of one row group to several ranks, and each reads all of it: try %d"
+        log.warning(text, block, 10 * largest)
 
 
 class SharedGroups:

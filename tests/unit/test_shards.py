@@ -363,6 +363,19 @@ def test_repeated_images_need_more_room_than_their_file_says(
     assert [samples.fetch(i) for i in (0, 99, 50, 49, 0)] == [JPEG] * 5
 
 
+def test_a_block_smaller_than_a_row_group_is_said(
+    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = parquet_samples(parquet_of(tmp_path / "x.parquet", 4, image=[b"x"] * 9), world).files
+    parquets.advise_block(files, 4)
+    assert "loader.block" not in caplog.text
+    parquets.advise_block(files, 3)
+    assert (
+        "loader.block=3 deals the rows of one row group to several ranks, and each reads all of it: try 40"
+        in caplog.text
+    )
+
+
 def large(i: int) -> bytes:
     """A real image with so many bytes after its end that reading dominates."""
     return JPEG + os.urandom(60_000 + i)

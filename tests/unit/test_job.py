@@ -27,7 +27,7 @@ def claimed(settings: Config, run_dir: Path, world: World) -> tuple[Claim, Sampl
     """Claim a run folder as a job does, and let go of it."""
     job = place_job(Job(name="0", config=settings, run_dir=run_dir), world)
     files = find_listing(settings, job.run_dir, afresh=job.starts_over, world=world)
-    claim = claim_job(job, build_model(settings), preprocess.plain(8), files, world)
+    claim = claim_job(job, int(settings.batch_size), build_model(settings), preprocess.plain(8), files, world)
     assert claim.held is not None
     os.close(claim.held)
     return claim, claim.samples

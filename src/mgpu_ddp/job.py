@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
-from mgpu_ddp.config import ArrayConfig, Config, Listed, pack, parse_shard, unpack
+from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, Listed, pack, parse_shard, unpack
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
+from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest, versions, write_status
 from mgpu_ddp.models import Model, precision_of, weights_digest
@@ -214,6 +215,11 @@ def claim_job(
         if isinstance(config.data, Listed):
             files = Listing.open(run_dir / FILE_NAME)
         samples = open_samples(config, files)
+        if isinstance(config.data, FolderConfig) and not os.path.isdir(str(config.data.root)):
+            raise UsageError(
+                f"data.root must be there on every node, got none at {config.data.root!r} on rank {world.rank} of"
+                f" {world.size} ({os.uname().nodename}). Mount it."
+            )
     return Claim(**shared, manifest=manifest, held=held, folder=run_dir, samples=samples)
 
 

@@ -14,7 +14,7 @@ from tests.conftest import assert_proved, read_rows
 from tests.slurm.cluster import Cluster, status_of
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-SIZE = 12000
+SIZE = 12001
 LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=240")
 MERGE = [sys.executable, "-m", "mgpu_ddp.merge"]
 
@@ -73,8 +73,8 @@ def test_a_preempted_job_on_two_nodes_comes_back_and_loses_nothing(
 
 
 def test_srun_needs_no_torchrun_and_a_killed_task_ends_the_step(cluster: Cluster, tmp_path: Path) -> None:
-    """Three tasks on two nodes, with as many rows as they cannot share evenly."""
-    command = ["srun", "-N2", "-n3", "--kill-on-bad-exit=1", *python_m(*LONG, "output.dir=killed")]
+    """Three nodes, with as many rows as they cannot share evenly."""
+    command = ["srun", "-N3", "-n3", "--kill-on-bad-exit=1", *python_m(*LONG, "output.dir=killed")]
     with (tmp_path / "stderr.txt").open("w") as err, (tmp_path / "stdout.txt").open("w") as out:
         step = subprocess.Popen(command, env=cluster.environ, cwd=tmp_path, stdout=out, stderr=err)
         cluster.wait_for(lambda: committed_rows(tmp_path / "killed") > 0)

@@ -203,7 +203,9 @@ class OpenShards(Generic[Opened]):
             raise _changed(shard, str(error.strerror if isinstance(error, OSError) else "no such file")) from None
         if now != (shard.num_bytes, shard.modified_ns):
             self._closer(opened)
-            raise _changed(shard, f"{now[0]:,} bytes instead of {shard.num_bytes:,}, or another time")
+            same_size = now[0] == shard.num_bytes
+            found = "another time of change" if same_size else f"{now[0]:,} bytes instead of {shard.num_bytes:,}"
+            raise _changed(shard, found)
         if len(self._open) >= OPEN_FILES:
             self._closer(self._open.popitem(last=False)[1])
         self._open[number] = opened

@@ -179,10 +179,14 @@ class ModelConfig:
     .pt, .pth or .safetensors: a checkpoint."""
     num_classes: int = 1000
     """Number of classes of the last layer."""
+    class_names: str | None = None
+    """A file that names the classes in the model's order: a text of one name a line, or a .json list. null: the
+    weights' own names, where they have any."""
 
     def __post_init__(self) -> None:
         _at_least("model.num_classes", self.num_classes, 1, 1000)
         require(self.weights != "", "model.weights", "null, a name or a path", "", "Leave it out for null.")
+        require(self.class_names != "", "model.class_names", "null or a file", "", "Leave it out for null.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mgpu_ddp import report
+from mgpu_ddp import metrics, report
 from mgpu_ddp.claiming import remove_unlisted
+from mgpu_ddp.classes import find_classes
 from mgpu_ddp.collect import Ending
 from mgpu_ddp.errors import Exit, ProofError, UsageError
 from mgpu_ddp.job import Claim, Job
@@ -18,6 +19,7 @@ from mgpu_ddp.models import Model
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.proof import prove, write_errors
 from mgpu_ddp.replacing import put_in_place
+from mgpu_ddp.tally import tally
 from mgpu_ddp.world import World, reason_of
 from mgpu_ddp.writing import write_error
 
@@ -60,8 +62,8 @@ def finish_job(job: Job, claim: Claim, model: Model, world: World, clock: Clock,
     Raises:
         ProofError: the folder does not hold exactly one row per sample.
     """
-    measured = report.measure(world, clock)
-    ranks = [report.RankMetrics(**values) for values in world.exchange("metrics", asdict(measured))]
+    measured = metrics.measure(world, clock)
+    ranks = [metrics.RankMetrics(**values) for values in world.exchange("metrics", asdict(measured))]
     summary: dict[str, Any] = {}
     with world.together("prove the table"):
         if world.rank == 0:
@@ -80,7 +82,7 @@ def _conclude(
     model: Model,
     world: World,
     ending: Ending,
-    ranks: Sequence[report.RankMetrics],
+    ranks: Sequence[metrics.RankMetrics],
 ) -> dict[str, Any]:
     run_dir, how = job.run_dir, job.config.output.format
     # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
@@ -107,6 +109,9 @@ def _conclude(
     manifest.complete = ending == "complete"
     manifest.write(run_dir)
     write_status(run_dir, status, manifest, reason)
+    classes = find_classes(run_dir, manifest, model.class_names)
+    classes.write(run_dir)
+    counted = tally(run_dir, manifest, classes, claim.samples)
     summary = {
         "status": status,
         "exit_code": int(code),
@@ -118,6 +123,7 @@ def _conclude(
         "missing": proof.missing,
         "duplicates": proof.duplicates,
         "predictions": [proof.rows, model.num_classes],
+        "accuracy": counted.accuracy,
         "world_size": world.size,
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
@@ -127,7 +133,10 @@ def _conclude(
     # Ranks past the first one that stopped predicted rows that nobody keeps.
     rows = sum(r.rows for r in ranks) if ending == "complete" else manifest.prefix - claim.prefix
     if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
-        summary |= report.write_metrics(run_dir, ranks, rows=rows, deterministic=job.config.runtime.deterministic)
+        accuracy = {"accuracy": counted.accuracy, "accuracy_per_class": counted.per_class(classes)}
+        summary |= metrics.write_metrics(
+            run_dir, ranks, rows=rows, deterministic=job.config.runtime.deterministic, accuracy=accuracy
+        )
     else:
         ranks = []
     if job.replaces is not None and ending == "complete":

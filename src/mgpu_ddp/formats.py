@@ -95,18 +95,12 @@ class Csv:
         types = {field.name: pa.string() if _is_list(field.type) else field.type for field in schema}
         table = self._read(path, types)
         columns = [
-            pa.array([None if v is None else json.loads(v) for v in table[field.name].to_pylist()], type=field.type)
-            if _is_list(field.type)
-            else table[field.name]
-            for field in schema
+            _parsed(table[field.name], field.type) if _is_list(field.type) else table[field.name] for field in schema
         ]
         return pa.table(columns, schema=schema)
 
     def columns(self, path: Path, names: list[str]) -> Any:
-        import pyarrow as pa
-
-        types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
-        return self._read(path, {name: types[name] for name in names})
+        return self.read(path, _narrow(names))
 
     def _read(self, path: Path, types: dict[str, Any]) -> Any:
         from pyarrow import csv
@@ -138,10 +132,7 @@ class JsonLines:
         return self._read(path, pa.schema(loose)).cast(schema)
 
     def columns(self, path: Path, names: list[str]) -> Any:
-        import pyarrow as pa
-
-        types = {"index": pa.int64(), "path": pa.string(), "error": pa.string()}
-        return self._read(path, pa.schema([(name, types[name]) for name in names]))
+        return self._read(path, _narrow(names))
 
     def _read(self, path: Path, schema: Any) -> Any:
         from pyarrow import json as arrow_json
@@ -149,6 +140,32 @@ class JsonLines:
         options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         block = arrow_json.ReadOptions(block_size=64 << 20)
         return arrow_json.read_json(path, read_options=block, parse_options=options)
+
+
+def _narrow(names: list[str]) -> Any:
+    """The schema of columns whose type is always the same."""
+    import pyarrow as pa
+
+    types = {
+        "index": pa.int64(),
+        "path": pa.string(),
+        "error": pa.string(),
+        "label": pa.int32(),
+        "pred": pa.int32(),
+        "prob": pa.float32(),
+        "topk_index": pa.list_(pa.int32()),
+    }
+    return pa.schema([(name, types[name]) for name in names])
+
+
+def _parsed(texts: Any, kind: Any) -> Any:
+    """Lists of numbers that are written as JSON."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    lists = compute.split_pattern(compute.utf8_slice_codeunits(texts.combine_chunks(), 1, -1), ", ")
+    numbers = compute.if_else(compute.equal(lists.values, "null"), None, lists.values).cast(kind.value_type)
+    return pa.ListArray.from_arrays(lists.offsets, numbers, mask=texts.combine_chunks().is_null()).cast(kind)
 
 
 def _is_list(kind: Any) -> bool:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
+from mgpu_ddp.classes import names_digest
 from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, Listed, pack, parse_shard, unpack
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
@@ -104,6 +105,7 @@ def fingerprint(config: Config, model: Model, transform: Transform, world: World
         "model.name": config.model.name,
         "model.num_classes": model.num_classes,
         "model.weights": weights_digest(model.module),
+        "model.class_names": names_digest(model.class_names) if config.model.class_names else None,
         "strategy": config.strategy,
         "runtime.device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "runtime.precision": precision_of(runtime, world.device),

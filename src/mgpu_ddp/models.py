@@ -14,6 +14,7 @@ from torch import nn
 
 from mgpu_ddp import preprocess
 from mgpu_ddp.arrays import open_array
+from mgpu_ddp.classes import read_class_names
 from mgpu_ddp.config import ArrayConfig, Config, ModelConfig, RuntimeConfig, require
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.folding import fold_batch_norms, fuse_activations
@@ -55,6 +56,11 @@ def load_model(config: Config, world: World) -> Model:
         model = build_model(config)
         if world.rank == 0:
             load_weights(model, config.model)
+            if config.model.class_names is not None:
+                names = read_class_names(Path(config.model.class_names), model.num_classes)
+                model = replace(model, class_names=names)
+    if config.model.class_names is not None:
+        model = replace(model, class_names=tuple(world.share("class names", model.class_names)))
     return model
 
 

@@ -26,6 +26,7 @@ from mgpu_ddp.world import World
 log = logging.getLogger("mgpu_ddp")
 
 Columns = dict[str, torch.Tensor]
+PACE_POINTS = 240
 NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 
 
@@ -157,6 +158,9 @@ class Clock:
     """Rows whose batch was split for lack of memory."""
     first_at: float = 0.0
     ended: float = 0.0
+    pace: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds since the job began, rows done by then), at most `PACE_POINTS` of them."""
+    _pace_s: float = 0.0
     _warm_at: float = 0.0
     _warm_rows: int = 0
 
@@ -179,6 +183,12 @@ class Clock:
         self.batch_s.append(now - (self.ended or self.started))
         self.rows += rows
         self.ended = now
+        if not self.pace or now - self.began >= self.pace[-1][0] + self._pace_s:
+            self.pace.append((now - self.began, self.rows))
+            if len(self.pace) == PACE_POINTS:
+                # Every second one goes, and the next come at half the pace.
+                self._pace_s = 2 * (self.pace[-1][0] - self.pace[0][0]) / PACE_POINTS
+                del self.pace[1:-1:2]
         for stage, seconds in workers.items():
             self.stage(stage, seconds)
 

@@ -15,7 +15,19 @@ from mgpu_ddp.listing import FILE_NAME
 from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest
 
 NEXT, READY, OLD = ".next", ".ready", ".old"
-RESULT = (PARTS, ARRAY, FILE_NAME, ".hydra", "logs", "errors.jsonl", "metrics.json", MANIFEST, "status.json")
+RESULT = (
+    PARTS,
+    ARRAY,
+    FILE_NAME,
+    ".hydra",
+    "logs",
+    "errors.jsonl",
+    "metrics.json",
+    "classes.json",
+    "report.html",
+    MANIFEST,
+    "status.json",
+)
 """What a job leaves in its folder, in the order in which it moves in; it moves out against it."""
 
 

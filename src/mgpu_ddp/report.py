@@ -1,4 +1,4 @@
-"""What people and scripts see: progress while the job runs, then a table, a JSON line and two files."""
+"""What people and scripts see: progress while the job runs, then a table and a JSON line."""
 
 import json
 import logging
@@ -7,34 +7,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from mgpu_ddp.config import Config
 from mgpu_ddp.decoding import decode_of
-from mgpu_ddp.durable import replace_json
-from mgpu_ddp.keeping import peaks
+from mgpu_ddp.metrics import RankMetrics
 from mgpu_ddp.models import precision_of
-from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
 from mgpu_ddp.writing import write_error
 
 log = logging.getLogger("mgpu_ddp")
-
-REMEDIES = {
-    "generate": "raise loader.workers: fake images are made on the CPU",
-    "read": "raise loader.workers or move the images to faster storage",
-    "decode": "raise loader.workers or give the job more CPU cores",
-    "resize": "raise loader.workers or give the job more CPU cores",
-    "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or runtime.decode=cpu with many CPU cores",
-    "forward": "raise batch_size, or lower runtime.precision on a GPU",
-    "collect and write": "set output.collect=shards or write fewer output.fields",
-    "waiting for peers": "look at the slowest rank in metrics.json",
-}
 
 RANK_COLUMNS = ("rows", "images/s", "load wait", "gpu input", "predict", "peers wait", "gather", "write")
 MAX_RANKS_SHOWN = 32
@@ -138,124 +123,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankMetrics:
-    """What one rank measured; seconds are wall time of its main thread unless said otherwise."""
-
-    rank: int
-    rows: int
-    errors: int
-    nonfinite: int
-    """Error rows for outputs that held NaN or Inf."""
-    split_rows: int
-    """Rows whose batch was split for lack of memory."""
-    images_per_s: float
-    """After the first batches, which pay for warming up."""
-    steady_rows: int
-    steady_s: float
-    startup_s: float
-    """From the start of the job to the first prediction. The process's first job begins with the process."""
-    wall_s: float
-    """From the start of the job to the end of the loop."""
-    reused: tuple[str, ...]
-    """What the job before, in a sweep, had made: model (its weights), predictor (on its device, compiled)."""
-    wait_s: float
-    """Waiting for the loader."""
-    input_s: float
-    """Waiting for model input to be made on the GPU."""
-    predict_s: float
-    peers_s: float
-    """Waiting for the windows of all ranks."""
-    gather_s: float
-    """Of the collecting thread."""
-    write_s: float
-    """Of the collecting thread."""
-    workers_s: dict[str, float]
-    """Of the loader workers together, per stage."""
-    read_bytes: int
-    """That the loader workers asked the kernel for."""
-    batch_p50_ms: float
-    batch_p95_ms: float
-    peak_host_bytes: int
-    peak_gpu_bytes: int
-
-
-def measure(world: World, clock: Clock) -> RankMetrics:
-    wall_s = time.perf_counter() - clock.began
-    steady_rows, steady_s = clock.steady
-    batch_ms = np.array(clock.batch_s[1:] or clock.batch_s or [0.0]) * 1e3
-    return RankMetrics(
-        rank=world.rank,
-        rows=clock.rows,
-        errors=clock.errors,
-        nonfinite=clock.nonfinite,
-        split_rows=clock.split_rows,
-        images_per_s=steady_rows / steady_s if steady_s else 0.0,
-        steady_rows=steady_rows,
-        steady_s=steady_s,
-        startup_s=clock.first_at - clock.began if clock.rows else wall_s,
-        wall_s=wall_s,
-        reused=clock.reused,
-        wait_s=clock.wait_s,
-        input_s=clock.input_s,
-        predict_s=clock.predict_s,
-        peers_s=clock.peers_s,
-        gather_s=clock.gather_s,
-        write_s=clock.write_s,
-        workers_s=clock.workers_s,
-        read_bytes=clock.read_bytes,
-        batch_p50_ms=float(np.percentile(batch_ms, 50)),
-        batch_p95_ms=float(np.percentile(batch_ms, 95)),
-        **peaks(),
-    )
-
-
-def bottleneck(ranks: Sequence[RankMetrics]) -> str:
-    """The stage that the loop waited for most, over all ranks."""
-    waits = {
-        "loading": sum(r.wait_s for r in ranks),
-        "gpu input": sum(r.input_s for r in ranks),
-        "forward": sum(r.predict_s for r in ranks),
-        "collect and write": sum(r.peers_s for r in ranks),
-    }
-    worst = max(waits, key=lambda stage: waits[stage])
-    if worst == "loading":
-        stages: dict[str, float] = {}
-        for rank in ranks:
-            for stage, seconds in rank.workers_s.items():
-                stages[stage] = stages.get(stage, 0.0) + seconds
-        return max(stages, key=lambda stage: stages[stage], default="read")
-    if worst == "collect and write" and sum(r.write_s for r in ranks) < waits[worst] / 2:
-        return "waiting for peers"
-    return worst
-
-
-def write_metrics(run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, deterministic: bool) -> dict[str, Any]:
-    """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
-    wall_s = max(r.wall_s for r in ranks)
-    steady_s = max(r.steady_s for r in ranks)
-    stage = bottleneck(ranks)
-    together: dict[str, Any] = {
-        "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,
-        "images_per_s_with_startup": rows / wall_s,
-        "wall_s": wall_s,
-        "steady_s": steady_s,
-        "startup_s": max(r.startup_s for r in ranks),
-        "reused": list(ranks[0].reused),
-        "rows_this_run": rows,
-        "nonfinite": sum(r.nonfinite for r in ranks),
-        "split_rows": sum(r.split_rows for r in ranks),
-        "read_bytes": sum(r.read_bytes for r in ranks),
-        "deterministic": deterministic,
-        "peak_gpu_bytes": max(r.peak_gpu_bytes for r in ranks),
-        "peak_host_bytes": max(r.peak_host_bytes for r in ranks),
-        "bottleneck": stage,
-        "remedy": REMEDIES[stage],
-    }
-    replace_json(run_dir / "metrics.json", {**together, "ranks": [asdict(r) for r in ranks]})
-    return together
-
-
 def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
     """The table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
     counts = ", ".join(f"{summary[name]:,} {name}" for name in ("ok", "errors", "missing", "duplicates"))
@@ -264,6 +131,10 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
         f"{summary['samples']:,} samples: {counts}",
     ]
+    accuracy = summary["accuracy"]
+    if accuracy and accuracy["compared"]:
+        top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"
+        lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {accuracy['compared']:,} rows ({accuracy['how']})")
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
         start = f"{overall:,.1f} with {summary['startup_s']:.1f} s of start-up"

@@ -16,6 +16,7 @@ from mgpu_ddp.errors import Exit, ProofError, UsageError
 from mgpu_ddp.job import Claim, Job
 from mgpu_ddp.manifest import Manifest, write_status
 from mgpu_ddp.models import Model
+from mgpu_ddp.page import THUMBNAILS, write_page
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.proof import prove, write_errors
 from mgpu_ddp.replacing import put_in_place
@@ -111,7 +112,7 @@ def _conclude(
     write_status(run_dir, status, manifest, reason)
     classes = find_classes(run_dir, manifest, model.class_names)
     classes.write(run_dir)
-    counted = tally(run_dir, manifest, classes, claim.samples)
+    counted = tally(run_dir, manifest, classes, claim.samples, num_picked=THUMBNAILS)
     summary = {
         "status": status,
         "exit_code": int(code),
@@ -139,6 +140,7 @@ def _conclude(
         )
     else:
         ranks = []
+    write_page(run_dir, manifest, classes, counted, claim.samples, home=job.home)
     if job.replaces is not None and ending == "complete":
         put_in_place(job.replaces)
     report.print_table(summary, ranks)

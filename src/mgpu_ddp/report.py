@@ -1,4 +1,7 @@
-"""What people and scripts see: progress while the job runs, then a table and a JSON line."""
+"""What people and scripts see: progress while the job runs, then a table and a JSON line.
+
+`python -m mgpu_ddp.report run=DIR` makes the page of a finished job again.
+"""
 
 import json
 import logging
@@ -165,3 +168,9 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
 def print_summary(summary: dict[str, Any]) -> None:
     """One JSON line on stdout. Rank 0 only."""
     print(json.dumps(summary), flush=True)
+
+
+if __name__ == "__main__":
+    from mgpu_ddp.page import main
+
+    main()

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from mgpu_ddp.page import main, rebuild
-from tests.cli.starting import SMALL_IMAGES, committed_rows, python_m, run, started, torchrun, wait_until
+from tests.cli.starting import BIN, SMALL_IMAGES, committed_rows, python_m, run, started, torchrun, wait_until
 from tests.conftest import assert_proved, make_images, read_rows
 
+DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 SCRIPT = "<script>alert(1)<"
 NAMES = [*(f"class{i}" for i in range(6)), "</title><script>alert(2)</script>", *(f"<img src=x{i}>" for i in range(5))]
 BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
@@ -125,10 +126,6 @@ def test_the_page_is_made_again(finished: Path, monkeypatch: pytest.MonkeyPatch)
     page = finished / "out" / "report.html"
     before = page.read_text()
     page.unlink()
-    again = run([sys.executable, "-m", "mgpu_ddp.report", "run=out"], finished)
-    assert again.code == 0, again.err
-    assert again.summary == {"report": str(page)}
-    assert page.read_text() == before
     (finished / "photos").rename(finished / "elsewhere")
     monkeypatch.chdir(finished)
     rebuild(["run=out"])
@@ -136,6 +133,20 @@ def test_the_page_is_made_again(finished: Path, monkeypatch: pytest.MonkeyPatch)
     (finished / "elsewhere").rename(finished / "photos")
     rebuild(["run=out"])
     assert page.read_text() == before
+
+
+def test_the_recipe_runs(tmp_path: Path) -> None:
+    make_images(tmp_path / "photos", 12)
+    recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(recipes) == 1
+    # As it stands, but for a model that is large for this.
+    small = " ".join(setting for setting in SMALL_IMAGES if not setting.startswith("model.num_classes"))
+    recipe = recipes[0].replace("mgpu-infer", f"mgpu-infer {small}")
+    (tmp_path / "recipe").write_text(f"set -eu\nPATH={BIN}:$PATH\n{recipe}")
+    ended = run(["bash", "recipe"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.summary == {"report": str(tmp_path / "out" / "report.html")}
+    assert "class folders and classes of the same name, 3 of them" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("argument", ["run=nowhere", "run=photos", "out", "run="])

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mgpu_ddp.claiming import hold_folder
+from mgpu_ddp.classes import CLASSES
 from mgpu_ddp.config import parse_shard, require
 from mgpu_ddp.durable import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.errors import Exit, MgpuError, ProofError, StateError, UsageError
@@ -150,8 +151,9 @@ def _merge(run_dir: Path, shards: list[Shard], how: str) -> dict[str, Any]:
         replace_file(run_dir / ARRAY, lambda file: _join_arrays(file, shards, last.stop - first.start))
     else:
         _link_parts(run_dir, shards)
-    if (shards[0].folder / FILE_NAME).exists():
-        _link(shards[0].folder / FILE_NAME, run_dir / FILE_NAME)
+    for name in (FILE_NAME, CLASSES):
+        if (shards[0].folder / name).exists():
+            _link(shards[0].folder / name, run_dir / name)
     merged = replace(
         last,
         start=first.start,

@@ -65,6 +65,11 @@ def rebuild(argv: list[str]) -> Path:
         samples = _samples(run_dir, manifest)
         counted = tally(run_dir, manifest, classes, samples, num_picked=THUMBNAILS)
         return _write(run_dir, manifest, classes, counted, samples, home=run_dir, thumbnails_s=math.inf)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(
+            f"run must hold what a job has written, got {value!r} ({why}). Start that job again."
+        ) from None
     finally:
         os.close(held)
 

@@ -188,7 +188,6 @@ def _read_array(
         index = np.arange(first, stop)
         logits = np.array(array[first - manifest.start : stop - manifest.start])
         bad = np.isin(index, failed)
-        logits[bad] = 0
         pred = logits.argmax(axis=1)
         top = logits[np.arange(len(index)), pred]
         label = [-1 if samples is None else samples.known_label(i) for i in index.tolist()]

@@ -149,6 +149,42 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
     assert "class folders and classes of the same name, 3 of them" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.json", "["),
+        ("metrics.json", '{"ranks": [{}]}'),
+        ("status.json", "[1]"),
+        ("classes.json", "{}"),
+        ("manifest.json", '{"fingerprint": {}, "start": 0, "stop": 1, "batch_size": 1, "parts": []}'),
+        ("listing.arrow", "no"),
+        ("predictions", ""),
+    ],
+)
+def test_a_folder_that_was_spoiled_is_refused_in_one_line(
+    finished: Path,
+    tmp_path: Path,
+    file: str,
+    content: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    if file == "predictions":
+        next((tmp_path / "out" / "predictions").iterdir()).write_bytes(b"")
+    else:
+        (tmp_path / "out" / file).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", f"run={tmp_path / 'out'}"])
+    if file == "listing.arrow":
+        main()
+        assert "<img" not in (tmp_path / "out" / "report.html").read_text()
+        return
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert re.fullmatch(r"mgpu_ddp: .* must .*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("argument", ["run=nowhere", "run=photos", "out", "run="])
 def test_what_is_no_run_folder_is_refused(
     finished: Path, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,7 @@ from mgpu_ddp.keeping import Kept
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.merge import main, merge
+from mgpu_ddp.page import rebuild
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World
 from tests.conftest import assert_proved, make_images, read_rows
@@ -65,6 +66,8 @@ def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path
         assert np.load(run_dir / "predictions.npy").tobytes() == np.load(whole / "predictions.npy").tobytes()
     else:
         assert read_rows(run_dir) == read_rows(whole)
+    rebuild([f"run={run_dir}"])
+    assert "31 of 31" in (run_dir / "report.html").read_text()
     before = (run_dir / "manifest.json").read_bytes()
     run(world, run_dir, data=folder(shards / "images"), **KINDS[kind])
     assert json.loads(before)["parts"] == json.loads((run_dir / "manifest.json").read_text())["parts"], "nothing to do"

@@ -69,7 +69,7 @@ class Classes:
     def label_name(self, number: int) -> str:
         if self.label_names and 0 <= number < len(self.label_names):
             return self.label_names[number]
-        return f"label {number}" if self.num_labels is not None else self.name(number)
+        return str(number) if self.num_labels is not None else self.name(number)
 
     def compare(self) -> tuple[npt.NDArray[np.int64] | None, str]:
         """(int64 (labels,): the class that each label means, or -1; in words what is compared with what).
@@ -88,7 +88,8 @@ class Classes:
                 lacking = f"; {rest:,} folders are not compared, no class has their name alone" if rest else ""
                 return class_of, f"class folders and classes of the same name, {known:,} of them{lacking}"
         if self.num_labels == self.num_classes:
-            return np.arange(self.num_classes), "labels in the order of their names and classes in the model's order"
+            order = "folders in the order of their names" if self.label_names else "labels in their order"
+            return np.arange(self.num_classes), f"{order} and classes in the model's"
         named = "no name in common" if self.names and self.label_names else "no names on both sides"
         return None, f"{self.num_labels:,} classes of the data and {self.num_classes:,} of the model, {named}"
 

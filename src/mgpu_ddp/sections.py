@@ -134,7 +134,7 @@ def accuracy(counted: Tally, named: Classes) -> Html:
         for row in worst[:LABELS_SHOWN]
     ]
     shown = f"{min(len(worst), LABELS_SHOWN):,} of {len(worst):,} classes, the worst first"
-    titles = ["class", "", "top-1", "top-5", "rows"]
+    titles = ["label", "", "top-1", "top-5", "rows"]
     whole = tag("details", tag("summary", shown), table(titles, rows, numbers=".wnnn"), open="open")
     return joined([*head, tag("p", tag("b", found), of), whole])
 

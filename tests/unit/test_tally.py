@@ -131,6 +131,7 @@ def test_a_folder_without_rows_counts_nothing(tmp_path: Path) -> None:
         (NAMES[:2], 2, [0, 1], "same name, 2 of them"),
         (("CRANE", "owl "), 2, [-1, 6], "1 folders are not compared"),
         (("n01", "n02", "n03", "n04", "n05", "n06", "n07", "n08"), 8, list(range(8)), "in the order of their names"),
+        (None, 8, list(range(8)), "labels in their order and classes in the model's"),
         (None, 10, None, "10 classes of the data and 8 of the model, no names on both sides"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 SOAK = Path(__file__).parents[2] / "scripts" / "soak"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ten_kills_cost_no_row() -> None:
     command = [sys.executable, str(SOAK), "kills", "--count", "10", "--seconds", "120", "--seed", "7"]

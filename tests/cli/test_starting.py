@@ -66,7 +66,7 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     assert np.load(tmp_path / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
     refused = run(mgpu_infer("batch_size=0"), tmp_path)
     assert refused.code == 2
-    assert "batch_size must be at least 1, got 0" in refused.err
+    assert "batch_size must be at least 1 or auto, got 0" in refused.err
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "x.jpg").write_bytes(b"no")
@@ -85,6 +85,7 @@ def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
         assert ended.out.count(f"\n{key}  (") == 1, key
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_wheel_runs_in_an_environment_that_holds_nothing_else(tmp_path: Path) -> None:
     """pyproject names every package that is imported, and the wheel carries the configuration."""

@@ -127,6 +127,7 @@ def test_a_sweep_in_one_allocation(cluster: Cluster, tmp_path: Path) -> None:
     assert_proved(sweep / "1", 30)
 
 
+@pytest.mark.slow
 def test_a_sweep_with_an_allocation_for_each_job(cluster: Cluster, tmp_path: Path) -> None:
     command = python_m(*SMALL, "data.size=30", "--multirun", "batch_size=3,-1,6", "hydra.sweep.dir=sweep")
     settings = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.partition=all")

@@ -6,6 +6,7 @@ every write is torn once. CSV and JSON Lines, which differ in the bytes of a par
 
 import functools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -33,7 +34,8 @@ from tests.unit.crashing import CLASS_NAMES, HOWS, SCENARIOS, Ended, Job, attemp
 from tests.unit.disk import Steps, watching
 
 REPOSITORY = Path(__file__).parents[2]
-EVERY = {"parquet": 1, "npy": 1, "csv": 3, "jsonl": 3}
+THOROUGH = "MGPU_DDP_EVERY_STEP" in os.environ
+EVERY = {"parquet": 1, "npy": 1, "csv": 3, "jsonl": 3} if THOROUGH else {"parquet": 4, "npy": 3, "csv": 5, "jsonl": 5}
 LENGTHS = 20
 JOB = Job(how="csv", numbers=tuple(range(6)), unreadable=frozenset({1}))
 

@@ -19,6 +19,9 @@ from tests.conftest import assert_proved, make_images, read_rows
 from tests.multirank.worlds import Case, ended, folder, run_world, tiny
 from tests.sources import Source, sources
 
+# Three rounds of worlds over every source; tests/cli/test_data.py runs each of them once.
+pytestmark = pytest.mark.slow
+
 COUNT = 47
 BLOCKS = (4, 100)
 NAMES = ("list", "webdataset", "parquet")

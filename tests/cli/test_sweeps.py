@@ -171,6 +171,7 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
     assert not (tmp_path / "sweep" / "1").exists()
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path) -> None:
     """Optuna's sampler is random: two ranks that asked it would run different jobs."""
     draw = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "batch_size=range(1,9)")

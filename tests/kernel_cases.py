@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
 
 from mgpu_ddp import kernels, preprocess
+from mgpu_ddp.kernels import Images
 from mgpu_ddp.preprocess import Transform
 
 
@@ -31,6 +32,14 @@ def picture(height: int, width: int, seed: int) -> torch.Tensor:
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     pixels[:, width // 2 :] = smooth[:, width // 2 :]
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def packed(images: Sequence[torch.Tensor], device: str = "cpu") -> Images:
+    """Images of any size in one buffer, on a device."""
+    sizes = np.array([image.shape[1:] for image in images], dtype=np.int64).reshape(-1, 2)
+    starts = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
+    data = torch.cat([torch.empty(0, dtype=torch.uint8), *(image.flatten() for image in images)]).to(device)
+    return Images(data=data, starts=starts, heights=sizes[:, 0], widths=sizes[:, 1])
 
 
 def oracle(image: torch.Tensor, orientation: int, transform: Transform) -> torch.Tensor:

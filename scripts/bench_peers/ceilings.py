@@ -2,7 +2,8 @@
 
 generate  FakeData in as many processes as the loader has workers
 read      the loader's workers pack the bytes of files into batches, and nobody decodes them
-decode    nvJPEG on bytes that lie in memory: batches of 256 and 512 by one and by two threads, the best
+decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, in one, two and three at a
+          time, and torchvision's decode_jpeg in one and two, the best of all
 forward   the prepared model over batches that lie on the device
 """
 
@@ -12,26 +13,31 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 
+import numpy as np
 import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.datasets import FakeSamples, FileSamples
-from mgpu_ddp.decoding import decode_batch
+from mgpu_ddp.jpeg import read_header
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches, num_workers
 from mgpu_ddp.models import DTYPES, build_model, precision_of, prepare
+from mgpu_ddp.nvjpeg import Decoder, Planes
 from mgpu_ddp.predict import held_batches
 from mgpu_ddp.preprocess import imagenet, plain
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.world import World, choose_device, join
 
-DECODE_BATCHES, DECODE_THREADS = (256, 512), (1, 2)
+DECODE_BATCHES, DECODE_THREADS = (256, 512), (1, 2, 3)
 DECODED_AHEAD = 8192
 """Different files that are decoded over and over."""
 FORWARD_BATCHES = 4
@@ -102,30 +108,57 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
 
 
 def decode(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Files per second of nvJPEG, by batch size and threads."""
+    """Files per second, by decoder, batch size and threads."""
     paths = sorted(Path(args.root).rglob("*.jpg"))[:DECODED_AHEAD]
     data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
+    headers = [read_header(path.read_bytes()) for path in paths]
+    sizes = np.array([(h.height, h.width, *reversed(h.chroma)) for h in headers if h is not None])
+    where = np.array([(each.data_ptr(), len(each)) for each in data])
+
+    def engines(first: int, last: int, decoder: Decoder, stream: torch.cuda.Stream) -> None:
+        planes = Planes.empty(*sizes[first:last].T, device)
+        stream.synchronize()
+        decoder.decode(*where[first:last].T, planes, stream)
+        to_rgb(planes)
+
+    def theirs(first: int, last: int, _decoder: Decoder, _stream: torch.cuda.Stream) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            decode_jpeg(data[first:last], mode=ImageReadMode.RGB, device=device)
+
+    from mgpu_ddp.colours import to_rgb
+
     return {
-        f"{size} by {threads}": _decode(data, size, threads, device, args.seconds / 2)
+        f"{name}, {size} by {threads}": _decode(step, len(data), size, threads, device, args.seconds / 2)
+        for name, step in (("nvJPEG", engines), ("torchvision", theirs))
         for size in DECODE_BATCHES
         for threads in DECODE_THREADS
+        if step is engines or threads < 3
     }
 
 
-def _decode(data: list[torch.Tensor], size: int, threads: int, device: torch.device, seconds: float) -> float:
-    streams = itertools.cycle([torch.cuda.Stream(device) for _ in range(threads)])
-    batches = itertools.cycle([data[i : i + size] for i in range(0, len(data) - size + 1, size)] or [data])
+def _decode(
+    step: Callable[..., None], total: int, size: int, threads: int, device: torch.device, seconds: float
+) -> float:
+    lanes = SimpleQueue()
+    for _ in range(threads):
+        lanes.put((Decoder(device), torch.cuda.Stream(device)))
+    firsts = itertools.cycle(range(0, total - size + 1, size) or [0])
 
-    def one(batch: list[torch.Tensor], stream: torch.cuda.Stream) -> int:
+    def one(first: int) -> int:
+        decoder, stream = lanes.get()
+        last = min(first + size, total)
         with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
-            return len(decode_batch(batch, device))
+            step(first, last, decoder, stream)
+        lanes.put((decoder, stream))
+        return last - first
 
     def steps() -> Generator[int]:
         with ThreadPoolExecutor(threads) as pool:
-            pending = deque(pool.submit(one, next(batches), next(streams)) for _ in range(2 * threads))
+            pending = deque(pool.submit(one, next(firsts)) for _ in range(2 * threads))
             while True:
                 yield pending.popleft().result()
-                pending.append(pool.submit(one, next(batches), next(streams)))
+                pending.append(pool.submit(one, next(firsts)))
 
     return _rate(steps(), seconds, lambda: torch.cuda.synchronize(device))
 

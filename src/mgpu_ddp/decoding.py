@@ -1,25 +1,31 @@
 """Batches → model input on a GPU, on streams and in threads of their own, while the model runs the batch before.
 
-nvJPEG decodes whole batches, by torchvision, and one kernel makes model input of them. What it refuses, Pillow
-decodes here, as the loader's workers do with all that does not look like a plain JPEG.
+nvJPEG decodes whole batches, and two kernels make model input of them: the levels of every pixel are those that Pillow
+would yield. What nvJPEG refuses, Pillow decodes here, as the loader's workers do with all that is no plain JPEG.
 """
 
-import itertools
+import functools
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from mgpu_ddp.config import Config, Listed, require
-from mgpu_ddp.loading import Batch, Jpegs, reason_of
+from mgpu_ddp.loading import Batch, Integers, Jpegs, reason_of
+from mgpu_ddp.nvjpeg import Decoder, JpegError, Planes, library
 from mgpu_ddp.preprocess import Transform, decode, imagenet
 
+Thing = TypeVar("Thing")
 MAX_DECODED_PIXELS = 1 << 30
 """That are decoded at once, to bound memory: three bytes each."""
+DECODERS = 2
+"""Batches that are decoded at once: one leaves the engines idle now and then, three get into each other's way."""
 
 
 def decode_of(config: Config, device: torch.device) -> str:
@@ -29,24 +35,45 @@ def decode_of(config: Config, device: torch.device) -> str:
         UsageError: the GPU was asked for in vain.
     """
     may, wanted = device.type == "cuda" and isinstance(config.data, Listed), config.runtime.decode
-    rule = "cpu or auto but for image files on a CUDA device"
+    rule = "cpu or auto but for image files on a CUDA device, with nvJPEG (torchvision's CUDA wheels bring it)"
+    may = may and (wanted == "cpu" or library() is not None)
     require(may or wanted != "gpu", "runtime.decode", rule, wanted, "Leave it out.")
     return "gpu" if may and wanted != "cpu" else "cpu"
 
 
+@functools.cache
+def decoders(device: torch.device) -> "SimpleQueue[Decoder]":
+    """The decoders of a device that are not at work: made once per process, for that takes a while."""
+    idle: SimpleQueue[Decoder] = SimpleQueue()
+    for _ in range(DECODERS):
+        idle.put(Decoder(device))
+    return idle
+
+
+@contextmanager
+def _one_of(idle: "SimpleQueue[Thing]") -> Iterator[Thing]:
+    """Take a thing, once one is idle, and give it back."""
+    thing = idle.get()
+    try:
+        yield thing
+    finally:
+        idle.put(thing)
+
+
 def warm_up(device: torch.device) -> Future[None]:
-    """Start what the first batch would wait for, beside other work: the device, the decoder and the kernel."""
+    """Start what the first batch would wait for, beside other work: the device, the decoders and the kernels."""
 
     def run() -> None:
-        from torchvision.io import encode_jpeg
-
+        from mgpu_ddp.colours import to_rgb
         from mgpu_ddp.kernels import preprocess_images
 
-        transform, jpeg = imagenet(224), encode_jpeg(torch.zeros(3, 64, 64, dtype=torch.uint8))
+        decoders(device)
+        side = np.array([8], dtype=np.int64)
+        planes = Planes.empty(side, side, side * 0 + 2, side * 0 + 2, device)
         out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
         for layout in (torch.channels_last, torch.contiguous_format):
             out = out.contiguous(memory_format=layout)
-            preprocess_images(decode_batch([jpeg], device), [1], transform, out=out, places=[0])
+            preprocess_images(to_rgb(planes), [1], imagenet(224), out=out, places=[0])
         torch.cuda.synchronize(device)
 
     pool = ThreadPoolExecutor(1)
@@ -55,137 +82,112 @@ def warm_up(device: torch.device) -> Future[None]:
     return started
 
 
-def decode_batch(data: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Decode JPEGs by nvJPEG: uint8 (3, height, width) on the device each.
-
-    Raises:
-        RuntimeError: it refuses one of them.
-    """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    with warnings.catch_warnings():
-        # torchvision means to drop its decoders one day; until then they are what a plain install brings.
-        warnings.simplefilter("ignore")
-        return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decoded:
-    """What became of a batch's encoded images; its GPU memory belongs to `stream`.
+class Ready:
+    """Model input that is ready once `made` has happened on its device."""
 
-    `images`: uint8 (3, height, width) each; image i is number `numbers[i]` of the batch's. `ready`: rows of the
-    batch's pixels that hold what goes to the model.
-    """
+    images: torch.Tensor
+    made: torch.cuda.Event
 
-    images: list[torch.Tensor]
-    numbers: list[int]
-    ready: list[int]
-    stream: torch.cuda.Stream
+    def on_current_stream(self) -> torch.Tensor:
+        """The images (batch_size, 3, height, width) for work that is queued from now on."""
+        current = torch.cuda.current_stream(self.images.device)
+        current.wait_event(self.made)
+        self.images.record_stream(current)
+        return self.images
 
 
 class GpuInput:
-    """Makes model input of batches: `decode` in threads beside the model's, then `finish` in its own."""
+    """Makes model input of batches, several at a time, each in a thread of its own and on a stream of its own."""
 
-    THREADS = 2
-    """One waits for the decoder while the other has it, so that it is never idle between two batches."""
+    THREADS = DECODERS + 1
+    """One prepares and finishes batches while the others wait for the decoders."""
 
     def __init__(self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         self._transform, self._device, self._dtype = transform, device, dtype
         self._channels_last = channels_last
-        # Streams of their own: nvJPEG must not overtake work that is queued on the model's.
-        self._streams = itertools.cycle([torch.cuda.Stream(device) for _ in range(self.THREADS)])
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        for _ in range(self.THREADS):
+            self._streams.put(torch.cuda.Stream(device))
 
     @torch.inference_mode()
-    def decode(self, batch: Batch, clock: Callable[[str, float], None]) -> Decoded:
-        """Decode a batch's encoded images; bad samples that show up are added to its errors."""
-        started = time.perf_counter()
-        stream = next(self._streams)
-        jpegs = batch.jpegs
-        if jpegs is None or not jpegs.data:
-            ready = list(range(len(batch.pixels if jpegs is None else batch.index)))
-            return Decoded(images=[], numbers=[], ready=ready, stream=stream)
-        images: list[torch.Tensor] = []
-        numbers: list[int] = []
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            for portion in _portions(jpegs.sizes):
-                for number, image in zip(portion, self._decode([jpegs.data[i] for i in portion]), strict=True):
-                    if image is None:
-                        self._decode_on_cpu(batch, jpegs, number)
-                    else:
-                        images.append(image)
-                        numbers.append(number)
-        decoded = {jpegs.places[number] for number in numbers}
-        clock("gpu decode", time.perf_counter() - started)
-        return Decoded(
-            images=images,
-            numbers=numbers,
-            ready=[place for place in range(len(batch.index)) if place not in decoded],
-            stream=stream,
-        )
+    def make(self, batch: Batch, clock: Callable[[str, float], None]) -> Ready:
+        """Decode what is encoded and preprocess; bad samples that show up are added to the batch's errors."""
+        with _one_of(self._streams) as stream, torch.cuda.device(self._device), torch.cuda.stream(stream):
+            if batch.jpegs is None:
+                images = self._normalise(batch.pixels.to(self._device, non_blocking=True))
+            else:
+                images = self._decode_all(batch, batch.jpegs, clock)
+            made = torch.cuda.Event()
+            made.record()
+        return Ready(images=images, made=made)
 
-    @torch.inference_mode()
-    def finish(self, batch: Batch, decoded: Decoded) -> torch.Tensor:
-        """Model input (batch_size, 3, height, width), ready once the current stream gets to it."""
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.device(self._device), torch.cuda.stream(decoded.stream):
-            images = self._fill(batch, decoded)
-        current.wait_stream(decoded.stream)
-        images.record_stream(current)
-        return images
-
-    def _fill(self, batch: Batch, decoded: Decoded) -> torch.Tensor:
-        if batch.jpegs is None:
-            return self._normalise(batch.pixels.to(self._device, non_blocking=True))
+    def _decode_all(self, batch: Batch, jpegs: Jpegs, clock: Callable[[str, float], None]) -> torch.Tensor:
+        from mgpu_ddp.colours import to_rgb
         from mgpu_ddp.kernels import preprocess_images
 
-        jpegs, shape = batch.jpegs, (len(batch.pixels), 3, *self._transform.out_size)
+        shape = (len(batch.pixels), 3, *self._transform.out_size)
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
         images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout).zero_()
-        preprocess_images(
-            decoded.images,
-            [jpegs.orientations[number] for number in decoded.numbers],
-            self._transform,
-            out=images,
-            places=[jpegs.places[number] for number in decoded.numbers],
-        )
-        if decoded.ready:
-            pixels = batch.pixels[decoded.ready].to(self._device)
-            images[torch.tensor(decoded.ready, device=self._device)] = self._normalise(pixels)
+        by_pixels = np.ones(len(batch.index), dtype=bool)
+        by_pixels[jpegs.places] = False
+        for portion in _portions(jpegs.heights * jpegs.widths):
+            for numbers, planes in self._decode(jpegs, portion, clock):
+                places = jpegs.places[numbers]
+                if planes is None:
+                    self._decode_on_cpu(batch, jpegs, int(numbers[0]))
+                    by_pixels[places] = True
+                else:
+                    orientations = jpegs.orientations[numbers]
+                    preprocess_images(to_rgb(planes), orientations, self._transform, out=images, places=places)
+        rows = torch.from_numpy(np.flatnonzero(by_pixels))
+        if len(rows):
+            images[rows.to(self._device)] = self._normalise(batch.pixels[rows].to(self._device))
         return images
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
 
-    def _decode(self, data: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """uint8 (3, height, width) on the device each; None for what the decoder refuses."""
+    def _decode(
+        self, jpegs: Jpegs, numbers: Integers, clock: Callable[[str, float], None]
+    ) -> Iterator[tuple[Integers, Planes | None]]:
+        """Decode images, with these numbers, in as few calls as the decoder lets: None for one that it refuses."""
+        stream = torch.cuda.current_stream(self._device)
+        sizes = (jpegs.heights[numbers], jpegs.widths[numbers], jpegs.across[numbers], jpegs.down[numbers])
+        planes = Planes.empty(*sizes, self._device)
+        # What memory this was before, kernels on this stream may still be reading.
+        stream.synchronize()
         try:
-            return list(decode_batch(data, self._device))
-        except RuntimeError as error:
+            with _one_of(decoders(self._device)) as decoder:
+                started = time.perf_counter()
+                decoder.decode(jpegs.addresses[numbers], jpegs.lengths[numbers], planes, stream)
+                clock("gpu decode", time.perf_counter() - started)
+        except JpegError:
             # One refused image fails the call: halve until it stands alone.
-            if len(data) == 1:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                return [None]
-        half = len(data) // 2
-        return self._decode(data[:half]) + self._decode(data[half:])
+            if len(numbers) == 1:
+                yield numbers, None
+            else:
+                for half in np.array_split(numbers, 2):
+                    yield from self._decode(jpegs, half, clock)
+        else:
+            yield numbers, planes
 
     def _decode_on_cpu(self, batch: Batch, jpegs: Jpegs, number: int) -> None:
-        place = jpegs.places[number]
+        place = int(jpegs.places[number])
+        batch.pixels[place] = 0
         try:
-            pixels = self._transform.geometry(decode(jpegs.data[number].numpy().tobytes()))
+            pixels = self._transform.geometry(decode(jpegs.content(number)))
             batch.pixels[place] = torch.from_numpy(np.ascontiguousarray(pixels))
         except Exception as error:  # decoders raise all kinds; each bad image is one row
             batch.errors[int(batch.index[place])] = reason_of(error)
 
 
-def _portions(sizes: list[int]) -> list[list[int]]:
-    """Runs of images that together stay within `MAX_DECODED_PIXELS`, or hold one image."""
-    portions: list[list[int]] = []
-    left = 0
-    for number, size in enumerate(sizes):
-        if size > left or not portions:
-            portions.append([])
+def _portions(sizes: Integers) -> list[Integers]:
+    """Numbers of images in runs that together stay within `MAX_DECODED_PIXELS`, or hold one image."""
+    cuts, left = [], MAX_DECODED_PIXELS
+    for number, size in enumerate(sizes.tolist()):
+        if size > left and number > 0:
+            cuts.append(number)
             left = MAX_DECODED_PIXELS
-        portions[-1].append(number)
         left -= size
-    return portions
+    return [portion for portion in np.split(np.arange(len(sizes)), cuts) if len(portion)]

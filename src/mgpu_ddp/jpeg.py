@@ -22,8 +22,8 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SKIPPED = frozenset(range(0xE0, 0xF0)) | {0xCC, 0xDD, 0xFE}
 DHT, SOS, DQT, APP1, APP14 = 0xC4, 0xDA, 0xDB, 0xE1, 0xEE
 EOI = b"\xff\xd9"
-SAMPLINGS = frozenset([b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11"])
-"""Grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0."""
+CHROMA = {b"\x11": (0, 0), b"\x11\x11\x11": (1, 1), b"\x21\x11\x11": (1, 2), b"\x22\x11\x11": (2, 2)}
+"""How many pixels, (down, across), share a sample of chroma: in grey, 4:4:4, 4:2:2 and 4:2:0."""
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 """Of the types of a TIFF entry that Pillow knows."""
@@ -56,6 +56,11 @@ class Header:
         return len(self.sampling)
 
     @property
+    def chroma(self) -> tuple[int, int]:
+        """(down, across): pixels that share a sample of chroma in a plain file; none do in a grey one."""
+        return CHROMA[self.sampling]
+
+    @property
     def plain(self) -> bool:
         """Whether a GPU's decoder may be given the file: whole, baseline, 8 bits, grey or YCbCr, common sampling.
 
@@ -66,7 +71,7 @@ class Header:
             and self.precision == 8
             and self.whole
             and self.one_scan
-            and self.sampling in SAMPLINGS
+            and self.sampling in CHROMA
             and (self.components == 1 or (self.names == b"\1\2\3" and self.adobe in (None, 1)))
             and self.width * self.height <= MAX_RESIZED_PIXELS
         )

@@ -13,6 +13,7 @@ Import this module only where there is a CUDA device: other builds of torch come
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,38 +35,51 @@ MAX_BYTES = 2**31
 """Offsets inside one image are 32 bits wide."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """n decoded images in `data`, uint8 (bytes,).
+
+    Image i is (3, heights[i], widths[i]), its planes one after the other, from byte `starts[i]` on; int64 (n,) each.
+    """
+
+    data: torch.Tensor
+    starts: npt.NDArray[np.int64]
+    heights: npt.NDArray[np.int64]
+    widths: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
 def preprocess_images(
-    images: Sequence[torch.Tensor],
-    orientations: Sequence[int],
+    images: Images,
+    orientations: Sequence[int] | npt.NDArray[np.int64],
     transform: Transform,
     *,
     out: torch.Tensor,
-    places: Sequence[int],
+    places: Sequence[int] | npt.NDArray[np.int64],
 ) -> None:
     """Turn decoded images into rows of model input, on the current stream of `out`'s device.
 
-    `images` are uint8 (3, height, width), contiguous, on that device; `orientations` are EXIF's, 1 to 8, applied
-    first. Image i becomes row `places[i]` of `out` (n, 3, *transform.out_size), contiguous or channels_last, of any
-    floating dtype; other rows stay as they are. Images that another stream made must be ready, and stay allocated
-    until this stream has read them (`record_stream`).
+    `orientations` are EXIF's, 1 to 8, applied first. Image i becomes row `places[i]` of `out`
+    (n, 3, *transform.out_size), contiguous or channels_last, of any floating dtype; other rows stay as they are. Images
+    that another stream made must be ready, and stay allocated until this stream has read them (`record_stream`).
 
     Raises:
         ValueError: an image, an orientation, a place or `out` is not as described.
     """
-    if not images:
-        return
     _check(images, transform, out)
+    if not len(images):
+        return
     fields = _plan(images, orientations, transform, places, rows=len(out))
     height, width = transform.out_size
     table = _levels(transform, out.dtype, out.device)
-    plan = torch.empty(fields.shape, dtype=torch.int64, pin_memory=out.is_cuda)
-    plan.numpy()[:] = fields
     grid = (triton.cdiv(width, TILE_COLUMNS), triton.cdiv(height, TILE_ROWS), len(images))
     with torch.cuda.device(out.device if out.is_cuda else -1):
         _preprocess[grid](
             out,
             table,
-            plan.to(out.device, non_blocking=True),
+            on_device(fields, out.device),
             height,
             width,
             *out.stride(),
@@ -77,29 +91,37 @@ def preprocess_images(
         )
 
 
-def _check(images: Sequence[torch.Tensor], transform: Transform, out: torch.Tensor) -> None:
+def on_device(numbers: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Numbers that a kernel on the current stream reads."""
+    staged = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    staged.numpy()[:] = numbers
+    return staged.to(device, non_blocking=True)
+
+
+def _check(images: Images, transform: Transform, out: torch.Tensor) -> None:
     # The kernel is given bare addresses: what is wrong here would be read or written outside the tensors.
     shape, expected = tuple(out.shape), (len(out), 3, *transform.out_size)
     if shape != expected or not out.is_floating_point():
         raise ValueError(f"out must be floating point {expected}, got {out.dtype} {shape}")
-    for i, image in enumerate(images):
-        if image.dtype != torch.uint8 or image.device != out.device or not image.is_contiguous():
-            raise ValueError(f"image {i} must be contiguous uint8 on {out.device}, got {image.dtype} {image.device}")
-        if image.dim() != 3 or len(image) != 3 or not 0 < image.numel() < MAX_BYTES:
-            raise ValueError(f"image {i} must be (3, height, width) of under {MAX_BYTES} bytes, got {image.shape}")
+    data, sizes = images.data, 3 * images.heights * images.widths
+    if data.dtype != torch.uint8 or data.device != out.device or data.dim() != 1 or not data.is_contiguous():
+        raise ValueError(f"images must be contiguous uint8 (bytes,) on {out.device}, got {data.dtype} {data.device}")
+    if not ((images.heights > 0) & (images.widths > 0) & (sizes < MAX_BYTES)).all():
+        raise ValueError(f"images must have pixels, and under {MAX_BYTES} bytes each")
+    if not ((images.starts >= 0) & (images.starts + sizes <= len(data))).all():
+        raise ValueError(f"images must lie inside their {len(data)} bytes")
 
 
 def _plan(
-    images: Sequence[torch.Tensor],
-    orientations: Sequence[int],
+    images: Images,
+    orientations: Sequence[int] | npt.NDArray[np.int64],
     transform: Transform,
-    places: Sequence[int],
+    places: Sequence[int] | npt.NDArray[np.int64],
     *,
     rows: int,
 ) -> npt.NDArray[np.int64]:
     """What the kernel must know of each image, int64 (n, 12), in the order in which `_preprocess` loads it."""
-    address = np.array([image.data_ptr() for image in images], dtype=np.int64)
-    height, width = np.array([image.shape[1:] for image in images], dtype=np.int64).T
+    address, height, width = images.data.data_ptr() + images.starts, images.heights, images.widths
     orientation, place = np.asarray(orientations, dtype=np.int64), np.asarray(places, dtype=np.int64)
     if not orientation.shape == place.shape == address.shape:
         raise ValueError(f"{len(images)} images, {len(orientations)} orientations and {len(places)} places do not pair")

@@ -1,5 +1,6 @@
 """Loader workers → batches: decode in parallel, pad to the batch size, keep bad samples apart."""
 
+import ctypes
 import math
 import signal
 import time
@@ -29,19 +30,34 @@ from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
 from mgpu_ddp.world import World
 
+Integers = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Jpegs:
-    """k encoded images that are left to the GPU.
+    """k encoded images that are left to the GPU, int64 (k,) each.
 
-    Image i is `data[i]`, uint8 (bytes,); it belongs into row `places[i]` of the batch once its EXIF orientation
-    `orientations[i]` is applied, and has `sizes[i]` pixels.
+    Image i is `lengths[i]` bytes at `addresses[i]` of this process. It belongs into row `places[i]` of the batch once
+    its EXIF orientation `orientations[i]` is applied. It has `heights[i]` by `widths[i]` pixels, of which `down[i]`
+    by `across[i]` share a sample of chroma, 0 by 0 in a grey image.
     """
 
-    data: list[torch.Tensor]
-    places: list[int]
-    orientations: list[int]
-    sizes: list[int]
+    addresses: Integers
+    lengths: Integers
+    places: Integers
+    orientations: Integers
+    heights: Integers
+    widths: Integers
+    down: Integers
+    across: Integers
+    spilt: list[torch.Tensor]
+    """Keeps what some of the addresses point to."""
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def content(self, number: int) -> bytes:
+        return ctypes.string_at(int(self.addresses[number]), int(self.lengths[number]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +97,8 @@ class Made:
     label: npt.NDArray[np.int32]
     errors: dict[int, str]
     seconds: dict[str, float]
-    ends: list[int]
-    """Where each encoded image ends in the slot's room."""
-    places: list[int]
-    orientations: list[int]
-    sizes: list[int]
+    jpegs: Integers
+    """(k, 8) of encoded images: first byte in the slot's room, length, and then as in `Jpegs`."""
     spilt: dict[int, bytes]
     """Encoded images that the room did not hold, by their number."""
     read_bytes: int = 0
@@ -118,12 +131,10 @@ class BatchMaker(Dataset[Made | StateError]):
             label=labels,
             errors={},
             seconds=seconds,
-            ends=[],
-            places=[],
-            orientations=[],
-            sizes=[],
+            jpegs=np.empty((0, 8), dtype=np.int64),
             spilt={},
         )
+        packed: list[tuple[int, ...]] = []
 
         def clock(stage: str, spent_s: float) -> None:
             seconds[stage] = seconds.get(stage, 0.0) + spent_s
@@ -136,7 +147,7 @@ class BatchMaker(Dataset[Made | StateError]):
             try:
                 with _time_limit(self._config.timeout_s):
                     data = self._samples.read(index, clock) if self._packed else None
-                    if data is not None and self._pack(made, place, data, room):
+                    if data is not None and self._pack(made, packed, place, data, room):
                         labels[place] = self._samples.known_label(index)
                     else:
                         view[place], labels[place] = self._samples.load(index, self._transform, clock, data)
@@ -148,25 +159,23 @@ class BatchMaker(Dataset[Made | StateError]):
                 made.errors[index] = reason_of(error)
         if not self._packed:
             view[len(indices) :] = 0
-        return made
+        return replace(made, jpegs=np.array(packed, dtype=np.int64)) if packed else made
 
-    def _pack(self, made: Made, place: int, data: bytes, room: torch.Tensor) -> bool:
+    def _pack(self, made: Made, packed: list[tuple[int, ...]], place: int, data: bytes, room: torch.Tensor) -> bool:
         """Leave an image to the GPU, if it is one that the GPU decodes; what it is not sure of, Pillow judges."""
         header = read_header(data)
         if header is None or not header.plain or not self._transform.may_resize(header.width, header.height):
             return False
         if header.width * header.height > self._config.max_pixels:
             return False
-        first = made.ends[-1] if made.ends else 0
-        if first + len(data) <= len(room):
-            room[first : first + len(data)].numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-            made.ends.append(first + len(data))
+        first, length = sum(packed[-1][:2]) if packed else 0, len(data)
+        if first + length <= len(room):
+            room[first : first + length].numpy()[:] = np.frombuffer(data, dtype=np.uint8)
         else:
-            made.spilt[len(made.ends)] = data
-            made.ends.append(first)
-        made.places.append(place)
-        made.orientations.append(header.orientation)
-        made.sizes.append(header.width * header.height)
+            made.spilt[len(packed)] = data
+            length = 0
+        where = place, header.orientation, header.height, header.width
+        packed.append((first, length, *where, *header.chroma))
         return True
 
 
@@ -174,11 +183,13 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
     """A worker's batch as the rank sees it."""
     jpegs: Jpegs | None = None
     if packed:
-        lengths = np.diff(made.ends, prepend=0).tolist()
-        data = list(ring.room(made.slot)[: sum(lengths)].split(lengths)) if lengths else []
-        for number, spilt in made.spilt.items():
-            data[number] = torch.frombuffer(bytearray(spilt), dtype=torch.uint8)
-        jpegs = Jpegs(data=data, places=made.places, orientations=made.orientations, sizes=made.sizes)
+        first, lengths, *columns = made.jpegs.T
+        addresses, spilt = ring.room(made.slot).data_ptr() + first, []
+        for number, data in made.spilt.items():
+            spilt.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            addresses[number], lengths[number] = spilt[-1].data_ptr(), len(data)
+        names = ("places", "orientations", "heights", "widths", "down", "across")
+        jpegs = Jpegs(addresses=addresses, lengths=lengths, **dict(zip(names, columns, strict=True)), spilt=spilt)
     return Batch(
         index=made.index,
         label=made.label,

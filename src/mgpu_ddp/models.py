@@ -252,6 +252,10 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
             and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
         ):
             module = fuse_activations(module, head_of(module))
+    if device.type == "cuda" and config.runtime.compile != "on" and config.strategy == "ddp":
+        from mgpu_ddp.pooling import replace_max_pools
+
+        replace_max_pools(module)
     # One process may run jobs of several precisions: set both ways. Where cuDNN chooses kernels by timing them,
     # bitwise equality between processes is gone.
     torch.backends.cudnn.benchmark = not config.runtime.deterministic

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config import Config
-from mgpu_ddp.decoding import Decoded, GpuInput, decode_of
+from mgpu_ddp.decoding import GpuInput, Ready, decode_of
 from mgpu_ddp.errors import OutOfMemoryError
+from mgpu_ddp.graphs import Columns, Replayed
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
@@ -25,7 +26,6 @@ from mgpu_ddp.world import World
 
 log = logging.getLogger("mgpu_ddp")
 
-Columns = dict[str, torch.Tensor]
 PACE_POINTS = 240
 NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 
@@ -47,6 +47,9 @@ class Predictor:
         # An array of logits is the tutorial's result: that format fixes the field.
         self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
         self._splits = runtime.on_oom != "raise"
+        # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
+        graphs = device.type == "cuda" and runtime.compile != "on" and config.strategy == "ddp"
+        self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
         self._kept = threading.local()
         if "embedding" in self._fields:
             head_of(module).register_forward_pre_hook(self._keep_embedding)
@@ -82,7 +85,8 @@ class Predictor:
 
     def _attempt(self, pixels: torch.Tensor) -> Columns | None:
         try:
-            return self._predict(pixels)
+            with torch.inference_mode():
+                return self._step(pixels)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -100,7 +104,6 @@ class Predictor:
         parts = [self._attempt(half) or self._in_halves(half) for half in halves]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    @torch.inference_mode()
     def _predict(self, pixels: torch.Tensor) -> Columns:
         images = pixels
         if pixels.dtype == torch.uint8:
@@ -210,7 +213,7 @@ def in_flight(world: World) -> int:
     return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
 
 
-STAGED = 3
+STAGED = 4
 """Batches that are decoded on a GPU while the model runs one before."""
 
 
@@ -261,27 +264,33 @@ def _on_gpu(
     batches: Iterable[tuple[Batch, float]], predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int
 ) -> Generator[tuple[Batch, Columns]]:
     """Decode some batches, run the model on the one before them and copy back the ones before that."""
-    staged: deque[tuple[Batch, Future[Decoded]]] = deque()
-    # nvJPEG, on a stream of its own, may write into memory that was freed while a kernel is still to read it: what
-    # was decoded is kept until the batch's results are there.
-    flying: deque[tuple[Batch, Decoded, Callable[[], Columns]]] = deque()
+    staged: deque[tuple[Batch, Future[Ready]]] = deque()
+    flying: deque[tuple[Batch, Callable[[], Columns]]] = deque()
+
+    def begin(batch: Batch) -> Future[Ready]:
+        if batch.jpegs is not None and len(batch.jpegs):
+            return stage.submit(inputs.make, batch, clock.stage)
+        # Nothing to wait for: another thread would only cost time.
+        begun: Future[Ready] = Future()
+        begun.set_result(inputs.make(batch, clock.stage))
+        return begun
 
     def launch() -> None:
         batch, future = staged.popleft()
         with clock.measuring("input_s"):
-            decoded = future.result()
+            ready = future.result()
         with clock.measuring("predict_s"):
-            flying.append((batch, decoded, _copy_to_host(predictor(inputs.finish(batch, decoded)))))
+            flying.append((batch, _copy_to_host(predictor(ready.on_current_stream()))))
 
     def landed() -> tuple[Batch, Columns]:
-        batch, _, finish = flying.popleft()
+        batch, finish = flying.popleft()
         with clock.measuring("predict_s"):
             return batch, finish()
 
     with ThreadPoolExecutor(inputs.THREADS) as stage:
         for batch, waited_s in batches:
             clock.wait_s += waited_s
-            staged.append((batch, stage.submit(inputs.decode, batch, clock.stage)))
+            staged.append((batch, begin(batch)))
             if len(staged) > STAGED:
                 launch()
             if len(flying) >= depth:

@@ -30,7 +30,7 @@ def run(
     out = torch.full((len(images), 3, *transform.out_size), torch.nan, dtype=dtype, device="cuda")
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     places = list(reversed(range(len(images))))
-    preprocess_images([image.cuda() for image in images], orientations, transform, out=out, places=places)
+    preprocess_images(cases.packed(images, "cuda"), orientations, transform, out=out, places=places)
     return out[places]
 
 
@@ -107,8 +107,7 @@ def test_a_side_stream_gives_the_same_bits() -> None:
 )
 def test_throughput(name: str, height: int, width: int, count: int) -> None:
     transform = cases.transforms(224)[name]
-    image = cases.picture(height, width, seed=0).cuda()
-    images = [image.clone() for _ in range(count)]
+    images = cases.packed([cases.picture(height, width, seed=0)] * count, "cuda")
     out = torch.empty(count, 3, *transform.out_size, dtype=torch.float16, device="cuda")
     out = out.contiguous(memory_format=torch.channels_last)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

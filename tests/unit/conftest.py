@@ -1,7 +1,10 @@
 """What the unit tests share: a world of one process, images as bytes, rows, and the configuration store."""
 
 import io
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -62,3 +65,12 @@ def make_rows(
         columns["logits"] = logits.astype(np.float32)
     index = np.arange(first, first + count, dtype=np.int64)
     return Rows(index=index, label=(index % 4 - 1).astype(np.int32), columns=columns, errors=errors or {})
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets: it decides that when it is imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"
+        yield pool

@@ -1,9 +1,7 @@
 """The fused kernel, run by Triton's interpreter on the CPU, against Pillow; and its arithmetic at full size."""
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,19 +17,10 @@ from tests import kernel_cases as cases
 SIZES = [(1, 1), (1, 7), (9, 1), (8, 8), (5, 6), (31, 5), (13, 17), (40, 9), (9, 23), (6, 12), (12, 11), (16, 16)]
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton interprets: it decides that when it is imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")
-        assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"
-        yield pool
-
-
 def run(
     images: list[torch.Tensor], orientations: list[int], transform: Transform, out: torch.Tensor, places: list[int]
 ) -> torch.Tensor:
-    kernels.preprocess_images(images, orientations, transform, out=out, places=places)
+    kernels.preprocess_images(cases.packed(images), orientations, transform, out=out, places=places)
     return out
 
 
@@ -92,26 +81,30 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(interpreter: ProcessPoo
 
 
 def test_no_images_are_no_work() -> None:
-    kernels.preprocess_images([], [], preprocess.plain(8), out=torch.zeros(0, 3, 8, 8), places=[])
+    kernels.preprocess_images(cases.packed([]), [], preprocess.plain(8), out=torch.zeros(0, 3, 8, 8), places=[])
 
 
 def test_what_the_kernel_could_not_hold_is_refused() -> None:
     image, transform, out = torch.zeros(3, 5, 6, dtype=torch.uint8), preprocess.plain(8), torch.zeros(2, 3, 8, 8)
+    good = cases.packed([image])
     for images, orientations, places, rows in [
-        ([image.float()], [1], [0], out),
-        ([image[:, :, ::2]], [1], [0], out),
-        ([image[:1]], [1], [0], out),
-        ([image[0]], [1], [0], out),
-        ([image[:, :0]], [1], [0], out),
-        ([image], [0], [0], out),
-        ([image], [9], [0], out),
-        ([image], [1, 1], [0], out),
-        ([image], [1], [2], out),
-        ([image], [1], [-1], out),
-        ([image], [1], [0], out[:, :, :7]),
-        ([image], [1], [0], out.to(torch.uint8)),
+        (replace(good, data=good.data.float()), [1], [0], out),
+        (replace(good, data=good.data[::2]), [1], [0], out),
+        (replace(good, data=good.data[:-1]), [1], [0], out),
+        (replace(good, data=good.data.view(3, -1)), [1], [0], out),
+        (replace(good, starts=good.starts - 1), [1], [0], out),
+        (replace(good, starts=good.starts + 1), [1], [0], out),
+        (replace(good, widths=good.widths * 0), [1], [0], out),
+        (replace(good, heights=-good.heights), [1], [0], out),
+        (good, [0], [0], out),
+        (good, [9], [0], out),
+        (good, [1, 1], [0], out),
+        (good, [1], [2], out),
+        (good, [1], [-1], out),
+        (good, [1], [0], out[:, :, :7]),
+        (good, [1], [0], out.to(torch.uint8)),
     ]:
-        with pytest.raises(ValueError, match=r"must be|do not pair"):
+        with pytest.raises(ValueError, match=r"must be|must have|must lie|do not pair"):
             kernels.preprocess_images(images, orientations, transform, out=rows, places=places)
 
 
@@ -152,9 +145,10 @@ def test_the_arithmetic_is_near_torchvisions_for_tensors(interpolation: str, hei
 def test_sizes_and_corners_are_torchvisions(name: str) -> None:
     transform = cases.transforms(224)[name]
     sizes = [*np.random.default_rng(3).integers(1, 3000, (300, 2)).tolist(), [256, 257], [257, 256], [1, 5000]]
-    # No pixel is touched here, so an image may be one pixel that is seen many times.
-    images = [torch.zeros(1, dtype=torch.uint8).expand(3, height, width) for height, width in sizes]
-    fields = kernels._plan(images, [1] * len(images), transform, range(len(images)), rows=len(images))
+    # No pixel is touched here.
+    heights, widths = np.array(sizes, dtype=np.int64).T
+    images = kernels.Images(data=torch.zeros(1, dtype=torch.uint8), starts=heights * 0, heights=heights, widths=widths)
+    fields = kernels._plan(images, [1] * len(sizes), transform, range(len(sizes)), rows=len(sizes))
     for (height, width), (resized_height, resized_width, top, left) in zip(sizes, fields[:, 6:10], strict=True):
         want = tvf._compute_resized_output_size((height, width), list(transform.resize))
         assert [resized_height, resized_width] == want

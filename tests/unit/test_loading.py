@@ -102,8 +102,11 @@ def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: 
     samples = folder(tmp_path, files)
     batch = made(samples, list(range(7)), batch_size=8, packed=True)
     assert batch.jpegs is not None
-    assert (batch.jpegs.places, batch.jpegs.orientations, batch.jpegs.sizes) == ([0, 4], [1, 6], [600, 600])
-    assert [bytes(data.numpy()) for data in batch.jpegs.data] == [files["0.jpg"], files["4.jpg"]]
+    jpegs = batch.jpegs
+    assert (jpegs.places.tolist(), jpegs.orientations.tolist()) == ([0, 4], [1, 6])
+    assert (jpegs.heights.tolist(), jpegs.widths.tolist()) == ([30, 20], [20, 30])
+    assert (jpegs.down.tolist(), jpegs.across.tolist()) == ([2, 2], [2, 2])
+    assert [jpegs.content(number) for number in range(len(jpegs))] == [files["0.jpg"], files["4.jpg"]]
     assert sorted(batch.errors) == [3, 6]
     on_cpu = made(samples, list(range(7)), batch_size=8)
     assert on_cpu.jpegs is None
@@ -121,7 +124,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
     assert batch.jpegs is not None
-    assert [bytes(data.numpy()) for data in batch.jpegs.data] == [small, large]
+    assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
 
 
 @pytest.mark.parametrize("limit", [599, 600])
@@ -129,7 +132,7 @@ def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit:
     samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
     ring = Ring(1, 2, (SIZE, SIZE), packed=True, pinned=False)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
-    assert len(worker.__getitems__(Order(slot=0, indices=[0])).places) == (limit == 600)
+    assert len(worker.__getitems__(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
 
 
 def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:

@@ -1,0 +1,51 @@
+"""CUDA graphs: a step's kernels recorded once and launched together, where launching them one by one takes longest."""
+
+from collections.abc import Callable
+
+import torch
+
+Columns = dict[str, torch.Tensor]
+LARGEST_BATCH = 256
+"""Beyond, the device has enough to do with each kernel, and a graph only keeps its memory for itself."""
+EAGER_STEPS = 16
+"""Before it is recorded: a short job would not win back what recording costs."""
+
+
+class Replayed:
+    """A step for CUDA tensors that is recorded once it is worth it; the same kernels, and so the same bits.
+
+    What it returns holds until the next call, for work that is queued on the current stream.
+    """
+
+    def __init__(self, step: Callable[[torch.Tensor], Columns]) -> None:
+        self._step, self._eager_steps = step, 0
+        self._shape: tuple[torch.Size, torch.dtype] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._images: torch.Tensor
+        self._columns: Columns
+
+    def __call__(self, images: torch.Tensor) -> Columns:
+        shape = images.shape, images.dtype
+        if len(images) > LARGEST_BATCH:
+            return self._step(images)
+        if self._graph is None:
+            self._eager_steps += 1
+            if self._eager_steps <= EAGER_STEPS:
+                return self._step(images)
+            self._record(images)
+            self._shape = shape
+        if shape != self._shape:
+            # Of a batch that was split.
+            return self._step(images)
+        assert self._graph is not None
+        self._images.copy_(images)
+        self._graph.replay()
+        return self._columns
+
+    def _record(self, images: torch.Tensor) -> None:
+        self._images = images.clone()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on to decode, and to allocate, in the meantime.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._columns = self._step(self._images)
+        self._graph = graph

@@ -1,0 +1,116 @@
+"""JPEGs by the engines of a real GPU: every pixel is Pillow's."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from mgpu_ddp.colours import to_rgb
+from mgpu_ddp.graphs import EAGER_STEPS, Replayed
+from mgpu_ddp.jpeg import read_header
+from mgpu_ddp.nvjpeg import Decoder, JpegError, Planes
+from mgpu_ddp.pooling import max_pool
+from tests import colour_cases as cases
+from tests import kernel_cases
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+SIZES = [(1, 1), (2, 2), (2, 3), (3, 4), (5, 5), (9, 17), (1, 64), (64, 1), (251, 333), (375, 500), (767, 1023)]
+SIZES += [(3000, 2001)]
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(torch.device("cuda", 0))
+
+
+def encoded(height: int, width: int, sampling: str, quality: int) -> bytes:
+    picture = Image.fromarray(kernel_cases.picture(height, width, seed=quality).permute(1, 2, 0).numpy())
+    file = io.BytesIO()
+    if sampling == "grey":
+        picture.convert("L").save(file, "JPEG", quality=quality)
+    else:
+        picture.save(file, "JPEG", quality=quality, subsampling=sampling)
+    return file.getvalue()
+
+
+def decoded(decoder: Decoder, files: Sequence[bytes]) -> Planes:
+    headers = [read_header(file) for file in files]
+    sizes = np.array([(h.height, h.width, *reversed(h.chroma)) for h in headers if h is not None])
+    planes = Planes.empty(*sizes.T, torch.device("cuda", 0))
+    buffers = [np.frombuffer(file, dtype=np.uint8) for file in files]
+    addresses = np.array([buffer.ctypes.data for buffer in buffers])
+    torch.cuda.synchronize()
+    decoder.decode(addresses, np.array([len(file) for file in files]), planes, torch.cuda.current_stream())
+    return planes
+
+
+def test_every_pixel_is_pillows(decoder: Decoder) -> None:
+    if not decoder.has_engines:
+        pytest.skip("this GPU has no JPEG engines")
+    asked = [(*size, name, quality) for size in SIZES for name in cases.SAMPLINGS for quality in (40, 90)]
+    files = [encoded(*each) for each in asked]
+    images = to_rgb(decoded(decoder, files))
+    data = images.data.cpu()
+    for number, file in enumerate(files):
+        want = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+        height, width = want.shape[:2]
+        start = int(images.starts[number])
+        got = data[start : start + want.size].view(3, height, width).permute(1, 2, 0).numpy()
+        apart = np.abs(got.astype(int) - want)
+        assert apart.max() == 0, (asked[number], apart.max(), apart.mean())
+
+
+def test_the_kernel_yields_libjpegs_levels() -> None:
+    planes = cases.random_planes([(1, 1), (3, 4), (4, 5), (9, 17), (301, 203), (375, 500)])
+    on_gpu = Planes(data=planes.data.cuda(), **{k: getattr(planes, k) for k in Planes.__slots__ if k != "data"})
+    images = to_rgb(on_gpu)
+    for number, (start, height, width) in enumerate(zip(images.starts, images.heights, images.widths, strict=True)):
+        got = images.data[start : start + 3 * height * width].view(3, height, width).permute(1, 2, 0)
+        assert np.array_equal(got.cpu().numpy(), cases.rgb(planes, number)), number
+
+
+def test_a_refused_file_does_not_spoil_the_next_batch(decoder: Decoder) -> None:
+    good = [encoded(375, 500, "4:2:0", quality) for quality in range(50, 60)]
+    want = decoded(decoder, good).data.cpu()
+    broken = bytearray(good[3])
+    middle = broken.index(b"\xff\xda") + 40
+    broken[middle : middle + 60] = b"\xff\xd3" * 30
+    try:
+        decoded(decoder, [*good[:3], bytes(broken)])
+    except JpegError as error:
+        print(error)
+    assert torch.equal(decoded(decoder, good).data.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pooling_is_torchs(dtype: torch.dtype) -> None:
+    images = torch.randn(300, 64, 112, 112, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    images[3, 4, 5, 6] = torch.nan
+    want = torch.nn.functional.max_pool2d(images, 3, 2, 1)
+    assert torch.equal(max_pool(images, (3, 3), (2, 2), (1, 1)).nan_to_num(7.0), want.nan_to_num(7.0))
+
+
+@torch.inference_mode()
+def test_a_recorded_step_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = False
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(9))
+    module = module.cuda().half().to(memory_format=torch.channels_last)
+    module(torch.zeros(1, 3, 32, 32, device="cuda", dtype=torch.float16))
+
+    def step(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": module(images).float()}
+
+    replayed = Replayed(step)
+    for number in range(2 * EAGER_STEPS):
+        images = torch.randn(8, 3, 32, 32, device="cuda").half().contiguous(memory_format=torch.channels_last)
+        assert torch.equal(replayed(images)["logits"], step(images)["logits"]), number
+    assert replayed._graph is not None
+    # Half of a batch that was split.
+    assert torch.equal(replayed(images[:4])["logits"], step(images[:4])["logits"])

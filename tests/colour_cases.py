@@ -48,12 +48,12 @@ def rgb(planes: Planes, number: int) -> Levels:
         int(column[number]) for column in (planes.heights, planes.widths, planes.down, planes.across)
     )
     data = planes.data.cpu().numpy().astype(np.int64)
-    first = int(planes.starts[number, 0])
+    first = int(planes.planes[number, 0])
     luma = data[first : first + height * width].reshape(height, width)
     if across == 0:
         return np.stack([luma] * 3, axis=-1)
     rows, columns = -(-height // down), -(-width // across)
-    chroma = (data[start : start + rows * columns].reshape(rows, columns) for start in planes.starts[number, 1:])
+    chroma = (data[start : start + rows * columns].reshape(rows, columns) for start in planes.planes[number, 1:])
     return coloured(luma, *(upsampled(plane, down, across, height, width) for plane in chroma))
 
 
@@ -63,5 +63,5 @@ def random_planes(sizes: list[tuple[int, int]]) -> Planes:
     heights, widths, down, across = np.array(cases, dtype=np.int64).T
     planes = Planes.empty(heights, widths, across, down, torch.device("cpu"))
     planes.data.copy_(torch.from_numpy(np.random.default_rng(0).integers(0, 256, len(planes.data), dtype=np.uint8)))
-    assert all(later > earlier for earlier, later in pairwise(planes.starts[:, 0]))
+    assert all(later > earlier for earlier, later in pairwise(planes.planes[:, 0]))
     return planes

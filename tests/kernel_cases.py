@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
 
 from mgpu_ddp import kernels, preprocess
-from mgpu_ddp.kernels import Images
+from mgpu_ddp.nvjpeg import Images
 from mgpu_ddp.preprocess import Transform
 
 

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mgpu_ddp.kernels import Images, on_device
-from mgpu_ddp.nvjpeg import Planes
+from mgpu_ddp.kernels import on_device
+from mgpu_ddp.nvjpeg import Images, Planes
 
 TILE = 1024
 """Pixels of one program."""
@@ -19,18 +19,16 @@ TILE = 1024
 
 def to_rgb(planes: Planes) -> Images:
     """Interpolate chroma and convert, on the current stream of the planes' device."""
-    heights, widths, device = planes.heights, planes.widths, planes.data.device
-    sizes = heights * widths
-    starts = 3 * (np.cumsum(sizes) - sizes)
-    out = torch.empty(3 * int(sizes.sum()), dtype=torch.uint8, device=device)
-    tiles = -(-sizes // TILE)
+    device = planes.data.device
+    images = Images.empty(planes.heights, planes.widths, device)
+    tiles = -(-planes.heights * planes.widths // TILE)
     first = np.cumsum(tiles) - tiles
-    fields = np.stack([heights, widths, planes.across, planes.down, starts, first], axis=1)
-    plan = on_device(np.concatenate([planes.starts, fields], axis=1), device)
-    owners = on_device(np.repeat(np.arange(len(sizes)), tiles), device)
+    sizes = (planes.heights, planes.widths, planes.across, planes.down)
+    plan = on_device(np.concatenate([planes.planes, np.stack([*sizes, images.starts, first], axis=1)], axis=1), device)
+    owners = on_device(np.repeat(np.arange(len(tiles)), tiles), device)
     with torch.cuda.device(device if planes.data.is_cuda else -1):
-        _to_rgb[(len(owners),)](planes.data, out, plan, owners, tile=TILE)
-    return Images(data=out, starts=starts, heights=heights, widths=widths)
+        _to_rgb[(len(owners),)](planes.data, images.data, plan, owners, tile=TILE)
+    return images
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -204,8 +204,8 @@ class RuntimeConfig:
     compile: str = "auto"
     """auto, on or off: torch.compile. auto is off."""
     decode: str = "auto"
-    """auto, cpu or gpu: where JPEGs are decoded; what a GPU cannot decode goes to the CPU. auto is gpu on CUDA."""
-
+    """Where JPEGs are decoded: gpu (fastest; what it cannot decode goes to the CPU), exact (on the GPU, to the very
+    pixels that the CPU yields; takes one with JPEG engines, such as an H200), cpu (Pillow). auto: gpu on CUDA."""
     on_oom: str = "auto"
     """split: a batch that does not fit into memory is predicted in halves, and its rows are marked. raise: it ends
     the job. auto: split, in a sweep raise."""
@@ -214,7 +214,7 @@ class RuntimeConfig:
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("runtime.precision", self.precision, ("auto", "fp32", "tf32", "bf16", "fp16"))
         _one_of("runtime.compile", self.compile, ("auto", "on", "off"))
-        _one_of("runtime.decode", self.decode, ("auto", "cpu", "gpu"))
+        _one_of("runtime.decode", self.decode, ("auto", "gpu", "exact", "cpu"))
         _one_of("runtime.on_oom", self.on_oom, ("auto", "split", "raise"))
 
 

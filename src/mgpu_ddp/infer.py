@@ -47,7 +47,7 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     config = job.config
     world.pulse.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
-    warm = warm_up(world.device) if decode_of(config, world.device) == "gpu" else None
+    warm = warm_up(world.device) if decode_of(config, world.device) != "cpu" else None
     job = place_job(job, world)
     files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
     model = kept.get("model", [config.model, config.seed], lambda: load_model(config, world))

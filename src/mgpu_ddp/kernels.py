@@ -13,7 +13,6 @@ Import this module only where there is a CUDA device: other builds of torch come
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mgpu_ddp.nvjpeg import Images
 from mgpu_ddp.preprocess import Transform
 
 RADIUS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
@@ -33,22 +33,6 @@ PILLOW_REORDERS = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow 13 resizes vertically first where that saves time, which moves a level by one here and there."""
 MAX_BYTES = 2**31
 """Offsets inside one image are 32 bits wide."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Images:
-    """n decoded images in `data`, uint8 (bytes,).
-
-    Image i is (3, heights[i], widths[i]), its planes one after the other, from byte `starts[i]` on; int64 (n,) each.
-    """
-
-    data: torch.Tensor
-    starts: npt.NDArray[np.int64]
-    heights: npt.NDArray[np.int64]
-    widths: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
 
 def preprocess_images(

@@ -1,25 +1,31 @@
-"""nvJPEG: a batch of JPEGs → their planes of luma and chroma, by the JPEG engines of a GPU that has them.
+"""nvJPEG: a batch of JPEGs → RGB, or their planes of luma and chroma, by the JPEG engines of a GPU that has them.
 
-The engines' inverse DCT yields the levels of libjpeg's, bit for bit (as `tests/gpu` checks). What nvJPEG itself makes
-of the planes is further off, because it repeats chroma where libjpeg interpolates: `colours` does that here.
+The engines' inverse DCT yields the levels of libjpeg's, bit for bit (as `tests/gpu` checks). What nvJPEG makes of the
+planes is a few levels off, because it repeats chroma where libjpeg interpolates; `colours` does that as libjpeg does,
+but nvJPEG hands out planes more slowly than RGB.
 
-torchvision's wheels bring the library. Its functions are called bare, because torchvision's own decoder waits for each
-batch under one lock: two batches at a time keep the engines busy where one leaves them idle a third of the time.
-Source: nvjpeg.h; https://docs.nvidia.com/cuda/nvjpeg/index.html.
+torchvision's wheels bring the library. Its functions are called here, because torchvision's own decoder copies the
+files to where the engines can read them while it has the decoder, and waits before and after. Source: nvjpeg.h;
+https://docs.nvidia.com/cuda/nvjpeg/index.html.
 """
 
 import ctypes
 import functools
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Integers = npt.NDArray[np.int64]
-GPU_HYBRID, HARDWARE, YUV = 2, 3, 1
-"""Backends, and the output format."""
+GPU_HYBRID, HARDWARE = 2, 3
+"""Backends."""
+YUV, RGB = 1, 3
+"""Output formats."""
 ALLOCATOR_FAILURE = 5
 NAMES = ("libnvjpeg.so.13", "libnvjpeg.so.12", "libnvjpeg.so")
 
@@ -29,15 +35,61 @@ class JpegError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """n encoded images in memory that the engines read from, host memory that is best pinned: int64 (n,) each."""
+
+    addresses: Integers
+    lengths: Integers
+
+    def __getitem__(self, numbers: Integers) -> "Files":
+        return Files(addresses=self.addresses[numbers], lengths=self.lengths[numbers])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """n decoded images in `data`, uint8 (bytes,).
+
+    Image i is (3, heights[i], widths[i]), its planes one after the other, from byte `starts[i]` on; int64 (n,) each.
+    """
+
+    OUTPUT: ClassVar[int] = RGB
+    data: torch.Tensor
+    starts: Integers
+    heights: Integers
+    widths: Integers
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @classmethod
+    def empty(cls, heights: Integers, widths: Integers, device: torch.device) -> "Images":
+        """Room for images of these sizes."""
+        sizes = 3 * heights * widths
+        data = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
+        return cls(data=data, starts=np.cumsum(sizes) - sizes, heights=heights, widths=widths)
+
+    @property
+    def planes(self) -> Integers:
+        """Where each plane begins, in bytes, (n, 3)."""
+        return self.starts[:, None] + (self.heights * self.widths)[:, None] * np.arange(3)
+
+    @property
+    def lines(self) -> Integers:
+        """Bytes of a line of each plane, (n, 3)."""
+        return np.stack([self.widths] * 3, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Planes:
     """n images as luma and chroma, all in `data`, uint8 (bytes,).
 
-    Int64 each: plane p of image i begins at byte `starts[i, p]`; (n,) `heights` and `widths` in pixels; `across` and
+    Int64 each: plane p of image i begins at byte `planes[i, p]`; (n,) `heights` and `widths` in pixels; `across` and
     `down`, the pixels that share a sample of chroma, 1 or 2 along each axis, and 0 in a grey image, which has none.
     """
 
+    OUTPUT: ClassVar[int] = YUV
     data: torch.Tensor
-    starts: Integers
+    planes: Integers
     heights: Integers
     widths: Integers
     across: Integers
@@ -53,12 +105,18 @@ class Planes:
         first = np.cumsum(total) - total
         return cls(
             data=torch.empty(int(total.sum()), dtype=torch.uint8, device=device),
-            starts=np.stack([first, first + luma, first + luma + chroma], axis=1),
+            planes=np.stack([first, first + luma, first + luma + chroma], axis=1),
             heights=heights,
             widths=widths,
             across=across,
             down=down,
         )
+
+    @property
+    def lines(self) -> Integers:
+        """Bytes of a line of each plane, (n, 3); 0 where there is no such plane."""
+        chroma = chroma_sizes(self.widths, self.across)
+        return np.stack([self.widths, chroma, chroma], axis=1)
 
 
 def chroma_sizes(sizes: Integers, shared: Integers) -> Integers:
@@ -87,12 +145,16 @@ def library() -> ctypes.CDLL | None:
 
 
 class Decoder:
-    """What decodes one batch at a time on one device; several work side by side."""
+    """What decodes one batch at a time on one device, for any thread.
+
+    One for each device: two that were at work side by side came to wait for each other for ever (H200, driver 580).
+    """
 
     def __init__(self, device: torch.device) -> None:
         found = library()
         assert found is not None
-        self._library, self._batch = found, 0
+        self._library, self._lock = found, threading.Lock()
+        self._ready_for = 0, 0
         self._handle, self._state = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
@@ -101,34 +163,34 @@ class Decoder:
                 _check(found.nvjpegCreateEx(GPU_HYBRID, None, None, 0, ctypes.byref(self._handle)))
             _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(self._state)))
 
-    def decode(self, addresses: Integers, lengths: Integers, planes: Planes, stream: torch.cuda.Stream) -> None:
-        """Decode the files at these addresses of the host into `planes`, on `stream`, whose device is the current one.
+    def decode(self, files: Files, into: "Images | Planes", stream: torch.cuda.Stream) -> float:
+        """Decode files on `stream`, whose device is the current one; returns the seconds it took.
 
-        The caller's thread waits meanwhile, without the interpreter's lock. The planes must be free: the engines may
-        write before the stream gets to what was queued on it earlier (seen by others on Hopper GPUs).
+        The caller's thread waits meanwhile, without the interpreter's lock. What they are decoded into must be free:
+        the engines may write before the stream gets to what was queued on it earlier (seen by others on Hopper GPUs).
 
         Raises:
             JpegError: it refuses one of them.
         """
-        n = len(addresses)
-        if n != self._batch:
-            _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, n, 1, YUV))
-            self._batch = n
+        n = len(into.heights)
         # nvjpegImage_t: four addresses of planes, then the bytes of a line of each.
         images = np.zeros((n, 8), dtype=np.uint64)
-        coloured = planes.across > 0
-        images[:, :3] = (planes.data.data_ptr() + planes.starts) * np.stack(
-            [coloured | True, coloured, coloured], axis=1
-        )
-        images[:, 4] = planes.widths
-        images[:, 5] = images[:, 6] = chroma_sizes(planes.widths, planes.across)
-        arguments = [np.ascontiguousarray(array, dtype=np.uint64) for array in (addresses, lengths)]
+        images[:, :3] = into.data.data_ptr() + into.planes
+        images[:, 4:7] = into.lines
+        images[:, :3][into.lines == 0] = 0
+        arguments = [np.ascontiguousarray(array, dtype=np.uint64) for array in (files.addresses, files.lengths)]
         pointers = [array.ctypes.data for array in (*arguments, images)]
-        status = self._library.nvjpegDecodeBatched(self._handle, self._state, *pointers, stream.cuda_stream)
-        if status != 0:
-            # What a failure leaves behind in the state is not to be relied on.
-            self._batch = 0
-        _check(status)
+        with self._lock:
+            started = time.perf_counter()
+            if self._ready_for != (n, into.OUTPUT):
+                _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, n, 1, into.OUTPUT))
+                self._ready_for = n, into.OUTPUT
+            status = self._library.nvjpegDecodeBatched(self._handle, self._state, *pointers, stream.cuda_stream)
+            if status != 0:
+                # What a failure leaves behind in the state is not to be relied on.
+                self._ready_for = 0, 0
+            _check(status)
+            return time.perf_counter() - started
 
 
 def _check(status: int) -> None:

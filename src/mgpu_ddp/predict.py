@@ -37,10 +37,11 @@ class Predictor:
         runtime, output = config.runtime, config.output
         self._module, self._transform, self._device = module, transform, device
         self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
-        self.decodes = decode_of(config, device) == "gpu"
+        decode = decode_of(config, device)
+        self.decodes = decode != "cpu"
         """Whether encoded images may come in."""
         self.inputs = (
-            GpuInput(transform, device, self._dtype, channels_last=self._channels_last)
+            GpuInput(transform, device, self._dtype, channels_last=self._channels_last, exact=decode == "exact")
             if device.type == "cuda"
             else None
         )
@@ -265,7 +266,7 @@ def _on_gpu(
 ) -> Generator[tuple[Batch, Columns]]:
     """Decode some batches, run the model on the one before them and copy back the ones before that."""
     staged: deque[tuple[Batch, Future[Ready]]] = deque()
-    flying: deque[tuple[Batch, Callable[[], Columns]]] = deque()
+    flying: deque[tuple[Batch, Ready, Callable[[], Columns]]] = deque()
 
     def begin(batch: Batch) -> Future[Ready]:
         if batch.jpegs is not None and len(batch.jpegs):
@@ -280,10 +281,10 @@ def _on_gpu(
         with clock.measuring("input_s"):
             ready = future.result()
         with clock.measuring("predict_s"):
-            flying.append((batch, _copy_to_host(predictor(ready.on_current_stream()))))
+            flying.append((batch, ready, _copy_to_host(predictor(ready.on_current_stream()))))
 
     def landed() -> tuple[Batch, Columns]:
-        batch, finish = flying.popleft()
+        batch, _, finish = flying.popleft()
         with clock.measuring("predict_s"):
             return batch, finish()
 

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from mgpu_ddp import colours
-from mgpu_ddp.kernels import Images
-from mgpu_ddp.nvjpeg import Planes
+from mgpu_ddp.nvjpeg import Images, Planes
 from tests import colour_cases as cases
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 4), (4, 5), (2, 6), (7, 3), (1, 40), (40, 1), (9, 17), (33, 47)]
@@ -51,7 +50,7 @@ def test_the_arithmetic_is_that_of_pillow(sampling: str, height: int, width: int
         )
         # The middle of each block, or the last pixel of one that the edge cuts.
         at = np.minimum(rows + 4 * down, height - 1), np.minimum(columns + 4 * across, width - 1)
-        start = int(planes.starts[0, plane])
+        start = int(planes.planes[0, plane])
         levels = torch.from_numpy(ycc[np.ix_(*at)][:, :, plane].astype(np.uint8))
         planes.data[start : start + levels.numel()] = levels.flatten()
     want = np.asarray(Image.open(io.BytesIO(file.getvalue())))

@@ -10,6 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from mgpu_ddp import kernels, preprocess
+from mgpu_ddp.nvjpeg import Images
 from mgpu_ddp.preprocess import Transform
 from tests import kernel_cases as cases
 
@@ -147,7 +148,7 @@ def test_sizes_and_corners_are_torchvisions(name: str) -> None:
     sizes = [*np.random.default_rng(3).integers(1, 3000, (300, 2)).tolist(), [256, 257], [257, 256], [1, 5000]]
     # No pixel is touched here.
     heights, widths = np.array(sizes, dtype=np.int64).T
-    images = kernels.Images(data=torch.zeros(1, dtype=torch.uint8), starts=heights * 0, heights=heights, widths=widths)
+    images = Images(data=torch.zeros(1, dtype=torch.uint8), starts=heights * 0, heights=heights, widths=widths)
     fields = kernels._plan(images, [1] * len(sizes), transform, range(len(sizes)), rows=len(sizes))
     for (height, width), (resized_height, resized_width, top, left) in zip(sizes, fields[:, 6:10], strict=True):
         want = tvf._compute_resized_output_size((height, width), list(transform.resize))

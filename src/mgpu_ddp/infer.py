@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--mu
 import os
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks, too_many_errors
 from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
 from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.profiling import Profile
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish
@@ -70,11 +71,22 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
         clock = Clock(warm_up=in_flight(world), began=kept.began, reused=tuple(kept.reused))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
         left = tasks(job, claim, model, world)
-        while ending == "complete" and (task := next(left, None)) is not None:
-            with collecting(job, task, claim, model, transform, world, stop, clock) as collector:
-                predict_task(job, task, claim, predictor, transform, world, clock, collector)
-            ending = collector.ending
+        with profiled(job, claim, world, clock):
+            while ending == "complete" and (task := next(left, None)) is not None:
+                with collecting(job, task, claim, model, transform, world, stop, clock) as collector:
+                    predict_task(job, task, claim, predictor, transform, world, clock, collector)
+                ending = collector.ending
         return finish_job(job, claim, model, world, clock, ending)
+
+
+def profiled(job: Job, claim: Claim, world: World, clock: Clock) -> AbstractContextManager[None]:
+    """Trace some of the batches in the block, where that was asked for."""
+    if not job.config.runtime.profile:
+        return nullcontext()
+    num_batches = (claim.stop - claim.prefix) // (world.size * claim.batch_size)
+    profile = Profile(world, claim.folder, num_batches)
+    clock.on_batch = profile.step
+    return profile.tracing()
 
 
 def predict_task(

@@ -55,6 +55,8 @@ class RankMetrics:
     input_s: float
     """Waiting for model input to be made on the GPU."""
     predict_s: float
+    gpu_busy_share: float | None
+    """Of the loop's time: what the GPU spent on the model and on copying its results. None on the CPU."""
     peers_s: float
     """Waiting for the windows of all ranks."""
     gather_s: float
@@ -94,6 +96,9 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         wait_s=clock.wait_s,
         input_s=clock.input_s,
         predict_s=clock.predict_s,
+        gpu_busy_share=clock.gpu_s / (clock.ended - clock.started)
+        if world.device.type == "cuda" and clock.rows
+        else None,
         peers_s=clock.peers_s,
         gather_s=clock.gather_s,
         write_s=clock.write_s,

@@ -21,6 +21,7 @@ from mgpu_ddp.graphs import Columns, Replayed
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.profiling import named_range
 from mgpu_ddp.rows import Rows
 from mgpu_ddp.world import World
 
@@ -138,6 +139,8 @@ class Clock:
     """When the job began, by `time.perf_counter`."""
     reused: tuple[str, ...] = ()
     """What the job before had made."""
+    on_batch: Callable[[], None] = lambda: None
+    """Called after each batch."""
     started: float = field(default_factory=time.perf_counter)
     wait_s: float = 0.0
     """Waiting for the loader."""
@@ -145,6 +148,8 @@ class Clock:
     """Waiting for model input to be made on the GPU."""
     predict_s: float = 0.0
     """Forward, on the CPU with normalising; until the result is on the host."""
+    gpu_s: float = 0.0
+    """Of the GPU: from the begin of each forward pass to the end of the copy of its results."""
     peers_s: float = 0.0
     """Waiting for the windows of all ranks."""
     gather_s: float = 0.0
@@ -174,7 +179,8 @@ class Clock:
     def measuring(self, name: str) -> Iterator[None]:
         """Add the time that a block takes."""
         started = time.perf_counter()
-        yield
+        with named_range(name.removesuffix("_s")):
+            yield
         setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
     def stage(self, name: str, spent_s: float) -> None:
@@ -197,6 +203,7 @@ class Clock:
                 del self.pace[1:-1:2]
         for stage, seconds in workers.items():
             self.stage(stage, seconds)
+        self.on_batch()
 
     @property
     def steady(self) -> tuple[int, float]:
@@ -266,7 +273,7 @@ def _on_gpu(
 ) -> Generator[tuple[Batch, Columns]]:
     """Decode some batches, run the model on the one before them and copy back the ones before that."""
     staged: deque[tuple[Batch, Future[Ready]]] = deque()
-    flying: deque[tuple[Batch, Ready, Callable[[], Columns]]] = deque()
+    flying: deque[tuple[Batch, Ready, Flight]] = deque()
 
     def begin(batch: Batch) -> Future[Ready]:
         if batch.jpegs is not None and len(batch.jpegs):
@@ -281,12 +288,14 @@ def _on_gpu(
         with clock.measuring("input_s"):
             ready = future.result()
         with clock.measuring("predict_s"):
-            flying.append((batch, ready, _copy_to_host(predictor(ready.on_current_stream()))))
+            flying.append((batch, ready, Flight(predictor, ready.on_current_stream())))
 
     def landed() -> tuple[Batch, Columns]:
-        batch, _, finish = flying.popleft()
+        batch, _, flight = flying.popleft()
         with clock.measuring("predict_s"):
-            return batch, finish()
+            columns, busy_s = flight.land()
+        clock.gpu_s += busy_s
+        return batch, columns
 
     with ThreadPoolExecutor(inputs.THREADS) as stage:
         for batch, waited_s in batches:
@@ -303,17 +312,19 @@ def _on_gpu(
                 yield landed()
 
 
-def _copy_to_host(columns: Columns) -> Callable[[], Columns]:
-    """Start copying to the host; the returned call waits for the copy."""
-    copies = {name: column.to("cpu", non_blocking=True) for name, column in columns.items()}
-    copied = torch.cuda.Event()
-    copied.record()
+class Flight:
+    """A batch on its way through the model and back to the host."""
 
-    def finish() -> Columns:
-        copied.synchronize()
-        return copies
+    def __init__(self, predictor: Predictor, images: torch.Tensor) -> None:
+        self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._began.record()
+        self._columns = {name: c.to("cpu", non_blocking=True) for name, c in predictor(images).items()}
+        self._ended.record()
 
-    return finish
+    def land(self) -> tuple[Columns, float]:
+        """Wait for the results: on the host, and the seconds that the GPU had spent on them."""
+        self._ended.synchronize()
+        return self._columns, self._began.elapsed_time(self._ended) / 1e3
 
 
 def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:

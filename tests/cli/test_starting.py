@@ -1,5 +1,6 @@
 """Every way of starting gives one proved table in one folder."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -37,8 +38,12 @@ def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) 
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}")
     one = run(python_m(*settings, f"hydra.run.dir={tmp_path / 'one'}"), tmp_path)
     assert one.code == 0, one.err
-    two = run(torchrun(2, *settings, "output.dir=two", "output.format=jsonl"), tmp_path)
-    assert two.code == 0, two.err
+    traced = run(torchrun(2, *settings, "output.dir=two", "output.format=jsonl", "runtime.profile=true"), tmp_path)
+    assert traced.code == 0, traced.err
+    for rank in range(2):
+        with gzip.open(tmp_path / "two" / "profile" / f"rank{rank}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert {"predict", "aten::conv2d"} <= names
     assert_proved(tmp_path / "one", 41)
     assert_proved(tmp_path / "two", 41)
     assert (tmp_path / "two" / ".hydra").is_dir()

@@ -1,15 +1,15 @@
 """Windows of all ranks → durable rows, in a thread behind the predicting one.
 
-Each rank sends one payload per window, an empty one too. All ranks read the same list of payloads, so all
-judge alike and end after the same window: when everything is done, when some rank wished to stop, or when
-some rank failed. Rank 0's result of writing window k is known to all with window k+1, and one last payload
+Each rank sends one payload per window, an empty one too, and its rows to rank 0. All ranks read the same list of
+payloads, so all judge alike and end after the same window: when everything is done, when some rank wished to stop,
+or when some rank failed. Rank 0's result of writing window k is known to all with window k+1, and one last payload
 acknowledges the last window. At most two windows are in flight per rank: one gathered, one predicted.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -44,10 +44,8 @@ class Payload:
     errors: int
     """Error rows of this rank in this job so far."""
     seconds: float
-    rows: Rows | None
-    """The rows themselves, where rank 0 writes."""
     part: Part | None
-    """Where this rank has written them, otherwise."""
+    """Where this rank has written its rows, unless rank 0 writes."""
 
 
 class Collector:
@@ -83,7 +81,7 @@ class Collector:
         self._window_rows = 0
         self._since = time.perf_counter()
         self._over = False
-        self._handed: Payload | None = None
+        self._handed: tuple[Payload, Rows | None] | None = None
         self._turn = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
@@ -147,7 +145,7 @@ class Collector:
             self._chunks, self._window_rows = [], 0
             self._window = self._plan.window(window.number + 1)
 
-    def _payload(self, window: Window, state: State, reason: str) -> Payload:
+    def _payload(self, window: Window, state: State, reason: str) -> tuple[Payload, Rows | None]:
         owed = self._plan.rows(window, self._world.rank)
         now = time.perf_counter()
         payload = Payload(
@@ -159,19 +157,18 @@ class Collector:
             next_missing=owed[self._window_rows] if self._window_rows < len(owed) else window.stop,
             errors=self._errors,
             seconds=now - self._since,
-            rows=concatenate(self._chunks) if self._chunks else None,
             part=None,
         )
         self._since = now
-        return payload
+        return payload, concatenate(self._chunks) if self._chunks else None
 
-    def _hand_over(self, payload: Payload) -> bool:
+    def _hand_over(self, finished: tuple[Payload, Rows | None]) -> bool:
         """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
         started = time.perf_counter()
         with self._turn:
             while self._handed is not None and not self._over:
                 self._turn.wait()
-            self._handed = None if self._over else payload
+            self._handed = None if self._over else finished
             self._turn.notify_all()
         self._clock.peers_s += time.perf_counter() - started
         return not self._over
@@ -183,7 +180,7 @@ class Collector:
                 with self._turn:
                     while self._handed is None:
                         self._turn.wait()
-                if self._collect(window, self._handed):
+                if self._collect(window, *self._handed):
                     break
                 with self._turn:
                     self._handed = None
@@ -197,25 +194,26 @@ class Collector:
                 self._over = True
                 self._turn.notify_all()
 
-    def _collect(self, window: Window, payload: Payload) -> bool:
+    def _collect(self, window: Window, payload: Payload, rows: Rows | None) -> bool:
         """Gather one window of all ranks and commit what they have done of it. True when the job ends with it."""
-        if self._plan.contiguous and payload.rows is not None:
+        if self._plan.contiguous and rows is not None:
             try:
                 with self._timing_writes():
-                    payload = replace(payload, part=self._writer.write(payload.rows), rows=None)
+                    payload = replace(payload, part=self._writer.write(rows))
             except Exception as error:
                 self._fail(error)
                 owed = self._plan.rows(window, self._world.rank)
-                payload = replace(payload, rows=None, state="failed", reason=reason_of(error), next_missing=owed[0])
+                payload = replace(payload, state="failed", reason=reason_of(error), next_missing=owed[0])
         if self._error is not None:
             payload = replace(payload, state="failed", reason=reason_of(self._error))
         payloads = self._gather(window.number, payload)
+        everybodys = None if self._plan.contiguous else self._gather_rows(window.number, rows)
         ended = [p for p in payloads if p.state != "rows"]
         frontier = min([window.stop, *(p.next_missing for p in payloads)])
         if self._table is not None and self._error is None:
             try:
                 with self._timing_writes():
-                    self._commit(self._table, payloads, frontier)
+                    self._commit(self._table, payloads, everybodys or [], frontier)
             except Exception as error:
                 self._fail(error)
         self._plan.gathered(window, max(p.seconds for p in payloads))
@@ -247,13 +245,20 @@ class Collector:
                 )
         return payloads
 
-    def _commit(self, table: Table, payloads: list[Payload], frontier: int) -> None:
+    def _gather_rows(self, window: int, rows: Rows | None) -> list[Rows | None] | None:
+        """Bring the rows of all ranks to rank 0: the others have no use for them, and no room."""
+        started = time.perf_counter()
+        everybodys = self._channel.gather_on_first(window, rows)
+        self._clock.gather_s += time.perf_counter() - started
+        return everybodys
+
+    def _commit(self, table: Table, payloads: list[Payload], everybodys: Sequence[Rows | None], frontier: int) -> None:
         if self._plan.contiguous:
             parts = [p.part for p in payloads if p.part is not None and p.part.stop <= frontier]
             if parts:
                 table.list(sorted(parts, key=lambda part: part.first))
             return
-        chunks = [p.rows for p in payloads if p.rows is not None]
+        chunks = [rows for rows in everybodys if rows is not None]
         rows = in_order(chunks, frontier) if chunks else None
         if rows is not None and len(rows):
             table.add(rows)
@@ -280,7 +285,6 @@ class Collector:
             next_missing=self._plan.stop,
             errors=self._errors,
             seconds=0.0,
-            rows=None,
             part=None,
         )
         for rank, payload in enumerate(self._gather(number, last)):

@@ -1,11 +1,12 @@
 """Ranks, their devices and how they talk: the only caller of torch.distributed.
 
 One process group per process, opened by `join()` outside Hydra for all jobs of a sweep. Two ways to talk:
-small JSON values through the launcher's store (`exchange`, `share`, `together`), and the rows of a window
-through `all_gather_object` on a gloo group of their own (`Channel`). Neither ever waits for a rank that is
+small JSON values through the launcher's store (`exchange`, `share`, `together`), and windows through
+`all_gather_object` on a gloo group of their own (`Channel`). Neither ever waits for a rank that is
 dead: each rank's `Pulse` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
 """
 
+import itertools
 import json
 import os
 import time
@@ -28,6 +29,8 @@ from mgpu_ddp.errors import MgpuError, PeerError, PeerFailedError, PeerLostError
 from mgpu_ddp.pulse import BEAT_S, Pulse
 
 POLL_S = 0.05
+RANKS_PER_POLL = 256
+"""That may ask a store so often: beyond, each asks less often, or the store would do nothing but answer."""
 NAMING_S = 5.0
 """How long a rank that knows of a loss waits to hear who it was."""
 
@@ -65,7 +68,7 @@ class World:
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Give every rank the JSON values of all ranks. Collective: every rank calls this.
 
-        Rank 0 reads all and publishes the list, so the store carries O(size) messages.
+        Rank 0 reads all and publishes the list, so the store carries O(size) messages; equal neighbours count once.
 
         Raises:
             PeerLostError: a rank fell silent.
@@ -78,9 +81,10 @@ class World:
             if self.rank == 0:
                 parts = [f"{key}/{rank}" for rank in range(self.size)]
                 _await(store, parts, self.pulse)
-                store.set(f"{key}/all", "[" + ",".join(part.decode() for part in store.multi_get(parts)) + "]")
+                equal = [(len(list(run)), part.decode()) for part, run in itertools.groupby(store.multi_get(parts))]
+                store.set(f"{key}/all", "[" + ",".join(f"[{count},{part}]" for count, part in equal) + "]")
             _await(store, [f"{key}/all"], self.pulse)
-            heard = json.loads(store.get(f"{key}/all"))
+            heard = [part for count, part in json.loads(store.get(f"{key}/all")) for _ in range(count)]
         topics = sorted({other for other, _ in heard})
         if topics != [topic]:
             raise ProtocolError(f"all ranks must be at {topic!r}, got {topics} on rank {self.rank} of {self.size}.")
@@ -139,11 +143,11 @@ class World:
 def _await(store: Store, keys: list[str], pulse: Pulse) -> None:
     """Wait until the keys are there, as long as every rank lives."""
     # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
-    pause_s = 0.001
+    pause_s, longest_s = 0.001, POLL_S * max(1, pulse.size / RANKS_PER_POLL)
     while not store.check(keys):
         pulse.check()
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, POLL_S)
+        pause_s = min(2 * pause_s, longest_s)
 
 
 @contextmanager
@@ -183,14 +187,30 @@ class Channel:
                     self._store.delete_key(key)
             _await(self._store, [f"go/{window}"], self._pulse)
         payloads: list[Any] = [None] * self._size
-        try:
+        with self._naming_lost(window):
             dist.all_gather_object(payloads, payload, group=self._group)
+        return payloads
+
+    def gather_on_first(self, window: int, value: Any) -> list[Any] | None:
+        """Give rank 0 the values of all ranks, right after they have gathered the window: what is large.
+
+        Raises:
+            PeerLostError: a rank died.
+        """
+        values: list[Any] | None = [None] * self._size if self._rank == 0 else None
+        with self._naming_lost(window):
+            dist.gather_object(value, values, dst=0, group=self._group)
+        return values
+
+    @contextmanager
+    def _naming_lost(self, window: int) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             first = str(error).splitlines()[0].partition(". ")[0]
             # The pulse can say who it was: at once of a process that is gone, soon of one that hangs.
             self._pulse.wait_for_lost(NAMING_S if "Timed out" in first else BEAT_S)
             raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
-        return payloads
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)

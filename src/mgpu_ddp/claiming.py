@@ -165,7 +165,7 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
         path.unlink(missing_ok=True)
 
 
-def _allocate_array(folder: Path, manifest: Manifest, num_classes: int) -> None:
+def _allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
     """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there."""
     path, rows = folder / ARRAY, manifest.stop - manifest.start
     before = np.load(path, mmap_mode="r") if path.exists() else None
@@ -173,12 +173,13 @@ def _allocate_array(folder: Path, manifest: Manifest, num_classes: int) -> None:
         return
 
     def fill(file: BinaryIO) -> None:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, num_classes)}
+        dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, num_columns)}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
         if rows:
             # Claim the space now: a full disk should say so at the start.
-            os.posix_fallocate(file.fileno(), file.tell(), rows * num_classes * 4)
+            os.posix_fallocate(file.fileno(), file.tell(), rows * num_columns * dtype.itemsize)
         if before is not None:
             for first in range(0, len(before), COPIED_ROWS):
                 file.write(before[first : first + COPIED_ROWS].tobytes())

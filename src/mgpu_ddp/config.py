@@ -248,11 +248,14 @@ class OutputConfig:
     dir: str | None = None
     """The run folder. null: Hydra's run dir."""
     format: str = "parquet"
-    """parquet, csv, jsonl or npy (one array of logits, (samples, classes))."""
+    """parquet, csv, jsonl or npy: one array of logits, (samples, classes), or of output.fields=[embedding]."""
     topk: int = 5
     """How many best classes each row names."""
     fields: list[str] = field(default_factory=lambda: ["topk"])
-    """Any of topk, logits, probs, embedding; pred and prob are always there."""
+    """Any of topk, logits, probs, embedding (pooled features, what the classifier sees); pred and prob are always
+    there."""
+    dtype: str = "fp32"
+    """fp32 or fp16: of logits, probs and embedding as they are written, to parquet or npy."""
     collect: str = "auto"
     """gather: rows travel to rank 0, which writes. shards: each rank writes its own parts. auto: gather for
     top-k, shards for wide fields and npy."""
@@ -272,9 +275,19 @@ class OutputConfig:
         _at_least("output.commit_every", self.commit_every, 1, 10000, word="auto")
         for name in self.fields:
             require(name in FIELDS, "output.fields", f"one of {', '.join(FIELDS)}", name, "Try output.fields=[topk].")
-        fits = self.format != "npy" or self.fields in (["topk"], ["logits"])
-        rule = "left out with output.format=npy, which is an array of logits"
-        require(fits, "output.fields", rule, list(self.fields), "Leave it out.")
+        fits = self.format != "npy" or self.fields in (["topk"], ["logits"], ["embedding"])
+        rule = "[logits] or [embedding] with output.format=npy, which is one array"
+        require(fits, "output.fields", rule, list(self.fields), "Leave it out for logits.")
+        _one_of("output.dtype", self.dtype, ("fp32", "fp16"))
+        fits = self.dtype == "fp32" or self.format in ("parquet", "npy")
+        require(
+            fits, "output.dtype", "fp32 with output.format=csv or jsonl, which is text", self.dtype, "Leave it out."
+        )
+
+    @property
+    def array_field(self) -> str:
+        """What an array holds."""
+        return "embedding" if self.fields == ["embedding"] else "logits"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from mgpu_ddp.claiming import remove_unlisted
 from mgpu_ddp.classes import find_classes
 from mgpu_ddp.collect import Ending
 from mgpu_ddp.errors import Exit, ProofError, UsageError
-from mgpu_ddp.job import Claim, Job
+from mgpu_ddp.job import Claim, Job, array_columns
 from mgpu_ddp.manifest import Manifest, write_status
 from mgpu_ddp.models import Model
 from mgpu_ddp.page import THUMBNAILS, write_page
@@ -123,7 +123,7 @@ def _conclude(
         "errors": proof.errors,
         "missing": proof.missing,
         "duplicates": proof.duplicates,
-        "predictions": [proof.rows, model.num_classes],
+        "predictions": [proof.rows, array_columns(job.config, model) or model.num_classes],
         "accuracy": counted.accuracy,
         "world_size": world.size,
         "batch_size": manifest.batch_size,

@@ -19,7 +19,7 @@ from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest, versions, write_status
-from mgpu_ddp.models import Model, precision_of, weights_digest
+from mgpu_ddp.models import Model, embedding_dim, precision_of, weights_digest
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.replacing import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.world import World
@@ -117,7 +117,15 @@ def fingerprint(config: Config, model: Model, transform: Transform, world: World
         "output.format": config.output.format,
         "output.fields": sorted(config.output.fields),
         "output.topk": config.output.topk,
+        "output.dtype": config.output.dtype,
     }
+
+
+def array_columns(config: Config, model: Model) -> int | None:
+    """The width of `predictions.npy`, where that is the format."""
+    if config.output.format != "npy":
+        return None
+    return model.num_classes if config.output.array_field == "logits" else embedding_dim(model.module)
 
 
 def place_job(job: Job, world: World) -> Job:
@@ -198,7 +206,7 @@ def claim_job(
                 resume=resume,
                 overwrite=job.starts_over,
                 batch_size_given=job.batch_size_given,
-                array_columns=model.num_classes if config.output.format == "npy" else None,
+                array_columns=array_columns(config, model),
                 files=files,
             )
             if config.overwrite:

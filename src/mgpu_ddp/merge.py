@@ -208,9 +208,9 @@ def _link(source: Path, target: Path) -> None:
 
 def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
     arrays = [np.load(shard.folder / ARRAY, mmap_mode="r") for shard in shards]
-    if len({array.shape[1] for array in arrays}) > 1:
+    if len({(array.shape[1], array.dtype) for array in arrays}) > 1:
         raise StateError(f"{ARRAY} must have the same columns in all shards.")
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, arrays[0].shape[1])}
+    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (rows, arrays[0].shape[1])}
     np.lib.format.write_array_header_1_0(file, header)
     for array in arrays:
         for start in range(0, len(array), COPIED_ROWS):

@@ -272,7 +272,13 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     return module
 
 
-def head_of(module: nn.Module) -> nn.Module:
+def embedding_dim(module: nn.Module) -> int:
+    """How many features the head sees."""
+    head = head_of(module)
+    return head.in_features if isinstance(head, nn.Linear) else head.in_channels
+
+
+def head_of(module: nn.Module) -> nn.Linear | nn.Conv2d:
     """The layer that turns pooled features into logits: the last linear or convolutional one."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return layers[-1]

@@ -32,6 +32,8 @@ log = logging.getLogger("mgpu_ddp")
 
 WINDOW_BYTES = 64 << 20
 """Of the rows that travel to rank 0 in one window, from all ranks together."""
+MUCH = 8
+"""Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
 STRETCH_BYTES = 8 << 20
 """Of the rows that one rank writes itself in one window."""
 
@@ -92,9 +94,9 @@ def tasks(job: Job, claim: Claim, model: Model, world: World) -> Iterator[Task]:
 def row_bytes(config: Config, num_classes: int) -> int:
     """About how many bytes one row takes on its way."""
     fields = config.output.fields
-    wide = ("logits" in fields or config.output.format == "npy") + ("probs" in fields)
-    numbers = num_classes * wide + EMBEDDING_DIM * ("embedding" in fields) + 2 * config.output.topk
-    return 64 + 4 * numbers
+    logits = "logits" in fields or (config.output.format == "npy" and "embedding" not in fields)
+    numbers = num_classes * (logits + ("probs" in fields)) + EMBEDDING_DIM * ("embedding" in fields)
+    return 64 + (2 if config.output.dtype == "fp16" else 4) * numbers + 8 * config.output.topk
 
 
 def _plan(
@@ -115,6 +117,12 @@ def _plan(
         smallest = max(world.exchange("batches read ahead", ahead)) * step
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
         largest = budget // row_bytes(config, num_classes)
+        if not contiguous and smallest > MUCH * largest:
+            log.warning(
+                "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
+                world.size,
+                f"{smallest:,}",
+            )
     else:
         smallest = largest = int(config.output.commit_every)
     return Plan(

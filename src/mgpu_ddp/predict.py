@@ -46,8 +46,8 @@ class Predictor:
             if device.type == "cuda"
             else None
         )
-        # An array of logits is the tutorial's result: that format fixes the field.
-        self._fields, self._topk = {"logits"} if output.format == "npy" else set(output.fields), output.topk
+        self._fields, self._topk = {output.array_field} if output.format == "npy" else set(output.fields), output.topk
+        self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
         # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
         graphs = device.type == "cuda" and runtime.compile != "on" and config.strategy == "ddp"
@@ -62,7 +62,7 @@ class Predictor:
         output = config.output
         return [
             *(config.model, config.seed, config.runtime, config.strategy, transform, device),
-            *(config.data.name, output.format, output.fields, output.topk),
+            *(config.data.name, output.format, output.fields, output.topk, output.dtype),
         ]
 
     def _keep_embedding(self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -120,12 +120,13 @@ class Predictor:
         }
         if "topk" in self._fields:
             columns |= {"topk_index": top.indices.int(), "topk_prob": top.values}
-        if "logits" in self._fields:
-            columns["logits"] = logits
-        if "probs" in self._fields:
-            columns["probs"] = probs
+        wide = {"logits": logits, "probs": probs}
         if "embedding" in self._fields:
-            columns["embedding"] = self._kept.embedding.float()
+            wide["embedding"] = self._kept.embedding
+        for name in self._fields & wide.keys():
+            columns[name] = wide[name].to(self._wide_dtype)
+            # What is too large for half precision becomes infinite.
+            columns["finite"] &= columns[name].isfinite().all(dim=1)
         return columns
 
 

@@ -15,7 +15,7 @@ class Rows:
 
     `index`: int64 (n,). `label`: int32 (n,), -1 where unknown. `columns`: `pred` int32 (n,), `prob` float32
     (n,), `topk_index` int32 (n, k), `topk_prob` float32 (n, k) and any of `logits`, `probs`, `embedding`
-    float32 (n, d). `errors`: dataset index → reason; such a row's columns hold nothing of meaning. `split`:
+    float32 or float16 (n, d). `errors`: dataset index → reason; such a row's columns hold nothing of meaning. `split`:
     indices of rows whose batch was split for lack of memory.
     """
 

@@ -100,7 +100,8 @@ def tally(
     job = manifest.fingerprint
     class_of, how = classes.compare()
     in_reach = min(TOP, classes.num_classes)
-    has_top = job["output.format"] == "npy" or ("topk" in job["output.fields"] and job["output.topk"] >= in_reach)
+    logits = job["output.format"] == "npy" and job["output.fields"] != ["embedding"]
+    has_top = logits or ("topk" in job["output.fields"] and job["output.topk"] >= in_reach)
     labels = 0 if class_of is None else len(class_of)
     found = Tally(
         preds=np.zeros(classes.num_classes, np.int64),
@@ -186,17 +187,23 @@ def _read_array(
     for first in range(part.first, part.stop, ARRAY_ROWS):
         stop = min(first + ARRAY_ROWS, part.stop)
         index = np.arange(first, stop)
-        logits = np.array(array[first - manifest.start : stop - manifest.start])
+        logits = np.array(array[first - manifest.start : stop - manifest.start], dtype=np.float32)
+        label = [-1 if samples is None else samples.known_label(i) for i in index.tolist()]
+        labels = np.array(label, dtype=np.int64)
+        if manifest.fingerprint["output.fields"] == ["embedding"]:
+            # They say nothing of classes.
+            unknown = np.full(len(index), np.nan, dtype=np.float32)
+            yield Seen(index=index, label=labels, pred=np.full(len(index), -1), prob=unknown, best=None)
+            continue
         bad = np.isin(index, failed)
         pred = logits.argmax(axis=1)
         top = logits[np.arange(len(index)), pred]
-        label = [-1 if samples is None else samples.known_label(i) for i in index.tolist()]
         reach = min(TOP, logits.shape[1])
         wants_best = best and max(label) >= 0
         order = np.argpartition(-logits, reach - 1, axis=1)[:, :reach] if wants_best else None
         yield Seen(
             index=index,
-            label=np.array(label, dtype=np.int64),
+            label=labels,
             pred=np.where(bad, -1, pred),
             prob=1 / np.exp(logits - top[:, None]).sum(axis=1),
             best=order,

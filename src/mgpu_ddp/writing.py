@@ -115,7 +115,7 @@ class TableWriter:
 
 
 class ArrayWriter:
-    """Writes logits into `predictions.npy`, float32 (samples, classes), NaN rows for errors."""
+    """Writes logits or embeddings into `predictions.npy`, float32 or float16 (samples, d), NaN rows for errors."""
 
     def __init__(self, run_dir: Path, start: int) -> None:
         self._path, self._start = run_dir / ARRAY, start
@@ -128,7 +128,7 @@ class ArrayWriter:
             first=int(rows.index[0]),
             rows=len(rows),
             errors=len(rows.errors),
-            num_bytes=len(rows) * self._array.shape[1] * 4,
+            num_bytes=len(rows) * self._array.shape[1] * self._array.itemsize,
             sha256="",
             split_rows=len(rows.split),
             reasons={str(i): reason for i, reason in rows.errors.items()},
@@ -145,16 +145,17 @@ class ArrayWriter:
         return replace(part, sha256=array_digest(self._array, part, self._start))
 
     def _put(self, rows: Rows) -> None:
-        logits = rows.columns["logits"].astype(np.float32, copy=True)
-        logits[rows.failed] = np.nan
+        name = "embedding" if "embedding" in rows.columns else "logits"
+        values = rows.columns[name].astype(self._array.dtype, copy=True)
+        values[rows.failed] = np.nan
         try:
-            self._array[rows.index - self._start] = logits
+            self._array[rows.index - self._start] = values
             self._array.flush()
         except OSError as error:
             raise write_error(self._path, error) from error
 
 
-def array_digest(array: npt.NDArray[np.float32], part: Part, start: int) -> str:
+def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str:
     """sha256 of a part's rows in the array, those that it lists as errors taken as NaN."""
     rows = np.array(array[part.first - start : part.stop - start])
     rows[[int(i) - part.first for i in part.reasons]] = np.nan

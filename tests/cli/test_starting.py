@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
@@ -55,6 +57,27 @@ def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) 
     assert np.array_equal(
         np.array([r["topk_prob"] for r in wide], np.float32), np.array([r["topk_prob"] for r in narrow], np.float32)
     )
+
+
+def test_embeddings_in_half_precision_go_to_an_array_or_to_parquet(tmp_path: Path, images: Path) -> None:
+    settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}", "output.fields=[embedding]", "output.dtype=fp16")
+    in_array = run(torchrun(2, *settings, "output.dir=array", "output.format=npy"), tmp_path)
+    assert in_array.code == 0, in_array.err
+    assert run(python_m(*settings, "output.dir=table"), tmp_path).code == 0
+    array = np.load(tmp_path / "array" / "predictions.npy")
+    assert (array.dtype, array.shape) == (np.float16, tuple(in_array.summary["predictions"]))
+    rows = read_rows(tmp_path / "table")
+    assert all(row["error"] is None for row in rows)
+    part = next((tmp_path / "table" / "predictions").iterdir())
+    assert pq.read_schema(part).field("embedding").type.value_type == pa.float16()
+    assert np.array_equal(array, np.array([row["embedding"] for row in rows], np.float16))
+    assert run(python_m(*settings, "output.dir=exact", "output.dtype=fp32"), tmp_path).code == 0
+    exact = np.array([row["embedding"] for row in read_rows(tmp_path / "exact")], np.float32)
+    assert exact.std() > 0
+    assert np.array_equal(exact.astype(np.float16), array)
+    refused = run(python_m(*settings, "output.format=csv"), tmp_path)
+    assert refused.code == 2
+    assert "output.dtype must be fp32 with output.format=csv or jsonl" in refused.err
 
 
 def test_data_parallel_gives_the_same_rows_as_ddp(tmp_path: Path) -> None:

@@ -14,8 +14,17 @@ if not torch.cuda.is_available():
 import torchvision
 
 from mgpu_ddp import kernels, preprocess
-from mgpu_ddp.config import Config, FolderConfig, LoaderConfig, ModelConfig, OutputConfig, TransformConfig
+from mgpu_ddp.config import (
+    Config,
+    FolderConfig,
+    LoaderConfig,
+    ModelConfig,
+    OutputConfig,
+    RuntimeConfig,
+    TransformConfig,
+)
 from mgpu_ddp.datasets import FileSamples
+from mgpu_ddp.decoding import decoder_of
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
@@ -43,12 +52,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
+def rows_of(root: Path, world: World, *, decode: str = "auto") -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
         model=ModelConfig(),
         output=OutputConfig(fields=["topk", "logits"]),
+        runtime=RuntimeConfig(decode=decode),
     )
     files = Listing.build(find_images(str(root), follow_outside=False))
     torch.manual_seed(0)
@@ -56,7 +66,7 @@ def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
     transform = preprocess.imagenet(64)
     predictor = Predictor(module, transform, config, world.device)
-    assert predictor.decodes
+    assert predictor.decodes == (decode != "cpu")
     plan = Plan(
         start=0,
         stop=len(files),
@@ -70,7 +80,11 @@ def rows_of(root: Path, world: World) -> tuple[Rows, Clock]:
     loader = LoaderConfig(workers=2)
     held = held_batches(world)
     with closing(
-        load_batches(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world, held=held, packed=True)
+        load_batches(
+            *(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world),
+            held=held,
+            packed=predictor.decodes,
+        )
     ) as batches:
         return concatenate(list(predict(batches, predictor, clock, world))), clock
 
@@ -88,6 +102,19 @@ def test_a_late_kernel_reads_what_was_decoded_for_it(root: Path, world: World, m
     monkeypatch.setattr(kernels, "preprocess_images", late)
     delayed, _ = rows_of(root, world)
     assert np.array_equal(calm.columns["logits"], delayed.columns["logits"])
+
+
+def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World) -> None:
+    if not decoder_of(world.device).has_engines:
+        pytest.skip("this GPU has no JPEG engines")
+    by_cpu, _ = rows_of(root, world, decode="cpu")
+    exact, clock = rows_of(root, world, decode="exact")
+    assert clock.workers_s["gpu decode"] > 0
+    assert np.array_equal(exact.columns["logits"], by_cpu.columns["logits"])
+    quick, _ = rows_of(root, world, decode="gpu")
+    apart = np.abs(quick.columns["logits"] - by_cpu.columns["logits"])
+    print(f"decode=gpu: logits differ by {apart.mean():.1e} on average, {apart.max():.1e} at most")
+    assert apart.max() > 0
 
 
 def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world: World, tmp_path: Path) -> None:

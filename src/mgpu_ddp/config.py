@@ -190,6 +190,13 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TimmConfig(ModelConfig):
+    name: str = "resnet18"
+    """Any timm model that crops the centre of a square image; its own transform is taken. model.weights: null or a
+    checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
     device: str = "auto"
     """auto, cpu or cuda. auto takes CUDA where there is one."""
@@ -393,7 +400,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "array": ArrayConfig,
     },
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
-    "model": {"resnet18": ModelConfig},
+    "model": {"resnet18": ModelConfig, "timm": TimmConfig},
 }
 
 

@@ -13,7 +13,7 @@ from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
 from mgpu_ddp.classes import names_digest
-from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, Listed, pack, parse_shard, unpack
+from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, Listed, TimmConfig, pack, parse_shard, unpack
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.errors import UsageError
@@ -102,7 +102,7 @@ def fingerprint(config: Config, model: Model, transform: Transform, world: World
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
         "listing": identity(config.data) if isinstance(config.data, ArrayConfig) else None,
         **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(transform).items()},
-        "model.name": config.model.name,
+        "model.name": ("timm/" if isinstance(config.model, TimmConfig) else "") + config.model.name,
         "model.num_classes": model.num_classes,
         "model.weights": weights_digest(model.module),
         "model.class_names": names_digest(model.class_names) if config.model.class_names else None,

@@ -15,10 +15,11 @@ from torch import nn
 from mgpu_ddp import preprocess
 from mgpu_ddp.arrays import open_array
 from mgpu_ddp.classes import read_class_names
-from mgpu_ddp.config import ArrayConfig, Config, ModelConfig, RuntimeConfig, require
+from mgpu_ddp.config import ArrayConfig, Config, ModelConfig, RuntimeConfig, TimmConfig, require
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.folding import fold_batch_norms, fuse_activations
 from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.timms import build_timm
 from mgpu_ddp.world import World, share_weights
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
@@ -69,6 +70,8 @@ def build_model(config: Config) -> Model:
     import torchvision
 
     wanted: ModelConfig = config.model
+    if isinstance(wanted, TimmConfig):
+        return _build_timm(config, wanted)
     names = torchvision.models.list_models(module=torchvision.models)
     require(
         wanted.name in names,
@@ -108,6 +111,17 @@ def build_model(config: Config) -> Model:
         class_names=categories,
         preset=chosen.transforms(),
     )
+
+
+def _build_timm(config: Config, wanted: TimmConfig) -> Model:
+    weights = wanted.weights
+    rule = f"null or a path to {'/'.join(CHECKPOINTS)} for model=timm"
+    fits = weights is None or weights.endswith(CHECKPOINTS)
+    require(fits, "model.weights", rule, weights, "Download the checkpoint first.")
+    torch.manual_seed(config.seed)
+    module, preset = build_timm(wanted)
+    origin = f"timm {wanted.name}, {f'random weights from seed {config.seed}' if weights is None else weights}"
+    return Model(module=module, num_classes=wanted.num_classes, origin=origin, class_names=None, preset=preset)
 
 
 def _similar(name: str, names: list[str]) -> str:

@@ -223,6 +223,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
             return f"{name} must be installed, got {value!r}. Install its plugin (pip install hydra-{value}-sweeper)."
         if name in GROUPS and value not in GROUPS[name] and f"{name}/{value}" in str(error):
             remedy = f"Choose it by model.name={value}." if name == "model" else "See --help."
+            if (name, value) == ("model", "exported"):
+                remedy = "To load an exported program is to run code that its file holds: give a checkpoint instead."
             return f"{name} must be {keys[name].kind}, got {value!r}. {remedy}"
         if f"'{name}'" in str(error) or f"{name}=" in str(error):
             return unknown_key(name, override)

@@ -192,8 +192,8 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class TimmConfig(ModelConfig):
     name: str = "resnet18"
-    """Any timm model that crops the centre of a square image; its own transform is taken. model.weights: null or a
-    checkpoint."""
+    """Any timm model that crops the centre of a square image, with its own transform; model.weights=DEFAULT takes its
+    weights from the Hugging Face hub."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -125,7 +125,9 @@ def array_columns(config: Config, model: Model) -> int | None:
     """The width of `predictions.npy`, where that is the format."""
     if config.output.format != "npy":
         return None
-    return model.num_classes if config.output.array_field == "logits" else embedding_dim(model.module)
+    return (
+        model.num_classes if config.output.array_field == "logits" else embedding_dim(model.module, model.num_classes)
+    )
 
 
 def place_job(job: Job, world: World) -> Job:

@@ -45,6 +45,8 @@ def documented_keys() -> dict[str, Key]:
         if name in keys:
             # Options of one group may give a key of theirs the same name.
             first = keys[name]
+            if first.doc.endswith(key.doc):
+                continue
             doc = first.doc if first.option is None else f"{first.option}: {first.doc}"
             key = first._replace(option=None, doc=f"{doc} {key.option}: {key.doc}")
         keys[name] = key
@@ -52,13 +54,9 @@ def documented_keys() -> dict[str, Key]:
 
 
 def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
-    tree = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(tree, ast.ClassDef)
     docs: dict[str, str] = {}
-    for statement, after in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
+    for parent in reversed(schema.__mro__[:-1]):
+        docs |= _docs_of(parent)
     for item in fields(schema):
         name = f"{prefix}{item.name}"
         if schema is Config and item.name in GROUPS:
@@ -74,6 +72,18 @@ def _keys_of(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
             default = item.default_factory() if item.default_factory is not MISSING_DEFAULT else item.default
             kinds = get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
             yield name, Key(default, " or ".join(KINDS.get(kind, "a list") for kind in kinds), docs[item.name])
+
+
+def _docs_of(schema: Any) -> dict[str, str]:
+    """What stands under the fields of a class."""
+    tree = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, after in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return docs
 
 
 def help_text() -> str:

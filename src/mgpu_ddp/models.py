@@ -19,7 +19,7 @@ from mgpu_ddp.config import ArrayConfig, Config, ModelConfig, RuntimeConfig, Tim
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.folding import fold_batch_norms, fuse_activations
 from mgpu_ddp.preprocess import Transform
-from mgpu_ddp.timms import build_timm
+from mgpu_ddp.timms import build_timm, class_names_of, download_timm
 from mgpu_ddp.world import World, share_weights
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
@@ -28,6 +28,8 @@ PREFIXES = ("module.", "_orig_mod.", "resnet.")
 NESTS = ("state_dict", "model_state_dict", "model")
 OLD_INIT = ("googlenet", "inception_v3")
 """Builders that warn unless they are told how to initialise."""
+STANDARD_SIZE = 224
+"""Stands for a model's own size."""
 FUSED = ("resnet", "resnext", "densenet")
 """Models whose rows keep their bits when cuDNN fuses, wherever they stand in a batch, as `tests/gpu` checks in half
 precision. Others (vgg, squeezenet), and fp32, do not."""
@@ -115,13 +117,19 @@ def build_model(config: Config) -> Model:
 
 def _build_timm(config: Config, wanted: TimmConfig) -> Model:
     weights = wanted.weights
-    rule = f"null or a path to {'/'.join(CHECKPOINTS)} for model=timm"
-    fits = weights is None or weights.endswith(CHECKPOINTS)
-    require(fits, "model.weights", rule, weights, "Download the checkpoint first.")
+    rule = f"null, DEFAULT or a path to {'/'.join(CHECKPOINTS)} for model=timm"
+    fits = weights in (None, "DEFAULT") or str(weights).endswith(CHECKPOINTS)
+    require(fits, "model.weights", rule, weights, "A timm model's name may end in a tag: model.name=resnet18.a1_in1k.")
     torch.manual_seed(config.seed)
     module, preset = build_timm(wanted)
-    origin = f"timm {wanted.name}, {f'random weights from seed {config.seed}' if weights is None else weights}"
-    return Model(module=module, num_classes=wanted.num_classes, origin=origin, class_names=None, preset=preset)
+    source = f"random weights from seed {config.seed}" if weights is None else f"weights {weights}"
+    return Model(
+        module=module,
+        num_classes=wanted.num_classes,
+        origin=f"timm {wanted.name}, {source}",
+        class_names=class_names_of(module) if weights == "DEFAULT" else None,
+        preset=preset,
+    )
 
 
 def _similar(name: str, names: list[str]) -> str:
@@ -139,6 +147,8 @@ def load_weights(model: Model, config: ModelConfig) -> None:
         return
     if config.weights.endswith(CHECKPOINTS):
         state = _strip(_read_checkpoint(Path(config.weights)))
+    elif isinstance(config, TimmConfig):
+        state = _read_checkpoint(download_timm(config, model.module))
     else:
         state = _named_state(config)
     expected = {key: tuple(value.shape) for key, value in model.module.state_dict().items()}
@@ -234,7 +244,9 @@ def choose_transform(config: Config, model: Model) -> Transform:
     name, size = config.transform.name, config.transform.size
     transform = preprocess.imagenet(size)
     if name == "plain" or (name == "auto" and config.data.name == "fake"):
-        return preprocess.plain(size)
+        # Many of timm's models take images of one size alone.
+        fixed = isinstance(config.model, TimmConfig) and size == STANDARD_SIZE
+        return preprocess.plain(model.preset.crop_size[0] if fixed else size)
     if name == "auto" and model.preset is not None:
         transform = preprocess.from_weights(model.preset, size)
     if name == "auto" and isinstance(config.data, ArrayConfig):
@@ -258,14 +270,17 @@ def prepare(model: Model, config: Config, world: World, *, keep: bool = False) -
 def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
     precision = precision_of(config.runtime, device)
     if config.runtime.fold:
-        module = fold_batch_norms(module)
+        folded, classes = fold_batch_norms(module), config.model.num_classes
+        # Tracing may dissolve the head, and embeddings are what goes into it.
+        if embedding_dim(folded, classes) == embedding_dim(module, classes):
+            module = folded
         if (
             device.type == "cuda"
             and precision in ("fp16", "bf16")
             and config.runtime.channels_last
             and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
         ):
-            module = fuse_activations(module, head_of(module))
+            module = fuse_activations(module, head_of(module, config.model.num_classes))
     if device.type == "cuda" and config.runtime.compile != "on" and config.strategy == "ddp":
         from mgpu_ddp.pooling import replace_max_pools
 
@@ -286,13 +301,15 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     return module
 
 
-def embedding_dim(module: nn.Module) -> int:
+def embedding_dim(module: nn.Module, num_classes: int) -> int:
     """How many features the head sees."""
-    head = head_of(module)
+    head = head_of(module, num_classes)
     return head.in_features if isinstance(head, nn.Linear) else head.in_channels
 
 
-def head_of(module: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The layer that turns pooled features into logits: the last linear or convolutional one."""
+def head_of(module: nn.Module, num_classes: int) -> nn.Linear | nn.Conv2d:
+    """The layer that turns pooled features into logits: the last linear one of that width, or the last of all."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return layers[-1]
+    # Tracing may change the order of modules.
+    fitting = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == num_classes]
+    return (fitting or layers)[-1]

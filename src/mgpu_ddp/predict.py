@@ -54,7 +54,7 @@ class Predictor:
         self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
         self._kept = threading.local()
         if "embedding" in self._fields:
-            head_of(module).register_forward_pre_hook(self._keep_embedding)
+            head_of(module, config.model.num_classes).register_forward_pre_hook(self._keep_embedding)
 
     @staticmethod
     def depends_on(config: Config, transform: Transform, device: torch.device) -> Any:

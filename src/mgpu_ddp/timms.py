@@ -1,6 +1,7 @@
 """timm's models: built by name without a network, with the transform that they were evaluated with."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,9 @@ from torch import nn
 
 from mgpu_ddp.config import ModelConfig, require
 from mgpu_ddp.errors import UsageError
+
+WEIGHTS = "model.safetensors"
+NONE = "timm names none on the Hugging Face hub."
 
 
 def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
@@ -18,15 +22,50 @@ def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
     """
     try:
         import timm
-        from timm.data import resolve_data_config
+        from timm.data.config import resolve_data_config
     except ImportError:
         raise UsageError("model must be one whose library is installed, got 'timm'. pip install 'timm>=1.0'.") from None
     # From its own list alone: timm takes names of hub repositories and of local folders too.
     name = wanted.name
     known = timm.is_model(name) and ":" not in name and "/" not in name
     require(known, "model.name", "a timm model", name, "timm.list_models() names them.")
-    module: nn.Module = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
+    module: Any = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
+    if wanted.weights == "DEFAULT":
+        config = module.pretrained_cfg
+        require(bool(config.get("hf_hub_id")), "model.weights", "null or a checkpoint for this model", "DEFAULT", NONE)
+        classes, remedy = config["num_classes"], f"Set model.num_classes={config['num_classes']}."
+        fits = wanted.num_classes == classes
+        require(fits, "model.num_classes", f"{classes} for these weights", wanted.num_classes, remedy)
     return module, _preset(resolve_data_config(model=module), name)
+
+
+def download_timm(wanted: ModelConfig, module: Any) -> Path:
+    """The model's own weights, from the cache of the Hugging Face hub or from the hub itself: tensors alone.
+
+    Raises:
+        UsageError: they are in neither.
+    """
+    from huggingface_hub import hf_hub_download
+
+    source = module.pretrained_cfg["hf_hub_id"]
+    try:
+        return Path(hf_hub_download(source, WEIGHTS))
+    except Exception as error:  # the hub's own, those of its HTTP client, and OSError
+        raise UsageError(
+            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__} for {source} of"
+            f" the Hugging Face hub). Fetch {WEIGHTS} where there is a network, and give its path."
+        ) from None
+
+
+def class_names_of(module: Any) -> tuple[str, ...] | None:
+    """The names of the classes that the model was trained on, where timm knows them."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(module.pretrained_cfg)
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(i) for i in range(info.num_classes()))
 
 
 def _preset(data: dict[str, Any], name: str) -> Any:

@@ -266,7 +266,7 @@ def test_folding_can_be_switched_off(world: World) -> None:
 def test_the_head_turns_features_into_logits(name: str, width: int) -> None:
     with torch.device("meta"):
         module = torchvision.models.get_model(name, weights=None, num_classes=7)
-    head = head_of(module)
+    head = head_of(module, 7)
     given = head.in_channels if isinstance(head, nn.Conv2d) else head.in_features
     made = head.out_channels if isinstance(head, nn.Conv2d) else head.out_features
     assert (given, made) == (width, 7)
@@ -275,7 +275,7 @@ def test_the_head_turns_features_into_logits(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", SMALL])
 def test_the_head_is_still_found_after_folding(name: str, world: World) -> None:
     config = job(name)
-    head = head_of(prepare(build_model(config), config, world))
+    head = head_of(prepare(build_model(config), config, world), 5)
     assert (head.out_channels if isinstance(head, nn.Conv2d) else head.out_features) == 5
 
 

@@ -1,5 +1,7 @@
 """timm's models: its own transform to the byte, its weights from files, and what is refused."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from mgpu_ddp.config import Config, FolderConfig, TimmConfig, TransformConfig
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig, TimmConfig, TransformConfig
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models import build_model, choose_transform, load_weights, weights_digest
+from mgpu_ddp.models import build_model, choose_transform, embedding_dim, head_of, load_weights, prepare, weights_digest
+from mgpu_ddp.world import World
 
 
 def job(name: str, **changes: object) -> Config:
@@ -50,6 +53,30 @@ def test_names_are_those_of_its_list(name: str) -> None:
         build_model(job(name))
 
 
-def test_weights_are_files() -> None:
-    with pytest.raises(UsageError, match=r"^model\.weights must be null or a path to .* got 'DEFAULT'"):
+def test_weights_are_files_or_the_hubs() -> None:
+    with pytest.raises(UsageError, match=r"^model\.weights must be null, DEFAULT or a path to .* got 'IMAGENET1K_V1'"):
+        build_model(job("test_vit", weights="IMAGENET1K_V1"))
+    with pytest.raises(UsageError, match=r"^model\.num_classes must be 1000 for these weights, got 5"):
         build_model(job("test_vit", weights="DEFAULT"))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv3_small_050", "convnext_atto"])
+def test_the_embedding_is_what_timm_gives_its_classifier(name: str, world: World) -> None:
+    model = build_model(job(name))
+    module = model.module.eval()
+    width = embedding_dim(module, 5)
+    folded = prepare(replace(model, module=copy.deepcopy(module)), job(name), world)
+    seen: list[torch.Tensor] = []
+    head_of(folded, 5).register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    images = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        logits = folded(images)
+        features = module.forward_head(module.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    assert tuple(seen[0].shape) == (2, width)
+    assert torch.allclose(seen[0], features.flatten(1), atol=1e-5)
+    assert torch.allclose(logits, module(images), atol=1e-5)
+
+
+def test_a_fake_dataset_has_the_size_of_the_model() -> None:
+    config = replace(job("test_vit"), data=FakeConfig())
+    assert choose_transform(config, build_model(config)).out_size == (160, 160)

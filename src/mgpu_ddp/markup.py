@@ -47,6 +47,9 @@ figure{margin:.5rem 0}
 .thumb{font-size:.8rem;line-height:1.35;overflow-wrap:anywhere;margin:0}
 .thumb img,.none{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:4px;margin-bottom:.35rem}
 .none{background:var(--line)}
+.picture{display:block;width:100%;border-radius:6px}
+a{color:var(--s0)}
+.word{white-space:nowrap}
 summary{cursor:pointer;margin:.6rem 0}
 @media(max-width:34rem){th,td{padding-right:.4rem;font-size:.85rem}td,td.wide{min-width:4rem}}
 """

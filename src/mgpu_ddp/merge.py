@@ -22,6 +22,7 @@ from mgpu_ddp.durable import add_folder, replace_bytes, replace_file, replace_js
 from mgpu_ddp.errors import Exit, MgpuError, ProofError, StateError, UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
+from mgpu_ddp.page import rebuild
 from mgpu_ddp.proof import prove
 
 COPIED_ROWS = 4096
@@ -70,9 +71,15 @@ def merge(run_dir: Path) -> dict[str, Any]:
         _check_proof(shard.folder, shard.manifest, how)
     held = hold_folder(run_dir)
     try:
-        return _merge(run_dir, shards, how)
+        merged = _merge(run_dir, shards, how)
     finally:
         os.close(held)
+    try:
+        rebuild([f"run={run_dir}"])
+    except (MgpuError, OSError) as error:
+        # The table is proved: a page that cannot be made takes nothing from it.
+        print(f"mgpu_ddp: no report.html: {error}", file=sys.stderr)
+    return merged
 
 
 def find_shards(run_dir: Path) -> list[Shard]:

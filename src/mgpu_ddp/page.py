@@ -1,6 +1,6 @@
 """`report.html`: one page to look at after a job, made from its run folder alone.
 
-Rank 0 writes it at the end of a job; `python -m mgpu_ddp.report run=DIR` makes it again.
+Rank 0 writes it at the end of a job; `python -m mgpu_ddp.report run=DIR` makes it again, and that of a sweep.
 """
 
 import base64
@@ -27,6 +27,8 @@ from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.markup import Html, document, foreign, joined, tag, void
 from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.sweep import LEDGER
+from mgpu_ddp.sweep_page import write_sweep_page
 from mgpu_ddp.tally import Picked, Tally, tally
 
 log = logging.getLogger("mgpu_ddp")
@@ -54,8 +56,12 @@ def rebuild(argv: list[str]) -> Path:
     key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
     require(key == "run" and bool(value), "run", "a run folder", " ".join(argv), "Give run=DIR.")
     run_dir = Path(value).absolute()
+    if Manifest.read(run_dir) is None and (run_dir / LEDGER).exists():
+        return _of_a_sweep(run_dir)
     if Manifest.read(run_dir) is None:
-        raise UsageError(f"run must be a folder with a manifest.json, got {value!r}. Name the folder of a job.")
+        raise UsageError(
+            f"run must be a folder with a manifest.json, got {value!r}. Name the folder of a job or a sweep."
+        )
     held = hold_folder(run_dir)
     try:
         # Once more: until here a job may have been at work.
@@ -72,6 +78,14 @@ def rebuild(argv: list[str]) -> Path:
         ) from None
     finally:
         os.close(held)
+
+
+def _of_a_sweep(folder: Path) -> Path:
+    try:
+        return write_sweep_page(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"run must hold what a sweep has written, got {str(folder)!r} ({why}). Sweep again.") from None
 
 
 def _samples(run_dir: Path, manifest: Manifest) -> Samples | None:

@@ -21,7 +21,7 @@ from mgpu_ddp.world import reason_of
 
 log = logging.getLogger("mgpu_ddp")
 
-LEDGER = "sweep.json"
+LEDGER, PICTURE = "sweep.json", "sweep.png"
 WORK = ("data", "model", "transform", "limit", "shard")
 """Keys that change what there is to do: their rates are no choice between ways to do it."""
 SHORT_S = 1.0
@@ -141,10 +141,7 @@ class Sweep:
     @property
     def points(self) -> list[dict[str, Any]]:
         """The points in order, each with what its repeats have in common."""
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for job in sorted(self._rows):
-            groups.setdefault(json.dumps(self._rows[job]["values"]), []).append(self._rows[job])
-        return [_together(rows) for rows in groups.values()]
+        return points_of([self._rows[job] for job in sorted(self._rows)])
 
     def answer(self) -> dict[str, Any]:
         """The recommended point: of those within 3 % of the best rate the one of the smallest batch.
@@ -175,7 +172,7 @@ class Sweep:
         return values
 
     def conclude(self, code: int) -> dict[str, Any]:
-        """Write `sweep.csv` and `sweep.png`, print the table and return what the last line says of all jobs.
+        """Write `sweep.csv`, `sweep.png` and `report.html`, print the table, return what the last line says of all.
 
         `code` is what the process is going to return.
         """
@@ -202,13 +199,27 @@ class Sweep:
         try:
             from mgpu_ddp.sweep_plot import draw
 
-            draw(points, self.swept, chosen, self.folder / "sweep.png")
+            draw(points, self.swept, chosen, self.folder / PICTURE)
         except Exception as error:  # the numbers are there: a picture that cannot be drawn takes none of them away
             log.warning("sweep.png could not be drawn: %s", reason_of(error))
+        try:
+            from mgpu_ddp.sweep_page import write_sweep_page
+
+            write_sweep_page(self.folder)
+        except Exception as error:
+            log.warning("the sweep's report.html could not be made: %s", reason_of(error))
 
 
 def _is_work(key: str) -> bool:
     return key.partition(".")[0] in WORK
+
+
+def points_of(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the jobs of each point have in common, in the order of the first of each."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in jobs:
+        groups.setdefault(json.dumps(row["values"]), []).append(row)
+    return [_together(rows) for rows in groups.values()]
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -66,7 +66,10 @@ def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path
         assert np.load(run_dir / "predictions.npy").tobytes() == np.load(whole / "predictions.npy").tobytes()
     else:
         assert read_rows(run_dir) == read_rows(whole)
+    page = (run_dir / "report.html").read_bytes()
+    (run_dir / "report.html").unlink()
     rebuild([f"run={run_dir}"])
+    assert (run_dir / "report.html").read_bytes() == page
     assert "31 of 31" in (run_dir / "report.html").read_text()
     before = (run_dir / "manifest.json").read_bytes()
     run(world, run_dir, data=folder(shards / "images"), **KINDS[kind])

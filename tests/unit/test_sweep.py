@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mgpu_ddp.errors import PeerLostError, UsageError
+from mgpu_ddp.page import rebuild
 from mgpu_ddp.sweep import Point, Sweep
 from mgpu_ddp.tuning import smallest_near_best
 
@@ -168,6 +169,37 @@ def test_every_shape_of_sweep_has_a_table_and_a_picture(
     with Image.open(tmp_path / "sweep.png") as picture:
         assert min(picture.size) > 500
         assert len(picture.convert("L").getcolors() or []) > 20, "an empty picture has next to no shades"
+    page = (tmp_path / "report.html").read_bytes()
+    text = page.decode()
+    assert len(page) < 2_000_000
+    assert text.count("<tr>") == 2 + len(sweep.points) + len(rows), "a line for each point and each job"
+    assert ("Recommended: " in text) == (not none and shape != "nothing swept")
+    (tmp_path / "report.html").unlink()
+    assert rebuild([f"run={tmp_path}"]) == tmp_path / "report.html"
+    assert (tmp_path / "report.html").read_bytes() == page
+
+
+def test_the_page_leads_to_the_jobs_and_escapes_what_they_say(tmp_path: Path) -> None:
+    place = tmp_path / "javascript:alert(1)"
+    place.mkdir()
+    (place / "report.html").touch()
+    hostile = {"status": "failed", "exit_code": 1, "reason": "<script>alert(2)</script>", "run_dir": None}
+    good = measured(5) | {"run_dir": str(place)}
+    sweep = sweep_of(tmp_path, (point(0, model__name='"><img src=x>'), good), (point(1, model__name="b"), hostile))
+    sweep.conclude(1)
+    text = (tmp_path / "report.html").read_text()
+    assert 'href="./javascript%3Aalert%281%29/report.html"' in text
+    assert "&lt;script&gt;alert(2)&lt;/script&gt;" in text
+    assert "<script" not in text
+    assert "<img src=x" not in text
+
+
+@pytest.mark.parametrize("ledger", ['{"jobs": [{}], "swept": []}', "[]", "{", '{"jobs": 3, "swept": 4}'])
+def test_a_page_of_a_broken_ledger_is_one_line(tmp_path: Path, ledger: str) -> None:
+    (tmp_path / "sweep.json").write_text(ledger)
+    with pytest.raises(UsageError, match=r"^run must hold what a sweep has written, got .* Sweep again\.$"):
+        rebuild([f"run={tmp_path}"])
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_table_says_what_its_figures_rest_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,11 @@ from benching.plot import plot
 from benching.table import Row, compare, print_machine, print_table, write_report
 
 JPEG_RATE, OF_DECODE, OF_BEST_PEER, OF_GENERATOR, OF_ONE_GPU = 25_000, 0.9, 10, 0.85, 1.9
+ARRAY_RATE, OF_FORWARD = 60_000, 0.9
 """The project's bars, for an H200 with 16 cores."""
 CHILD_LIMIT_S = 240
 WARM_UP_IMAGES = 4096
+ARRAY_DISTINCT = 16_000
 TUTORIAL_IMAGES = 100_000
 """More than it gets to in its time."""
 
@@ -39,6 +41,7 @@ class Sizes:
     distinct: int
     fake_images: int
     batch_size: int
+    array_batch_size: int
     workers: int
     """Per GPU."""
     seconds: float
@@ -80,7 +83,7 @@ PEER_SCRIPTS = {
     "daft": ("Daft, class UDF", "daft_frame.py", False, ("daft",)),
 }
 """Name → title, script, whether torchrun starts it, and the packages of which it needs one."""
-NAMES = ("ceilings", "ours", "ours-fake", "tutorial", *PEER_SCRIPTS)
+NAMES = ("ceilings", "ours", "ours-array", "ours-fake", "tutorial", *PEER_SCRIPTS)
 
 
 def gpu(args: argparse.Namespace) -> bool:
@@ -95,7 +98,10 @@ def gpu(args: argparse.Namespace) -> bool:
     folder, mean_bytes = make_folder(work, images=sizes.images, distinct=sizes.distinct)
     say(f"{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different, {_since(started)}")
 
-    contenders = _contenders(folder, sizes, args.gpus, only=args.only)
+    array = work / f"array-{sizes.images}.npy"
+    if not args.only or "ours-array" in args.only:
+        _make_array(array, sizes.images)
+    contenders = _contenders(folder, array, sizes, args.gpus, only=args.only)
     found = {contender.name: Found() for contender in contenders}
     for contender in contenders:
         needs = PEER_SCRIPTS[contender.name][3] if contender.name in PEER_SCRIPTS else ()
@@ -142,6 +148,21 @@ def gpu(args: argparse.Namespace) -> bool:
     return all(result.problem in ("", "not installed") for result in found.values())
 
 
+def _make_array(path: Path, images: int) -> None:
+    """Write noise of 224 by 224 pixels, in blocks that repeat after `ARRAY_DISTINCT` images."""
+    import numpy as np
+
+    if path.exists():
+        return
+    unfinished = path.with_suffix(".unfinished")
+    array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(images, 224, 224, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (min(images, ARRAY_DISTINCT), 224, 224, 3), dtype=np.uint8)
+    for first in range(0, images, len(noise)):
+        array[first : first + len(noise)] = noise[: images - first]
+    array.flush()
+    unfinished.rename(path)
+
+
 def _since(started: float) -> str:
     return f"{time.perf_counter() - started:.0f} s"
 
@@ -155,6 +176,7 @@ def _sizes(args: argparse.Namespace, hardware: Hardware) -> Sizes:
             distinct=min(images, args.distinct or (2000 if hardware.gpus else 100)),
             fake_images=20_000 if hardware.gpus else 200,
             batch_size=256 if hardware.gpus else 16,
+            array_batch_size=512 if hardware.gpus else 16,
             workers=workers,
             seconds=args.seconds or 3,
             warm_up_s=1,
@@ -166,6 +188,7 @@ def _sizes(args: argparse.Namespace, hardware: Hardware) -> Sizes:
         distinct=min(images, args.distinct or 16_000),
         fake_images=100_000 if hardware.gpus else 2000,
         batch_size=256 if hardware.gpus else 32,
+        array_batch_size=512 if hardware.gpus else 32,
         workers=workers,
         seconds=args.seconds or 20,
         warm_up_s=5,
@@ -181,7 +204,7 @@ def _folder_job(folder: Path, sizes: Sizes) -> list[str]:
     return ["data=folder", f"data.root={folder}", f"batch_size={sizes.batch_size}"]
 
 
-def _contenders(folder: Path, sizes: Sizes, gpus: int, *, only: Sequence[str] | None) -> list[Contender]:
+def _contenders(folder: Path, array: Path, sizes: Sizes, gpus: int, *, only: Sequence[str] | None) -> list[Contender]:
     """Everything that is measured, in the order of its turns."""
     job = _folder_job(folder, sizes)
     ceilings = [str(PEERS / "ceilings.py"), str(folder), f"--batch-size={sizes.batch_size}"]
@@ -203,7 +226,15 @@ def _contenders(folder: Path, sizes: Sizes, gpus: int, *, only: Sequence[str] | 
             Contender(name="ours-all", title=title, gpus=gpus, command=[*_ours(gpus), *job], rows=sizes.images)
         )
     fake = [*_ours(1), f"data.size={sizes.fake_images}", f"batch_size={sizes.batch_size}"]
+    decoded = [*_ours(1), "data=array", f"data.path={array}", f"batch_size={sizes.array_batch_size}"]
     contenders += [
+        Contender(
+            name="ours-array",
+            title="mgpu_ddp, images decoded before, 1 GPU",
+            gpus=1,
+            command=decoded,
+            rows=sizes.images,
+        ),
         Contender(name="ours-fake", title="mgpu_ddp, FakeData, 1 GPU", gpus=1, command=fake, rows=sizes.fake_images),
         Contender(
             name="tutorial",
@@ -256,10 +287,18 @@ def _rows(
         rows.append(replace(row, bar=f">= {JPEG_RATE}/s", met=rate >= JPEG_RATE) if judged else row)
         whole = [sizes.images / m.wall_s for m in ours.measured]
         rows.append(Row(name="  start-up and proof included", value=f"{statistics.median(whole):,.1f} images/s"))
-        for stage in ("decode", "forward", "read"):
+        for stage in ("decode", "read"):
             if ceilings.rates(stage):
                 limit = bar(OF_DECODE) if stage == "decode" else None
                 rows.append(_versus(f"  of {stage} alone", ours.rates(), ceilings.rates(stage), limit))
+    decoded = found.get("ours-array", Found())
+    if decoded.rates():
+        rate = statistics.median(decoded.rates())
+        row = _plain(titles["ours-array"], decoded)
+        rows.append(replace(row, bar=f">= {ARRAY_RATE}/s", met=rate >= ARRAY_RATE) if judged else row)
+        if ceilings.rates("forward"):
+            # What each reached with its own batch size.
+            rows.append(_versus("  of forward alone", decoded.rates(), ceilings.rates("forward"), bar(OF_FORWARD)))
     if gpus > 1 and everything.rates():
         rows.append(_plain(titles["ours-all"], everything))
         if ours.rates():

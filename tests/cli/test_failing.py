@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.cli.starting import (
     SMALL,
     SMALL_IMAGES,
+    Ended,
     committed_rows,
     finish,
     mgpu_infer,
@@ -36,31 +38,33 @@ def test_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        (["data=folder", "data.root=nowhere"], "/nowhere' (No such file or directory). Name another."),
-        (["data=folder", "data.root=empty"], "data.root must hold at least one image"),
-        (
-            ["model.name=resnet19"],
-            "model.name must be a torchvision classification model, got 'resnet19'. Did you mean",
-        ),
-        (["runtime.device=cuda"], "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu."),
-        (["output.dir=/proc/nowhere"], "output.dir must be a writable folder, got '/proc/nowhere'"),
-        (["output.dir=foreign"], "output.dir must be empty or hold this job"),
-    ],
-)
-def test_each_mistake_has_its_line(tmp_path: Path, settings: list[str], line: str) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "foreign" / "predictions").mkdir(parents=True)
-    (tmp_path / "foreign" / "predictions" / "mine.txt").write_text("keep me")
-    ended = run(python_m(*settings), tmp_path)
-    assert ended.code == 2, ended.err
-    assert ended.err.count("mgpu_ddp: ") == 1
-    assert line in ended.err
-    assert "Traceback" not in ended.err
-    assert not (tmp_path / "outputs").exists()
-    assert (tmp_path / "foreign" / "predictions" / "mine.txt").read_text() == "keep me"
+MISTAKES = {
+    ("data=folder", "data.root=nowhere"): "/nowhere' (No such file or directory). Name another.",
+    ("data=folder", "data.root=empty"): "data.root must hold at least one image",
+    ("model.name=resnet19",): "model.name must be a torchvision classification model, got 'resnet19'. Did you mean",
+    ("runtime.device=cuda",): "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.",
+    ("output.dir=/proc/nowhere",): "output.dir must be a writable folder, got '/proc/nowhere'",
+    ("output.dir=foreign",): "output.dir must be empty or hold this job",
+}
+
+
+def test_each_mistake_has_its_line(tmp_path: Path) -> None:
+    def check(number: int, settings: tuple[str, ...]) -> tuple[Ended, Path]:
+        folder = tmp_path / str(number)
+        (folder / "empty").mkdir(parents=True)
+        (folder / "foreign" / "predictions").mkdir(parents=True)
+        (folder / "foreign" / "predictions" / "mine.txt").write_text("keep me")
+        return run(python_m(*settings), folder), folder
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(check, range(len(MISTAKES)), MISTAKES))
+    for (ended, folder), line in zip(results, MISTAKES.values(), strict=True):
+        assert ended.code == 2, ended.err
+        assert ended.err.count("mgpu_ddp: ") == 1
+        assert line in ended.err
+        assert "Traceback" not in ended.err
+        assert not (folder / "outputs").exists()
+        assert (folder / "foreign" / "predictions" / "mine.txt").read_text() == "keep me"
 
 
 def test_a_folder_with_another_job_is_refused_and_kept(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
                 config.loader,
                 args.batch_size,
                 world,
-                held=held_batches(world),
+                held=held_batches(config, args.batch_size, world),
                 packed=True,
             )
             with closing(batches):
@@ -121,13 +121,13 @@ def decode(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str
     files = Files(addresses=pinned.data_ptr() + np.cumsum(lengths) - lengths, lengths=lengths)
     decoder = Decoder(device)
 
-    def quick(numbers: np.ndarray, stream: torch.cuda.Stream) -> None:
-        decoder.decode(files[numbers], Images.empty(*sizes[numbers, :2].T, device), stream)
+    def quick(numbers: np.ndarray, _stream: torch.cuda.Stream) -> None:
+        decoder.decode(files[numbers], Images.empty(*sizes[numbers, :2].T, device))
 
     def exact(numbers: np.ndarray, stream: torch.cuda.Stream) -> None:
         planes = Planes.empty(*sizes[numbers].T, device)
         stream.synchronize()
-        decoder.decode(files[numbers], planes, stream)
+        decoder.decode(files[numbers], planes)
         to_rgb(planes)
 
     def torchvisions(numbers: np.ndarray, _stream: torch.cuda.Stream) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mgpu_ddp.config import ArrayConfig, require
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.preprocess import Pixels, StageClock, Transform
+from mgpu_ddp.preprocess import Pixels, StageClock, Transform, copy_pixels
 
 
 def open_array(path: str) -> Pixels:
@@ -57,7 +57,7 @@ class ArraySamples:
         started = time.perf_counter()
         (top, left), (height, width) = corner, transform.out_size
         chosen = self._images[evenly.start : evenly.stop : step]
-        pixels[: len(indices)] = chosen[:, top : top + height, left : left + width]
+        copy_pixels(chosen[:, top : top + height, left : left + width], pixels[: len(indices)])
         clock("read", time.perf_counter() - started)
         return True
 

@@ -6,7 +6,7 @@ the loader's workers do with all that is no plain JPEG.
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -17,10 +17,14 @@ import torch
 from mgpu_ddp.config import Config, Listed, require
 from mgpu_ddp.loading import Batch, Integers, Jpegs, reason_of
 from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
-from mgpu_ddp.preprocess import Transform, decode, imagenet
+from mgpu_ddp.preprocess import StageClock, Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = 1 << 30
 """That are decoded at once, to bound memory: three bytes each."""
+GROUP = 256
+"""Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
+ALIGNMENT = 512
+"""Of the memory of a tensor of its own, in bytes."""
 
 
 def decode_of(config: Config, device: torch.device) -> str:
@@ -34,6 +38,11 @@ def decode_of(config: Config, device: torch.device) -> str:
     may = may and (wanted == "cpu" or library() is not None)
     require(may or wanted in ("auto", "cpu"), "runtime.decode", rule, wanted, "Leave it out.")
     return ("gpu" if wanted == "auto" else wanted) if may else "cpu"
+
+
+def group_of(batch_size: int) -> int:
+    """How many batches are decoded at once."""
+    return max(1, GROUP // batch_size)
 
 
 @functools.cache
@@ -68,8 +77,6 @@ class Ready:
 
     images: torch.Tensor
     made: torch.cuda.Event
-    files: torch.Tensor | None
-    """What the decoder may be reading until then."""
 
     def on_current_stream(self) -> torch.Tensor:
         """The images (batch_size, 3, height, width) for work that is queued from now on."""
@@ -98,64 +105,66 @@ class GpuInput:
         require(has_engines, "runtime.decode", rule, "exact", "Pillow's pixels take engines, or the CPU.")
 
     @torch.inference_mode()
-    def make(self, batch: Batch, clock: Callable[[str, float], None]) -> Ready:
-        """Decode what is encoded and preprocess; bad samples that show up are added to the batch's errors."""
+    def make(self, batches: Sequence[Batch], clock: StageClock) -> list[Ready]:
+        """Decode what is encoded and preprocess; bad samples that show up are added to their batch's errors."""
         stream = self._streams.get()
-        files: torch.Tensor | None = None
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                if batch.jpegs is None:
-                    images = self._normalise(batch.pixels.to(self._device, non_blocking=True))
+                jpegs = [batch.jpegs for batch in batches if batch.jpegs is not None]
+                if jpegs:
+                    images = self._decode_all(batches, Jpegs.joined(jpegs, len(batches[0].pixels)), clock)
                 else:
-                    files = torch.empty(int(batch.jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
-                    images = self._decode_all(batch, batch.jpegs, files, clock)
+                    images = [self._normalise(batch.pixels.to(self._device, non_blocking=True)) for batch in batches]
                 made = torch.cuda.Event()
                 made.record()
         finally:
             self._streams.put(stream)
-        return Ready(images=images, made=made, files=files)
+        return [Ready(images=each, made=made) for each in images]
 
-    def _decode_all(
-        self, batch: Batch, jpegs: Jpegs, pinned: torch.Tensor, clock: Callable[[str, float], None]
-    ) -> torch.Tensor:
+    def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: StageClock) -> list[torch.Tensor]:
         from mgpu_ddp.kernels import preprocess_images
 
-        shape = (len(batch.pixels), 3, *self._transform.out_size)
+        size = len(batches[0].pixels)
+        shape = (len(batches) * size, 3, *self._transform.out_size)
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
         images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout).zero_()
-        by_pixels = np.ones(len(batch.index), dtype=bool)
+        by_pixels = np.arange(len(images)) % size < np.repeat([len(batch.index) for batch in batches], size)
         by_pixels[jpegs.places] = False
-        files = _copied(jpegs, pinned)
+        # Pinned, so that the decoder need not copy them while it keeps others waiting.
+        pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
+        files = copied(jpegs, pinned)
         for portion in _portions(jpegs.heights * jpegs.widths):
             for numbers, decoded in self._decode(jpegs, files, portion, clock):
                 places = jpegs.places[numbers]
                 if decoded is None:
-                    self._decode_on_cpu(batch, jpegs, int(numbers[0]))
+                    self._decode_on_cpu(batches[places[0] // size], jpegs, int(numbers[0]))
                     by_pixels[places] = True
                 else:
                     orientations = jpegs.orientations[numbers]
                     preprocess_images(decoded, orientations, self._transform, out=images, places=places)
-        rows = torch.from_numpy(np.flatnonzero(by_pixels))
-        if len(rows):
-            images[rows.to(self._device)] = self._normalise(batch.pixels[rows].to(self._device))
-        return images
+        parts = list(images.split(size))
+        for batch, part, chosen in zip(batches, parts, by_pixels.reshape(-1, size), strict=True):
+            rows = torch.from_numpy(np.flatnonzero(chosen))
+            if len(rows):
+                part[rows.to(self._device)] = self._normalise(batch.pixels[rows].to(self._device))
+        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
+        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in parts]
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
 
     def _decode(
-        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[str, float], None]
+        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: StageClock
     ) -> Iterator[tuple[Integers, Images | None]]:
         """Decode images, with these numbers, in as few calls as the decoder lets: None for one that it refuses."""
-        stream = torch.cuda.current_stream(self._device)
         sizes = jpegs.heights[numbers], jpegs.widths[numbers]
         into: Images | Planes = Images.empty(*sizes, self._device)
         if self._exact:
             into = Planes.empty(*sizes, jpegs.across[numbers], jpegs.down[numbers], self._device)
         # What memory this was before, kernels on this stream may still be reading.
-        stream.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
         try:
-            clock("gpu decode", decoder_of(self._device).decode(files[numbers], into, stream))
+            clock("gpu decode", decoder_of(self._device).decode(files[numbers], into))
         except JpegError:
             # One refused image fails the call: halve until it stands alone.
             if len(numbers) == 1:
@@ -167,7 +176,7 @@ class GpuInput:
             yield numbers, _as_rgb(into)
 
     def _decode_on_cpu(self, batch: Batch, jpegs: Jpegs, number: int) -> None:
-        place = int(jpegs.places[number])
+        place = int(jpegs.places[number]) % len(batch.pixels)
         batch.pixels[place] = 0
         try:
             pixels = self._transform.geometry(decode(jpegs.content(number)))
@@ -184,17 +193,14 @@ def _as_rgb(decoded: Images | Planes) -> Images:
     return to_rgb(decoded)
 
 
-def _copied(jpegs: Jpegs, pinned: torch.Tensor) -> Files:
-    """The files in pinned memory, where the decoder need not copy them while it keeps others waiting."""
-    first, ends = pinned.data_ptr(), np.cumsum(jpegs.lengths)
-    addresses = first + ends - jpegs.lengths
-    if len(jpegs) and not jpegs.spilt:
-        ctypes.memmove(first, int(jpegs.addresses[0]), len(pinned))
-    else:
-        for to, source, length in zip(
-            addresses.tolist(), jpegs.addresses.tolist(), jpegs.lengths.tolist(), strict=True
-        ):
-            ctypes.memmove(to, source, length)
+def copied(jpegs: Jpegs, into: torch.Tensor) -> Files:
+    """Copy the files, one after the other; those that lie like that already in one go."""
+    ends = np.cumsum(jpegs.lengths)
+    addresses = into.data_ptr() + ends - jpegs.lengths
+    breaks = np.flatnonzero(np.diff(jpegs.addresses - addresses)) + 1
+    for run in np.split(np.arange(len(jpegs)), breaks):
+        if len(run):
+            ctypes.memmove(int(addresses[run[0]]), int(jpegs.addresses[run[0]]), int(jpegs.lengths[run].sum()))
     return Files(addresses=addresses, lengths=jpegs.lengths)
 
 
@@ -207,3 +213,46 @@ def _portions(sizes: Integers) -> list[Integers]:
             left = MAX_DECODED_PIXELS
         left -= size
     return [portion for portion in np.split(np.arange(len(sizes)), cuts) if len(portion)]
+
+
+class Staging:
+    """Batches on their way through a `GpuInput`, the small ones in groups; encoded ones in its threads."""
+
+    def __init__(self, inputs: GpuInput, clock: StageClock) -> None:
+        self._inputs, self._clock = inputs, clock
+        self._threads = ThreadPoolExecutor(inputs.THREADS)
+        self._group: list[tuple[Batch, Future[Ready]]] = []
+
+    def submit(self, batch: Batch) -> Future[Ready]:
+        """Take a batch, and begin with it once its group is full or flushed."""
+        future: Future[Ready] = Future()
+        self._group.append((batch, future))
+        if batch.jpegs is None:
+            # Nothing to wait for: another thread would only cost time.
+            self._make(self._taken())
+        elif len(self._group) == group_of(len(batch.pixels)):
+            self.flush()
+        return future
+
+    def flush(self) -> None:
+        """Begin with what is there: no more batches come."""
+        if self._group:
+            self._threads.submit(self._make, self._taken())
+
+    def _taken(self) -> list[tuple[Batch, Future[Ready]]]:
+        group, self._group = self._group, []
+        return group
+
+    def _make(self, group: list[tuple[Batch, Future[Ready]]]) -> None:
+        try:
+            made = self._inputs.make([batch for batch, _ in group], self._clock)
+        except BaseException as error:
+            for _, future in group:
+                future.set_exception(error)
+        else:
+            for (_, future), ready in zip(group, made, strict=True):
+                future.set_result(ready)
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        self._threads.shutdown()

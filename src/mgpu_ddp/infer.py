@@ -107,7 +107,7 @@ def predict_task(
         job.config.loader,
         claim.batch_size,
         world,
-        held=held_batches(world),
+        held=held_batches(job.config, claim.batch_size, world),
         packed=predictor.decodes,
     )
     with (

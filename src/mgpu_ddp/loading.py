@@ -5,9 +5,9 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.jpeg import read_header
 from mgpu_ddp.keeping import available_bytes
-from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.preprocess import Transform, copy_pixels
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
@@ -55,6 +55,15 @@ class Jpegs:
 
     def __len__(self) -> int:
         return len(self.addresses)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Jpegs]", batch_size: int) -> "Jpegs":
+        """Those of several batches, `places` in the row of all their batches."""
+        integers = {
+            f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.name != "spilt"
+        }
+        integers["places"] += np.repeat(np.arange(len(parts)) * batch_size, [len(part) for part in parts])
+        return cls(**integers, spilt=[tensor for part in parts for tensor in part.spilt])
 
     def content(self, number: int) -> bytes:
         return ctypes.string_at(int(self.addresses[number]), int(self.lengths[number]))
@@ -150,7 +159,8 @@ class BatchMaker(Dataset[Made | StateError]):
                     if data is not None and self._pack(made, packed, place, data, room):
                         labels[place] = self._samples.known_label(index)
                     else:
-                        view[place], labels[place] = self._samples.load(index, self._transform, clock, data)
+                        pixels, labels[place] = self._samples.load(index, self._transform, clock, data)
+                        copy_pixels(pixels, view[place])
             except StateError as error:
                 return error
             except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
@@ -288,7 +298,7 @@ def load_batches(
     """
     workers = num_workers(config, world)
     # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
-    slots = workers * config.prefetch + held
+    slots = _multiple(workers * config.prefetch + held, max(workers, 1))
     on_gpu = world.device.type == "cuda"
     needed = slots * batch_size * math.prod(transform.out_size) * 3
     if needed > available_bytes() // world.local_size:
@@ -327,6 +337,11 @@ def load_batches(
         # Ends the workers now, and not when the garbage collector comes by.
         del batches
         ring.close()
+
+
+def _multiple(at_least: int, of: int) -> int:
+    """Slots that each worker has for itself: it touches fewer pages for the first time."""
+    return -(-at_least // of) * of
 
 
 def _as_made(made: Any) -> Made | StateError:

@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import ClassVar
 
 import numpy as np
@@ -144,30 +145,46 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-class Decoder:
-    """What decodes one batch at a time on one device, for any thread.
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """What one batch needs while it is decoded; nobody else uses it meanwhile."""
 
-    One for each device: two that were at work side by side came to wait for each other for ever (H200, driver 580).
+    handle: ctypes.c_void_p
+    stream: torch.cuda.Stream
+    ready_for: tuple[int, int] = (0, 0)
+
+
+class Decoder:
+    """What decodes batches on one device, for any thread.
+
+    The library is asked for one batch at a time, and each batch is waited for before its state and its stream are used
+    again. Otherwise batches came to wait for each other for ever: with two decoders at work side by side, and with one
+    state on several streams (H200, driver 580).
     """
+
+    STATES = 2
+    """While the colours of one batch are made, the engines decode the next."""
 
     def __init__(self, device: torch.device) -> None:
         found = library()
         assert found is not None
         self._library, self._lock = found, threading.Lock()
-        self._ready_for = 0, 0
-        self._handle, self._state = ctypes.c_void_p(), ctypes.c_void_p()
+        self._handle = ctypes.c_void_p()
+        self._states: SimpleQueue[_State] = SimpleQueue()
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
             self.has_engines = found.nvjpegCreateEx(HARDWARE, None, None, 0, ctypes.byref(self._handle)) == 0
             if not self.has_engines:
                 _check(found.nvjpegCreateEx(GPU_HYBRID, None, None, 0, ctypes.byref(self._handle)))
-            _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(self._state)))
+            for _ in range(self.STATES):
+                state = _State(handle=ctypes.c_void_p(), stream=torch.cuda.Stream(device))
+                _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
+                self._states.put(state)
 
-    def decode(self, files: Files, into: "Images | Planes", stream: torch.cuda.Stream) -> float:
-        """Decode files on `stream`, whose device is the current one; returns the seconds it took.
+    def decode(self, files: Files, into: "Images | Planes") -> float:
+        """Decode files on the current device, into memory that is free; returns the seconds it took.
 
-        The caller's thread waits meanwhile, without the interpreter's lock. What they are decoded into must be free:
-        the engines may write before the stream gets to what was queued on it earlier (seen by others on Hopper GPUs).
+        The caller's thread waits meanwhile, without the interpreter's lock.
 
         Raises:
             JpegError: it refuses one of them.
@@ -180,17 +197,22 @@ class Decoder:
         images[:, :3][into.lines == 0] = 0
         arguments = [np.ascontiguousarray(array, dtype=np.uint64) for array in (files.addresses, files.lengths)]
         pointers = [array.ctypes.data for array in (*arguments, images)]
-        with self._lock:
-            started = time.perf_counter()
-            if self._ready_for != (n, into.OUTPUT):
-                _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, self._state, n, 1, into.OUTPUT))
-                self._ready_for = n, into.OUTPUT
-            status = self._library.nvjpegDecodeBatched(self._handle, self._state, *pointers, stream.cuda_stream)
-            if status != 0:
+        state = self._states.get()
+        try:
+            with self._lock:
+                started = time.perf_counter()
+                wanted = n, into.OUTPUT
+                if state.ready_for != wanted:
+                    _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, n, 1, into.OUTPUT))
                 # What a failure leaves behind in the state is not to be relied on.
-                self._ready_for = 0, 0
-            _check(status)
-            return time.perf_counter() - started
+                state.ready_for = 0, 0
+                stream = state.stream.cuda_stream
+                _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, stream))
+                state.ready_for = wanted
+                return time.perf_counter() - started
+        finally:
+            state.stream.synchronize()
+            self._states.put(state)
 
 
 def _check(status: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config import Config
-from mgpu_ddp.decoding import GpuInput, Ready, decode_of
+from mgpu_ddp.decoding import GpuInput, Ready, Staging, decode_of, group_of
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.graphs import Columns, Replayed
 from mgpu_ddp.loading import Batch
@@ -223,12 +223,15 @@ def in_flight(world: World) -> int:
 
 
 STAGED = 4
-"""Batches that are decoded on a GPU while the model runs one before."""
+"""Groups of batches that are decoded on a GPU while the model runs a batch before."""
 
 
-def held_batches(world: World) -> int:
+def held_batches(config: Config, batch_size: int, world: World) -> int:
     """How many of the loader's batches `predict` may hold at once."""
-    return in_flight(world) + (STAGED + 2 if world.device.type == "cuda" else 1)
+    if world.device.type != "cuda":
+        return in_flight(world) + 1
+    group = 1 if decode_of(config, world.device) == "cpu" else group_of(batch_size)
+    return in_flight(world) + (STAGED + 1) * group + 1
 
 
 def predict(
@@ -276,14 +279,6 @@ def _on_gpu(
     staged: deque[tuple[Batch, Future[Ready]]] = deque()
     flying: deque[tuple[Batch, Ready, Flight]] = deque()
 
-    def begin(batch: Batch) -> Future[Ready]:
-        if batch.jpegs is not None and len(batch.jpegs):
-            return stage.submit(inputs.make, batch, clock.stage)
-        # Nothing to wait for: another thread would only cost time.
-        begun: Future[Ready] = Future()
-        begun.set_result(inputs.make(batch, clock.stage))
-        return begun
-
     def launch() -> None:
         batch, future = staged.popleft()
         with clock.measuring("input_s"):
@@ -298,14 +293,15 @@ def _on_gpu(
         clock.gpu_s += busy_s
         return batch, columns
 
-    with ThreadPoolExecutor(inputs.THREADS) as stage:
+    with closing(Staging(inputs, clock.stage)) as staging:
         for batch, waited_s in batches:
             clock.wait_s += waited_s
-            staged.append((batch, begin(batch)))
-            if len(staged) > STAGED:
+            staged.append((batch, staging.submit(batch)))
+            if len(staged) > STAGED * (1 if batch.jpegs is None else group_of(len(batch.pixels))):
                 launch()
             if len(flying) >= depth:
                 yield landed()
+        staging.flush()
         while staged or flying:
             if staged:
                 launch()

@@ -100,6 +100,15 @@ class Transform:
         return images.to(dtype).contiguous(memory_format=layout)
 
 
+def copy_pixels(pixels: Pixels, into: Pixels) -> None:
+    """Copy uint8 (..., height, width, 3); planar ones plane by plane, which takes numpy a third of the time."""
+    if pixels.strides[-1] == 1:
+        into[:] = pixels
+    else:
+        for channel in range(pixels.shape[-1]):
+            into[..., channel] = pixels[..., channel]
+
+
 def _constant(values: tuple[float, ...], shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(shape)
 

@@ -78,7 +78,7 @@ def rows_of(root: Path, world: World, *, decode: str = "auto") -> tuple[Rows, Cl
     )
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
     loader = LoaderConfig(workers=2)
-    held = held_batches(world)
+    held = held_batches(config, BATCH_SIZE, world)
     with closing(
         load_batches(
             *(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world),

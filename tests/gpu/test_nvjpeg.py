@@ -47,9 +47,9 @@ def decoded(decoder: Decoder, files: Sequence[bytes]) -> Planes:
     addresses = np.array([buffer.ctypes.data for buffer in buffers])
     torch.cuda.synchronize()
     where = Files(addresses=addresses, lengths=np.array([len(file) for file in files]))
-    decoder.decode(where, planes, torch.cuda.current_stream())
+    decoder.decode(where, planes)
     in_colour = Images.empty(*sizes[:, :2].T, torch.device("cuda", 0))
-    decoder.decode(where, in_colour, torch.cuda.current_stream())
+    decoder.decode(where, in_colour)
     own, theirs = to_rgb(planes).data, in_colour.data
     # nvJPEG's own colours: other chroma between the samples, other rounding.
     print(f"RGB differs by {(own.int() - theirs.int()).abs().float().mean():.2f} levels on average")

@@ -15,8 +15,9 @@ from PIL import Image
 from mgpu_ddp import preprocess
 from mgpu_ddp.config import FakeConfig, LoaderConfig
 from mgpu_ddp.datasets import FakeSamples, FileSamples, Samples
+from mgpu_ddp.decoding import copied
 from mgpu_ddp.listing import Listing
-from mgpu_ddp.loading import Batch, BatchMaker, Order, as_batch, load_batches, num_workers
+from mgpu_ddp.loading import Batch, BatchMaker, Jpegs, Order, as_batch, load_batches, num_workers
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import Plan, ShardSampler
@@ -125,6 +126,24 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
     assert batch.jpegs is not None
     assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
+
+
+def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    files = {f"{i}.jpg": encoded(photo(20 + i, 30), "JPEG") for i in range(6)}
+    files |= {"3.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95), "4.jpg": b"broken"}
+    samples = folder(tmp_path, files)
+    batches = [made(samples, indices, batch_size=2, packed=True) for indices in ([0, 1], [2, 3], [4, 5])]
+    joined = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], 2)
+    assert joined.places.tolist() == [0, 1, 2, 3, 5]
+    assert joined.widths.tolist() == [20, 21, 22, 1600, 25]
+    copies = torch.zeros(int(joined.lengths.sum()), dtype=torch.uint8)
+    where = copied(joined, copies)
+    assert copies.numpy().tobytes() == b"".join(files[f"{i}.jpg"] for i in (0, 1, 2, 3, 5))
+    assert (where.addresses - copies.data_ptr()).tolist() == [0, *np.cumsum(joined.lengths)[:-1].tolist()]
+    none = made(samples, [4], batch_size=2, packed=True)
+    assert none.jpegs is not None
+    assert len(copied(none.jpegs, torch.empty(0, dtype=torch.uint8)).addresses) == 0
 
 
 @pytest.mark.parametrize("limit", [599, 600])

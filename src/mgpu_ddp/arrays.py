@@ -44,6 +44,9 @@ class ArraySamples:
     def __len__(self) -> int:
         return len(self._images)
 
+    def expect(self, indices: Sequence[int]) -> None:
+        pass
+
     def read(self, index: int, clock: StageClock) -> bytes | None:
         return None
 

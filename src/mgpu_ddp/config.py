@@ -7,6 +7,7 @@ machine (devices, folders, model names) is checked by whoever needs it.
 
 import inspect
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from mgpu_ddp.errors import UsageError
 
 A_DAY_S = 86_400
 FIELDS = ("topk", "logits", "probs", "embedding")
+PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
+"""Of the URLs that images are read from, with the package that each takes."""
 
 
 def require(ok: bool, key: str, rule: str, value: object, remedy: str) -> None:
@@ -40,6 +43,24 @@ def _at_least(
     if is_number and value > high:
         rule = f"at most {high}"
     require(is_number and low <= value <= high, key, rule, value, f"Try {key}={example}.")
+
+
+def protocol_of(location: str) -> str:
+    """What stands before :// in a URL; nothing in a path."""
+    before, colon, _ = location.partition("://")
+    return before if colon else ""
+
+
+def _location(key: str, value: str) -> str:
+    """A path made absolute, or a URL as it is: however it is written, it names the same to a start that continues."""
+    protocol = protocol_of(value)
+    if not protocol:
+        return os.path.abspath(os.path.expanduser(value))
+    require(protocol in PROTOCOLS, key, f"a path or a URL of {', '.join(PROTOCOLS)}", value, "Copy or mount it.")
+    has_secrets = re.search("://[^/]*@", value) or (protocol in ("http", "https") and "?" in value)
+    rule = "a URL without user, password or query, since it will stand in the manifest"
+    require(not has_secrets, key, rule, f"{protocol}://...", "Leave credentials to the environment.")
+    return value.rstrip("/")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,14 +90,13 @@ class FolderConfig:
     name: str = "folder"
     """Every image under a folder, recursively, sorted by the bytes of its relative path."""
     root: str = MISSING
-    """The folder."""
+    """The folder, or the URL of one: s3://BUCKET/PREFIX, gs://, hf://, https:// (extra [cloud])."""
     follow_outside: bool = False
     """Also follow symbolic links that lead out of the root."""
 
     def __post_init__(self) -> None:
         require(bool(self.root), "data.root", "a folder", self.root, "Give data.root=DIR.")
-        # However it is written, it is the same folder, also to a start that continues.
-        self.root = os.path.abspath(os.path.expanduser(self.root))
+        self.root = _location("data.root", self.root)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,16 +105,14 @@ class ListConfig:
     """The images that a file names, in its order; one that is named twice gets two rows."""
     path: str = MISSING
     """The list: .csv or .parquet with a column path and maybe a column label (whole numbers), or a text of one path
-    a line."""
+    or URL a line. A path, or a URL."""
     root: str | None = None
     """Where relative paths begin. null: the folder of data.path."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.csv.")
-        for key, value in (("data.path", self.path), ("data.root", self.root or "")):
-            require("://" not in value, key, "local or mounted", value, "Copy or mount it.")
-        self.path = os.path.abspath(os.path.expanduser(self.path))
-        self.root = os.path.abspath(os.path.expanduser(self.root or os.path.dirname(self.path)))
+        self.path = _location("data.path", self.path)
+        self.root = _location("data.root", self.root or os.path.dirname(self.path))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,7 +120,7 @@ class WebDatasetConfig:
     name: str = "webdataset"
     """The images in tar files, in their order; the row's path is tar/member."""
     urls: str = MISSING
-    """The tars, as a pattern with braces or *, quoted: 'data.urls="tars/train-{0000..0127}.tar"'."""
+    """The tars, as a pattern of paths or URLs with braces or *, quoted: 'data.urls="tars/train-{0000..0127}.tar"'."""
     extensions: list[str] = field(default_factory=list)
     """Which members are images, by what follows the first dot of their name: [jpg], or [left.jpg] of several in a
     sample. Each gets a row. []: every member whose name ends as an image's does."""
@@ -110,7 +128,7 @@ class WebDatasetConfig:
     """Members that hold the class of their sample as a whole number: cls. null: no labels."""
 
     def __post_init__(self) -> None:
-        self.urls = _local_pattern(self.urls)
+        self.urls = _pattern(self.urls)
         self.extensions = [extension.lower().removeprefix(".") for extension in self.extensions]
         self.label_extension = self.label_extension and self.label_extension.lower().removeprefix(".")
 
@@ -120,7 +138,7 @@ class ParquetConfig:
     name: str = "parquet"
     """The images in a column of Parquet files, in their order."""
     urls: str = MISSING
-    """The files, as a pattern with braces or *, quoted: 'data.urls="photos/*.parquet"'."""
+    """The files, as a pattern of paths or URLs with braces or *, quoted: 'data.urls="photos/*.parquet"'."""
     column: str = "image"
     """The column of encoded images: bytes, or a struct of bytes and path as Hugging Face datasets have it."""
     label_column: str | None = None
@@ -130,14 +148,13 @@ class ParquetConfig:
     file/row number."""
 
     def __post_init__(self) -> None:
-        self.urls = _local_pattern(self.urls)
+        self.urls = _pattern(self.urls)
         require(bool(self.column), "data.column", "the name of a column", self.column, "Leave it out for image.")
 
 
-def _local_pattern(urls: str) -> str:
+def _pattern(urls: str) -> str:
     require(bool(urls), "data.urls", "a pattern of files", urls, "Give data.urls='photos/*.tar'.")
-    require("://" not in urls, "data.urls", "files that are mounted or local", urls, "Copy or mount them.")
-    return os.path.abspath(os.path.expanduser(urls))
+    return _location("data.urls", urls)
 
 
 @dataclass(kw_only=True, slots=True)

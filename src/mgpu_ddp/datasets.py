@@ -1,6 +1,7 @@
 """Names of datasets → samples that a loader worker can read one by one."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,10 @@ class Samples(Protocol):
     """A dataset of images: any index from 0 to len - 1, in any order, from any process."""
 
     def __len__(self) -> int: ...
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """These are read next, in this order."""
+        ...
 
     def read(self, index: int, clock: StageClock) -> bytes | None:
         """The content of a sample's file, None where it has none."""
@@ -73,6 +78,9 @@ class FakeSamples:
     def __len__(self) -> int:
         return self._config.size
 
+    def expect(self, indices: Sequence[int]) -> None:
+        pass
+
     def read(self, index: int, clock: StageClock) -> bytes | None:
         return None
 
@@ -106,6 +114,9 @@ class ChosenSamples:
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def expect(self, indices: Sequence[int]) -> None:
+        self._samples.expect(self._chosen[np.asarray(indices, dtype=np.int64)].tolist())
 
     def read(self, index: int, clock: StageClock) -> bytes | None:
         return self._samples.read(int(self._chosen[index]), clock)

@@ -4,11 +4,12 @@ import errno
 import logging
 import os
 import stat
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from mgpu_ddp import listing
-from mgpu_ddp.config import FolderConfig, ListConfig
+from mgpu_ddp import listing, stores
+from mgpu_ddp.config import PROTOCOLS, FolderConfig, ListConfig, protocol_of, require
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import Listing
@@ -20,11 +21,15 @@ NO_NAME = "\x01"
 
 
 class FileSamples(ImageSamples):
-    """Image files, each by its path relative to a root."""
+    """Image files, each by its path or URL relative to a root."""
 
     def __init__(self, root: str, files: Listing) -> None:
-        super().__init__(files)
-        self._root = os.fsencode(os.path.abspath(root))
+        is_far = protocol_of(root) or (len(files) and protocol_of(os.fsdecode(files.path(0))))
+        super().__init__(files, self._begin if is_far else None)
+        self._root = os.fsencode(root)
+
+    def _begin(self, index: int) -> Future[bytes]:
+        return stores.begin(stores.join(os.fsdecode(self._root), os.fsdecode(self.files.path(index))))
 
     def fetch(self, index: int) -> bytes:
         # What is neither a file nor a folder may never end, or never begin: it is opened without waiting, and left.
@@ -43,7 +48,7 @@ def list_folder(data: FolderConfig, known: Listing | None, *, may_grow: bool) ->
     """
     if known is not None and not may_grow:
         return known
-    paths = listing.find_images(data.root, follow_outside=data.follow_outside)
+    paths = _find(data)
     if known is not None:
         return known.grown(paths)
     if not paths:
@@ -58,6 +63,12 @@ def list_folder(data: FolderConfig, known: Listing | None, *, may_grow: bool) ->
     return files
 
 
+def _find(data: FolderConfig) -> list[bytes]:
+    if not protocol_of(data.root):
+        return listing.find_images(data.root, follow_outside=data.follow_outside)
+    return sorted(name for name in map(os.fsencode, stores.find(data.root)) if listing.is_image(name))
+
+
 def read_list(data: ListConfig) -> Listing:
     """Read the file that names the images.
 
@@ -65,6 +76,7 @@ def read_list(data: ListConfig) -> Listing:
         UsageError: it is missing, cannot be read or lacks what it needs.
     """
     import pyarrow as pa
+    from pyarrow import compute
 
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(Path(data.path).suffix.lower(), _read_text)
     try:
@@ -82,6 +94,10 @@ def read_list(data: ListConfig) -> Listing:
     paths = table["path"].combine_chunks()
     if paths.null_count:
         raise UsageError(f"data.path must have a path in every row, got {paths.null_count} rows without. Mend it.")
+    if not protocol_of(data.root or ""):
+        far = compute.sum(compute.match_substring_regex(paths.cast(pa.large_binary()), f"^({'|'.join(PROTOCOLS)})://"))
+        rule = "URLs in all rows or in none, unless data.root is one"
+        require(far.as_py() in (0, len(paths)), "data.path", rule, f"{far} of {len(paths)} rows", "Split the list.")
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
     log.info(
         "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
@@ -95,7 +111,7 @@ def _open(path: str) -> Any:
     import pyarrow as pa
 
     # Names need not be UTF-8.
-    return pa.OSFile(os.fsencode(path))
+    return pa.PythonFile(stores.open_file(path), mode="r") if protocol_of(path) else pa.OSFile(os.fsencode(path))
 
 
 def _read_text(path: str) -> Any:

@@ -2,17 +2,21 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from mgpu_ddp import listing
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform, decode
+from mgpu_ddp.stores import Ahead, Request
 
 
 class ImageSamples(ABC):
     """The images of a listing, in its order; a source says how the bytes of one are fetched."""
 
-    def __init__(self, files: Listing) -> None:
+    def __init__(self, files: Listing, request: Request | None = None) -> None:
+        """`request` begins to fetch an image that lies far away."""
         self.files = files
+        self._ahead = Ahead(request) if request is not None else None
 
     @abstractmethod
     def fetch(self, index: int) -> bytes:
@@ -26,9 +30,13 @@ class ImageSamples(ABC):
     def __len__(self) -> int:
         return len(self.files)
 
+    def expect(self, indices: Sequence[int]) -> None:
+        if self._ahead is not None:
+            self._ahead.expect(indices)
+
     def read(self, index: int, clock: StageClock) -> bytes:
         started = time.perf_counter()
-        data = self.fetch(index)
+        data = self.fetch(index) if self._ahead is None else self._ahead.take(index)
         clock("read", time.perf_counter() - started)
         return data
 

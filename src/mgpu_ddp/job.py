@@ -13,7 +13,17 @@ from mgpu_ddp import slurm
 from mgpu_ddp.arrays import identity
 from mgpu_ddp.claiming import claim_folder, hold_folder, to_continue
 from mgpu_ddp.classes import names_digest
-from mgpu_ddp.config import ArrayConfig, Config, FolderConfig, Listed, TimmConfig, pack, parse_shard, unpack
+from mgpu_ddp.config import (
+    ArrayConfig,
+    Config,
+    FolderConfig,
+    Listed,
+    TimmConfig,
+    pack,
+    parse_shard,
+    protocol_of,
+    unpack,
+)
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.errors import UsageError
@@ -227,9 +237,10 @@ def claim_job(
         if isinstance(config.data, Listed):
             files = Listing.open(run_dir / FILE_NAME)
         samples = open_samples(config, files)
-        if isinstance(config.data, FolderConfig) and not os.path.isdir(str(config.data.root)):
+        data = config.data
+        if isinstance(data, FolderConfig) and not protocol_of(data.root) and not os.path.isdir(data.root):
             raise UsageError(
-                f"data.root must be there on every node, got none at {config.data.root!r} on rank {world.rank} of"
+                f"data.root must be there on every node, got none at {data.root!r} on rank {world.rank} of"
                 f" {world.size} ({os.uname().nodename}). Mount it."
             )
     return Claim(**shared, manifest=manifest, held=held, folder=run_dir, samples=samples)

@@ -1,13 +1,14 @@
 """Loader workers → batches: decode in parallel, pad to the batch size, keep bad samples apart."""
 
 import ctypes
+import itertools
 import math
 import signal
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -95,6 +96,8 @@ class Order:
 
     slot: int
     indices: list[int]
+    ahead: list[int] = field(default_factory=list)
+    """What the same worker is asked for after these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +155,10 @@ class BatchMaker(Dataset[Made | StateError]):
         if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
             view[len(indices) :] = 0
             return made
+        try:
+            samples.expect([*indices, *order.ahead])
+        except StateError as error:
+            return error
         for place, index in enumerate(indices):
             try:
                 with _time_limit(self._config.timeout_s):
@@ -214,12 +221,16 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
 class Orders:
     """A sampler's indices in batches, each with the slot it goes to."""
 
-    def __init__(self, sampler: ShardSampler, batch_size: int, slots: int) -> None:
+    def __init__(self, sampler: ShardSampler, batch_size: int, slots: int, workers: int) -> None:
         self._batches, self._slots = BatchSampler(sampler, batch_size, drop_last=False), slots
+        self._stride = max(workers, 1)
 
     def __iter__(self) -> Iterator[Order]:
-        for number, indices in enumerate(self._batches):
-            yield Order(slot=number % self._slots, indices=indices)
+        # Workers are asked in turn.
+        batches, later = itertools.tee(self._batches)
+        ahead = itertools.chain(itertools.islice(later, self._stride, None), itertools.repeat([]))
+        for number, (indices, then) in enumerate(zip(batches, ahead, strict=False)):
+            yield Order(slot=number % self._slots, indices=indices, ahead=then)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -317,7 +328,7 @@ def load_batches(
     }
     loader = DataLoader(
         BatchMaker(samples, transform, ring, config, packed=packed),
-        batch_sampler=Orders(sampler, batch_size, slots),  # type: ignore[arg-type]
+        batch_sampler=Orders(sampler, batch_size, slots, workers),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_as_made,
         **(ahead if workers else {}),

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.config import ParquetConfig
+from mgpu_ddp import stores
+from mgpu_ddp.config import ParquetConfig, protocol_of
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import Listing, Shard, as_labels
@@ -75,7 +76,8 @@ def _open(path: str) -> Any:
     import pyarrow.parquet as pq
 
     # Names need not be UTF-8.
-    return pq.ParquetFile(pa.OSFile(os.fsencode(path)), pre_buffer=False, page_checksum_verification=True)
+    file = pa.PythonFile(stores.RemoteFile(path), mode="r") if protocol_of(path) else pa.OSFile(os.fsencode(path))
+    return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
 def _image_leaf(schema: Any, column: str, path: str) -> str:

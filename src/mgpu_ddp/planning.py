@@ -111,7 +111,9 @@ def _plan(
     world: World,
 ) -> Plan:
     """Windows over [start, stop). Collective: every rank calls this."""
-    ahead = num_workers(config.loader, world) * config.loader.prefetch + held_batches(config, batch_size, world)
+    # Each worker knows of one batch more than it is asked for.
+    ahead = num_workers(config.loader, world) * (config.loader.prefetch + 1) + 1
+    ahead += held_batches(config, batch_size, world)
     if config.output.commit_every == "auto":
         step = world.size * batch_size
         smallest = max(world.exchange("batches read ahead", ahead)) * step

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from mgpu_ddp.config import require
+from mgpu_ddp import stores
+from mgpu_ddp.config import protocol_of, require
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.listing import Listing, Shard
 from mgpu_ddp.world import Channel, World
@@ -51,7 +52,9 @@ def expand(pattern: str) -> list[str]:
     """
     found: list[str] = []
     for name in _expand_braces(pattern):
-        if glob.has_magic(name) and not os.path.exists(name):
+        if protocol_of(name) and glob.has_magic(name):
+            found += stores.glob(name)
+        elif glob.has_magic(name) and not os.path.exists(name):
             found += sorted(glob.glob(name))
         else:
             found.append(name)
@@ -127,21 +130,24 @@ def _unchanged(paths: list[str], known: Listing | None) -> dict[int, Indexed]:
         first += sum(shard.groups)
     kept: dict[int, Indexed] = {}
     for number, path in enumerate(paths):
-        now = look_at(path)
-        if path in before and (before[path][0].num_bytes, before[path][0].modified_ns) == now:
+        if path not in before:
+            continue
+        shard, first = before[path]
+        if (shard.num_bytes, shard.modified_ns) == look_at(path):
             assert known is not None
-            shard, first = before[path]
             kept[number] = Indexed(shard=shard, rows=known.table.slice(first, sum(shard.groups)))
     return kept
 
 
 def look_at(path: str) -> tuple[int, int]:
-    """Size in bytes and time of change in ns of a file.
+    """Size in bytes and time of change in ns of a file; of a URL, what stands for that.
 
     Raises:
         UsageError: it is missing.
     """
     try:
+        if protocol_of(path):
+            return stores.look_at(path)
         status = os.stat(path)
     except (OSError, ValueError) as error:
         text = getattr(error, "strerror", None) or str(error)

@@ -5,13 +5,16 @@ a sample, and what follows that dot says what each is. Only headers are read to 
 labels where those are asked for; nothing is unpickled, and nothing but images is decoded.
 """
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 
-from mgpu_ddp.config import WebDatasetConfig
+from mgpu_ddp import stores
+from mgpu_ddp.config import WebDatasetConfig, protocol_of
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import EXTENSIONS, Listing, Shard, as_labels
@@ -36,7 +39,7 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
     first = 0
     label: int | None = None
     num_bytes, modified_ns = look_at(path)
-    with _reading(path) as file:
+    with _open(path) as opened, _reading(path, opened) as file:
         for member in _members(file, path):
             member_name = os.fsencode(member.name)
             folder, slash, base = member_name.rpartition(b"/")
@@ -67,13 +70,20 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
     )
 
 
-def _reading(path: str) -> tarfile.TarFile:
+def _open(path: str) -> io.BufferedReader:
+    try:
+        return stores.open_file(path) if protocol_of(path) else open(path, "rb")
+    except OSError as error:
+        raise UsageError(f"data.urls must be readable, got {path!r} ({error.strerror or error}). Mend it.") from None
+
+
+def _reading(path: str, opened: io.BufferedReader) -> tarfile.TarFile:
     try:
         # Bare tars alone: within compressed ones nothing can be found without reading all that comes before it.
-        return tarfile.open(path, "r:", errors="surrogateescape", encoding="utf-8")
+        return tarfile.open(fileobj=opened, mode="r:", errors="surrogateescape", encoding="utf-8")
     except (tarfile.TarError, OSError, ValueError) as error:
-        with open(path, "rb") as file:
-            is_packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+        opened.seek(0)
+        is_packed = opened.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         found = "a compressed one, which has no random access" if is_packed else str(error)
         raise UsageError(f"data.urls must be tars, got {path!r} ({found}). Mend or unpack it.") from None
 
@@ -119,15 +129,25 @@ class TarSamples(ImageSamples):
     """Images in tars, read by where they lie."""
 
     def __init__(self, files: Listing) -> None:
-        super().__init__(files)
+        is_far = any(protocol_of(shard.path) for shard in files.shards)
+        super().__init__(files, self._begin if is_far else None)
         self._stops = np.cumsum([shard.groups[0] for shard in files.shards])
         self._offsets, self._sizes = (files.table[name].chunk(0) for name in ("offset", "size"))
         self._tars = OpenShards(files.shards, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
+        self._urls: OpenShards[str] = OpenShards(files.shards, str, lambda url: None)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Which tar, the image's first byte in it, and how many there are."""
+        tar = int(np.searchsorted(self._stops, index, side="right"))
+        return tar, self._offsets[index].as_py(), self._sizes[index].as_py()
+
+    def _begin(self, index: int) -> Future[bytes]:
+        tar, first, size = self._place(index)
+        return stores.begin(self._urls[tar], first, first + size)
 
     def fetch(self, index: int) -> bytes:
-        tar = self._tars[int(np.searchsorted(self._stops, index, side="right"))]
-        size = self._sizes[index].as_py()
-        data = os.pread(tar, size, self._offsets[index].as_py())
+        tar, first, size = self._place(index)
+        data = os.pread(self._tars[tar], size, first)
         if len(data) < size:
             raise EOFError(f"the tar ends {size - len(data):,} bytes before this image does")
         return data

@@ -1,0 +1,236 @@
+"""Images behind URLs: a real server of S3's protocol, and a network that fails in the ways networks do."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mgpu_ddp import preprocess, stores
+from mgpu_ddp.config import (
+    Config,
+    FolderConfig,
+    ListConfig,
+    LoaderConfig,
+    ModelConfig,
+    ParquetConfig,
+    TransformConfig,
+    WebDatasetConfig,
+)
+from mgpu_ddp.datasets import Samples, find_listing, open_samples
+from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.loading import load_batches
+from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.world import World
+from tests import s3
+from tests.conftest import make_images
+from tests.sources import sources
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bucket: images, and the same in shards."""
+    bucket = tmp_path_factory.mktemp("served") / "bucket"
+    images = make_images(bucket / "photos", COUNT)
+    sources(bucket, images, [index % 3 for index in range(COUNT)])
+    (bucket / "list.txt").write_text("".join(f"s3://bucket/{path.relative_to(bucket)}\n" for path in images))
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with s3.served(folder.parent, tmp_path_factory.mktemp("log") / "log") as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
+    monkeypatch.setattr(stores, "FIRST_PAUSE_S", 0.01)
+    with s3.proxied(server) as proxy:
+        s3.use(monkeypatch, proxy.port)
+        yield proxy
+
+
+def config(data: Any) -> Config:
+    return Config(data=data, transform=TransformConfig(), model=ModelConfig())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder / "photos")) for path in (folder / "photos").rglob("*.*"))
+
+
+def test_what_is_listed_is_what_is_there(proxy: s3.Proxy, folder: Path) -> None:
+    assert sorted(stores.find("s3://bucket/photos")) == names(folder)
+    assert stores.glob("s3://bucket/shard-*.tar") == [f"s3://bucket/shard-0{number}.tar" for number in range(3)]
+    assert stores.find("s3://bucket/nothing/here") == []
+    tar = folder / "shard-00.tar"
+    before = stores.look_at("s3://bucket/shard-00.tar")
+    assert before[0] == tar.stat().st_size
+    content = tar.read_bytes()
+    try:
+        tar.write_bytes(content[:-1] + b"x")
+        assert stores.look_at("s3://bucket/shard-00.tar") != before
+    finally:
+        tar.write_bytes(content)
+    with pytest.raises(UsageError, match=r"data.root must be there and may be listed, got 's3://none/x'"):
+        stores.find("s3://none/x")
+    with stores.open_file("s3://bucket/shard-00.tar") as file:
+        file.seek(1000)
+        assert (file.read(5000), file.tell()) == (content[1000:6000], 6000)
+        assert file.read() == content[6000:]
+
+
+def test_what_goes_over_by_itself_is_asked_for_again(proxy: s3.Proxy, folder: Path) -> None:
+    faults = [*s3.SLOW_DOWN, "reset", (429, "TooMany")]
+    proxy.fault = lambda number: faults[number // 3 % 4] if number % 3 == 0 else None
+    asked = [stores.begin(f"s3://bucket/photos/{name}") for name in names(folder)]
+    assert [each.result() for each in asked] == [(folder / "photos" / name).read_bytes() for name in names(folder)]
+    assert {"SlowDown", "InternalError", "reset", "TooMany"} == set(proxy.faults)
+
+
+def test_a_store_that_stays_away_ends_the_job_and_not_its_images(
+    proxy: s3.Proxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://bucket/photos/{names(folder)[0]}"
+    proxy.fault = lambda number: s3.SLOW_DOWN[0]
+    with pytest.raises(StateError, match=rf"'{url}' must be readable, got .*SlowDown.* {stores.ATTEMPTS} times"):
+        stores.begin(url).result()
+    assert proxy.gets == stores.ATTEMPTS
+    s3.use(monkeypatch, 9)
+    with pytest.raises(StateError, match="must be readable, got EndpointConnectionError"):
+        stores.begin(url).result()
+
+
+def test_credentials_that_are_refused_end_the_job_at_once(
+    proxy: s3.Proxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://bucket/photos/{names(folder)[0]}"
+    proxy.fault = lambda number: s3.EXPIRED
+    with pytest.raises(StateError, match=r"credentials at hand, got .*ExpiredToken.* Renew them, and start again"):
+        stores.begin(url).result()
+    assert proxy.gets == 1
+    proxy.fault = lambda number: None
+    s3.use(monkeypatch, proxy.port)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StateError, match="must be readable with the credentials at hand") as refused:
+        stores.begin(url).result()
+    assert "another" not in str(refused.value)
+    s3.use(monkeypatch, proxy.port)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StateError, match=r"got NoCredentialsError"):
+        stores.begin(url).result()
+
+
+def test_what_is_wrong_with_one_image_is_its_own(proxy: s3.Proxy) -> None:
+    with pytest.raises(FileNotFoundError):
+        stores.begin("s3://bucket/photos/none.jpg").result()
+    proxy.fault = lambda number: (403, "AccessDenied")
+    before = proxy.gets
+    with pytest.raises(PermissionError):
+        stores.begin("s3://bucket/photos/none.jpg").result()
+    assert proxy.gets == before + 1
+
+
+def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(proxy: s3.Proxy, folder: Path) -> None:
+    proxy.latency_s = 0.05
+    some = names(folder)
+    ahead = stores.Ahead(lambda index: stores.begin(f"s3://bucket/photos/{some[index % COUNT]}"))
+    ahead.expect(range(100))
+    assert ahead.take(0) == (folder / "photos" / some[0]).read_bytes()
+    assert proxy.most_at_once >= stores.IN_FLIGHT // 2
+    assert [ahead.take(index) for index in range(1, 100)]
+    assert proxy.gets == 100
+    ahead.expect([100, 101])
+    ahead.expect([101])
+    ahead.take(101)
+    assert proxy.gets <= 102
+
+
+def loaded(samples: Samples, world: World, *, workers: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:
+    plan = Plan(
+        start=0,
+        stop=len(samples),
+        size=1,
+        batch_size=4,
+        contiguous=False,
+        smallest_rows=len(samples),
+        largest_rows=len(samples),
+    )
+    settings: Any = (LoaderConfig(workers=workers), 4, world)
+    pixels, labels, errors = [], [], {}
+    with closing(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(16), *settings, held=1)) as batches:
+        for batch, _ in batches:
+            pixels.append(batch.pixels[: len(batch.index)].clone())
+            labels += batch.label.tolist()
+            errors |= batch.errors
+    return torch.cat(pixels), labels, errors
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["folder", "list", "urls", "webdataset", "parquet"])
+def test_every_source_gives_the_images_of_the_disk_over_a_bad_network(
+    proxy: s3.Proxy, folder: Path, world: World, source: str, workers: int, tmp_path: Path
+) -> None:
+    faults = [*s3.SLOW_DOWN, "reset"]
+    proxy.fault = lambda number: faults[number // 4 % len(faults)] if number % 4 == 0 else None
+
+    def data(root: str) -> Any:
+        return {
+            "folder": FolderConfig(root=f"{root}/photos"),
+            "list": ListConfig(path=f"{root}/list.csv"),
+            "urls": ListConfig(path=str(folder / "list.txt")),
+            "webdataset": WebDatasetConfig(urls=f"{root}/shard-{{00..02}}.tar", label_extension="cls"),
+            "parquet": ParquetConfig(urls=f"{root}/*.parquet", label_column="label", key_column="image.path"),
+        }[source]
+
+    def samples(root: str) -> Samples:
+        asked = config(data(root))
+        files = find_listing(asked, tmp_path / "none", afresh=True, world=world)
+        return open_samples(asked, files)
+
+    far, near = samples("s3://bucket"), samples(str(folder))
+    got, labels, errors = loaded(far, world, workers=workers)
+    if source == "urls":
+        near = samples("s3://bucket")
+        assert near.path(0) == f"s3://bucket/photos/{names(folder)[0]}"
+        wanted = [np.asarray(near.load(index, preprocess.plain(16), lambda *_: None)[0]) for index in range(COUNT)]
+        assert np.array_equal(got.numpy(), np.stack(wanted))
+    else:
+        want, want_labels, want_errors = loaded(near, world, workers=0)
+        assert torch.equal(got, want)
+        assert (labels, errors) == (want_labels, want_errors)
+        assert [far.path(index) for index in range(COUNT)] == [near.path(index) for index in range(COUNT)]
+    assert errors == {}
+    assert set(proxy.faults) >= {"SlowDown", "reset"}
+
+
+def test_an_image_that_has_gone_is_one_bad_row(proxy: s3.Proxy, folder: Path, world: World, tmp_path: Path) -> None:
+    lines = [*(folder / "list.txt").read_text().splitlines(), "s3://bucket/photos/gone.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    asked = config(ListConfig(path=str(tmp_path / "list.txt")))
+    samples = open_samples(asked, find_listing(asked, tmp_path / "none", afresh=True, world=world))
+    _, _, errors = loaded(samples, world, workers=2)
+    assert list(errors) == [COUNT]
+    assert errors[COUNT].startswith("FileNotFoundError: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("https://me:secret@host/x", FolderConfig), "data.root must be a URL without user, password or query"),
+        (("https://host/x?sig=secret", FolderConfig), "data.root must be a URL without user, password or query"),
+        (("ftp://host/secret", FolderConfig), "data.root must be a path or a URL of s3, gs, hf, https, http, got"),
+    ],
+)
+def test_locations_that_are_not_to_be_kept_are_refused(settings: tuple[str, Any], said: str) -> None:
+    location, kind = settings
+    with pytest.raises(UsageError, match=said) as refused:
+        kind(root=location)
+    assert "secret" not in str(refused.value) or location.startswith("ftp")

@@ -136,8 +136,8 @@ def stat_fields(folder: Path) -> list[str]:
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
-def torchrun(processes: int) -> list[str]:
+def torchrun(processes: int, *options: str) -> list[str]:
     """torchrun of this interpreter's environment."""
     beside = shutil.which("torchrun", path=str(Path(sys.executable).parent))
     command = [beside] if beside else [sys.executable, "-m", "torch.distributed.run"]
-    return [*command, "--standalone", f"--nproc_per_node={processes}"]
+    return [*command, "--standalone", f"--nproc_per_node={processes}", *options]

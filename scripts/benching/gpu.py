@@ -6,29 +6,26 @@ they are warm does not count. All decode the same files, each image anew every t
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benching.children import PEERS, ChildFailedError, Measurement, run_child, say, torchrun
-from benching.hardware import Hardware, look, share
-from benching.jpegs import make_folder
+from benching.arrays import make_array
+from benching.children import PEERS, ChildFailedError, say, torchrun
+from benching.contenders import Contender, Found, goes_on, measure, since
+from benching.hardware import Hardware, cores_each, describe, look
+from benching.jpegs import make_folder, work_folder
 from benching.plot import plot
 from benching.table import Row, compare, print_machine, print_table, write_report
 
 JPEG_RATE, OF_DECODE, OF_BEST_PEER, OF_GENERATOR, OF_ONE_GPU = 25_000, 0.9, 10, 0.85, 1.9
 ARRAY_RATE, OF_FORWARD = 60_000, 0.9
 """The project's bars, for an H200 with 16 cores."""
-CHILD_LIMIT_S = 240
 WARM_UP_IMAGES = 4096
-ARRAY_DISTINCT = 16_000
 TUTORIAL_IMAGES = 100_000
 """More than it gets to in its time."""
 
@@ -47,31 +44,6 @@ class Sizes:
     seconds: float
     warm_up_s: float
     ceiling_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
-    """Something that is measured: a command, on so many GPUs."""
-
-    name: str
-    title: str
-    gpus: int
-    command: list[str]
-    rows: int | None = None
-    """What a job of mgpu_ddp must predict."""
-    peer: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class Found:
-    """What became of a contender."""
-
-    measured: list[Measurement] = field(default_factory=list)
-    problem: str = ""
-
-    def rates(self, stage: str | None = None) -> list[float]:
-        said = [m.said["images_per_s"] for m in self.measured]
-        return [rates[stage] for rates in said if stage in rates] if stage else said
 
 
 PEER_SCRIPTS = {
@@ -94,13 +66,13 @@ def gpu(args: argparse.Namespace) -> bool:
         raise ChildFailedError(f"--gpus must be at most {len(hardware.gpus)}, the GPUs of this machine.")
     sizes = _sizes(args, hardware)
     rounds = args.rounds or (1 if args.quick else 3)
-    work = args.work or Path(tempfile.gettempdir()) / f"mgpu_ddp-bench-{os.getuid()}"
+    work = work_folder(args.work)
     folder, mean_bytes = make_folder(work, images=sizes.images, distinct=sizes.distinct)
-    say(f"{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different, {_since(started)}")
+    say(f"{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different, {since(started)}")
 
     array = work / f"array-{sizes.images}.npy"
     if not args.only or "ours-array" in args.only:
-        _make_array(array, sizes.images)
+        make_array(array, sizes.images)
     contenders = _contenders(folder, array, sizes, args.gpus, only=args.only)
     found = {contender.name: Found() for contender in contenders}
     for contender in contenders:
@@ -120,7 +92,7 @@ def gpu(args: argparse.Namespace) -> bool:
     if "ours" in found:
         # Fills the caches of files and of compiled kernels; what comes later must not profit from who came before.
         warm_up = [*_ours(1), *_folder_job(folder, sizes), f"limit={min(sizes.images, WARM_UP_IMAGES)}"]
-        _measure(
+        measure(
             Contender(name="warm-up", title="warm-up", gpus=1, command=warm_up), Found(), hardware, args.out / "warm-up"
         )
     for number in range(1, rounds + 1):
@@ -129,46 +101,26 @@ def gpu(args: argparse.Namespace) -> bool:
             # A peer's one measurement lasts longer than all of ours.
             if found[contender.name].problem or (contender.peer and number > 1):
                 continue
-            say(f"round {number} of {rounds}, {_since(started)}: {contender.title}")
-            _measure(contender, found[contender.name], hardware, args.out / f"round-{number}" / contender.name)
+            say(f"round {number} of {rounds}, {since(started)}: {contender.title}")
+            measure(contender, found[contender.name], hardware, args.out / f"round-{number}" / contender.name)
             report()
         if number == 1:
             peers_s = sum(m.wall_s for c in contenders if c.peer for m in found[c.name].measured)
         round_s = time.perf_counter() - round_started - (peers_s if number == 1 else 0)
-        if number < rounds and time.perf_counter() - started + round_s > args.minutes * 60:
-            say(f"{_since(started)}: no time for round {number + 1}, see --minutes")
+        if not goes_on(number, rounds, started, round_s, args.minutes):
             break
 
     rows = report()
     print_table(rows)
-    print(f"\n{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different; {_since(started)}")
-    print(", ".join(hardware.gpus) + f", driver {hardware.driver}, CUDA {hardware.cuda}" if hardware.gpus else "no GPU")
+    print(f"\n{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different; {since(started)}")
+    print(describe(hardware))
     print_machine(args.out)
     plot(rows, args.out / "bench.png", f"{', '.join(hardware.gpus) or 'CPU'}; images/s")
     return all(result.problem in ("", "not installed") for result in found.values())
 
 
-def _make_array(path: Path, images: int) -> None:
-    """Write noise of 224 by 224 pixels, in blocks that repeat after `ARRAY_DISTINCT` images."""
-    import numpy as np
-
-    if path.exists():
-        return
-    unfinished = path.with_suffix(".unfinished")
-    array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(images, 224, 224, 3))
-    noise = np.random.default_rng(0).integers(0, 256, (min(images, ARRAY_DISTINCT), 224, 224, 3), dtype=np.uint8)
-    for first in range(0, images, len(noise)):
-        array[first : first + len(noise)] = noise[: images - first]
-    array.flush()
-    unfinished.rename(path)
-
-
-def _since(started: float) -> str:
-    return f"{time.perf_counter() - started:.0f} s"
-
-
 def _sizes(args: argparse.Namespace, hardware: Hardware) -> Sizes:
-    workers = max(1, len(os.sched_getaffinity(0)) // max(1, len(hardware.gpus) or args.gpus))
+    workers = cores_each(max(1, len(hardware.gpus) or args.gpus))
     if args.quick:
         images = args.images or (20_000 if hardware.gpus else 600)
         return Sizes(
@@ -250,23 +202,6 @@ def _contenders(folder: Path, array: Path, sizes: Sizes, gpus: int, *, only: Seq
         contenders.append(Contender(name=name, title=title, gpus=gpus, command=command, peer=True))
     wanted = set(only or NAMES) | ({"ours-all"} if not only or "ours" in only else set())
     return [contender for contender in contenders if contender.name in wanted]
-
-
-def _measure(contender: Contender, found: Found, hardware: Hardware, folder: Path) -> None:
-    """Run a contender once and note what it reached, or why it did not; the others go on all the same."""
-    try:
-        with share(hardware, contender.gpus):
-            result = run_child(contender.command, folder, timeout_s=CHILD_LIMIT_S)
-        said = result.said
-        if contender.rows is not None and (said.get("samples"), said.get("ok")) != (contender.rows, contender.rows):
-            raise ChildFailedError(f"{folder}: {contender.rows} rows must be ok, got {json.dumps(said)}")
-        if "images_per_s" not in said:
-            raise ChildFailedError(f"{folder}: the last line must say images_per_s, got {json.dumps(said)}")
-    except ChildFailedError as error:
-        say(str(error))
-        found.problem = f"FAILED, see {folder}"
-        return
-    found.measured.append(result)
 
 
 def _rows(

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 CODE = """
 import json, torch
@@ -40,21 +42,53 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
 
 
-@contextmanager
-def share(hardware: Hardware, gpus: int) -> Iterator[None]:
-    """Let children of the block have so many GPUs, and the same share of the cores; where there is none, all cores."""
+def describe(hardware: Hardware) -> str:
+    """The GPUs and what drives them, for below a table."""
     if not hardware.gpus:
+        return "no GPU"
+    names = ", ".join(f"{count} × {name}" for name, count in Counter(hardware.gpus).items())
+    return f"{names}, driver {hardware.driver}, CUDA {hardware.cuda}"
+
+
+@contextmanager
+def share(hardware: Hardware, gpus: int, *, cpu_shares: int | None = None) -> Iterator[None]:
+    """Let children of the block have so many GPUs, and the same share of the cores.
+
+    Where there is none they have all cores, or so many of `cpu_shares` shares.
+    """
+    shares = len(hardware.gpus) or cpu_shares
+    if not shares:
         yield
         return
     cores, visible = os.sched_getaffinity(0), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(len(hardware.gpus))]
-    os.sched_setaffinity(0, sorted(cores)[: len(cores) // len(hardware.gpus) * gpus])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[:gpus])
+    os.sched_setaffinity(0, whole_cores_first(cores)[: cores_each(shares) * gpus])
+    if hardware.gpus:
+        names = visible.split(",") if visible else [str(i) for i in range(shares)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[:gpus])
     try:
         yield
     finally:
         os.sched_setaffinity(0, cores)
-        if visible is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
+        if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def cores_each(shares: int) -> int:
+    """How many of the cores that this process may use one of so many equal shares has."""
+    return max(1, len(os.sched_getaffinity(0)) // shares)
+
+
+def whole_cores_first(cpus: Iterable[int]) -> list[int]:
+    """Order logical CPUs so that both threads of a core come together: half of them is half of the machine."""
+    return sorted(cpus, key=lambda cpu: (_first_thread(cpu), cpu))
+
+
+def _first_thread(cpu: int) -> int:
+    """Number of the first thread of a CPU's core. Source: Linux, Documentation/admin-guide/cputopology.rst."""
+    try:
+        threads = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return cpu
+    return int(threads.replace("-", ",").split(",")[0])

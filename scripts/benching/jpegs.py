@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 WIDTH, HEIGHT = 500, 375
@@ -11,6 +12,13 @@ QUALITY = 90
 PER_FOLDER, PER_TASK = 1000, 100
 OCTAVES = ((12, 160.0), (60, 64.0), (250, 33.0))
 """Columns of noise and its span in levels, coarse to fine: what yields about 55 kB at `QUALITY`."""
+
+
+def work_folder(named: Path | None) -> Path:
+    """Where images are kept for the next time."""
+    folder = named or Path(tempfile.gettempdir()) / f"mgpu_ddp-bench-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def make_folder(work: Path, *, images: int, distinct: int) -> tuple[Path, float]:

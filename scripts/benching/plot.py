@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benching.children import say
 from benching.table import Row
@@ -11,14 +12,8 @@ OURS, CEILING, PEER = "#2a6f97", "#c9ccd1", "#e07a5f"
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the rate of every row that has one, on a logarithmic axis; needs matplotlib."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        say("no plot: matplotlib is not installed")
+    """Draw the rate of every row that has one, on a logarithmic axis."""
+    if (pyplot := pyplot_or_none()) is None:
         return
     rates = [(row.name, _rate(row)) for row in rows]
     shown = [(name, rate) for name, rate in rates if rate is not None and not name.startswith(("  times", "  start"))]
@@ -32,7 +27,28 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def pyplot_or_none() -> Any:
+    """matplotlib's pyplot without a display; None, and a line that says so, where it is not installed."""
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        say("no plot: matplotlib is not installed")
+        return None
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure without its upper and right frame, and say where it is."""
+    from matplotlib import pyplot
+
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     print(path)

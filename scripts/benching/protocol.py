@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benching.children import PEERS, run_child, say, torchrun
+from benching.plot import pyplot_or_none, save
 from benching.table import Row, print_machine, print_table, write_report
 
 BATCH_SIZE, WINDOWS = 64, 40
@@ -82,11 +83,8 @@ def _measure(size: int, images: Path, folder: Path) -> Cost:
 
 
 def _plot(costs: Sequence[Cost], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    if (pyplot := pyplot_or_none()) is None:
+        return
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     ranks = [cost.ranks for cost in costs]
     axes.plot(ranks, [cost.gather_s * 1e3 for cost in costs], "o-", color="#2a6f97", label="a window, last to first")
@@ -100,8 +98,5 @@ def _plot(costs: Sequence[Cost], path: Path) -> None:
     axes.set_ylabel("ms per window")
     axes.set_title(f"Windows of {BATCH_SIZE} rows per rank, gloo on one host", fontsize=10, loc="left")
     axes.grid(which="both", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    print(path)
+    save(figure, path)

@@ -71,10 +71,15 @@ def print_table(rows: Sequence[Row]) -> None:
         per_round = f"{min(row.rounds):.2f}-{max(row.rounds):.2f}" if row.rounds else ""
         verdict = "" if row.met is None else "met" if row.met else "MISSED"
         lines.append((row.name, *wall, row.value, ratio, per_round, row.bar, verdict))
+    print_columns(lines)
+
+
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
+    """Print lines of as many texts each; the first and the last column are words, the rest figures."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         first, *rest = (
-            text.ljust(width) if i in (0, 8) else text.rjust(width)
+            text.ljust(width) if i in (0, len(widths) - 1) else text.rjust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         )
         print("  ".join([first, *rest]).rstrip())

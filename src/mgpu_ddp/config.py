@@ -166,6 +166,8 @@ class ArrayConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a file", self.path, "Give data.path=FILE.npy.")
+        rule = "a file of a file system, which can be mapped into memory"
+        require(not protocol_of(self.path), "data.path", rule, self.path, "Copy or mount it.")
         self.path = os.path.abspath(os.path.expanduser(self.path))
 
 

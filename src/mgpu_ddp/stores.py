@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from hashlib import sha256
 from typing import Any
+from urllib.parse import quote, unquote
 
 from mgpu_ddp.config import PROTOCOLS, protocol_of
 from mgpu_ddp.errors import StateError, UsageError
@@ -168,7 +169,13 @@ def begin(url: str, start: int | None = None, end: int | None = None) -> Future[
 
 def join(root: str, name: str) -> str:
     """The URL of a file that is called so below a root, unless its name is a URL itself."""
-    return name if protocol_of(name) else f"{root}/{name}"
+    if protocol_of(name):
+        return name
+    return f"{root}/{quote(name) if _is_web(root) else name}"
+
+
+def _is_web(url: str) -> bool:
+    return protocol_of(url) in ("http", "https")
 
 
 def find(url: str) -> list[str]:
@@ -178,9 +185,12 @@ def find(url: str) -> list[str]:
         UsageError: it cannot be listed.
     """
     system = _of(url)
-    found: Iterable[str] = _listed(system.begin("find", url), "data.root", url)
+    # A web server has a page for a folder where its name ends like this.
+    top = f"{url}/" if _is_web(url) else url
+    found: Iterable[str] = _listed(system.begin("find", top), "data.root", url)
     root = system.fs._strip_protocol(url).rstrip("/") + "/"
-    return [name.removeprefix(root) for name in found if name != root]
+    names = [name.removeprefix(root) for name in found if name != root]
+    return [unquote(name) for name in names] if _is_web(url) else names
 
 
 def glob(pattern: str) -> list[str]:

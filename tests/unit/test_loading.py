@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,9 @@ class Odd:
 
     def read(self, index: int, clock: StageClock) -> bytes | None:
         return None
+
+    def expect(self, indices: Sequence[int]) -> None:
+        pass
 
     def known_label(self, index: int) -> int:
         return index + 100

@@ -1,7 +1,10 @@
 """Images behind URLs: a real server of S3's protocol, and a network that fails in the ways networks do."""
 
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +212,44 @@ def test_every_source_gives_the_images_of_the_disk_over_a_bad_network(
         assert [far.path(index) for index in range(COUNT)] == [near.path(index) for index in range(COUNT)]
     assert errors == {}
     assert set(proxy.faults) >= {"SlowDown", "reset"}
+
+
+@contextmanager
+def listing_server(folder: Path) -> Iterator[int]:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_sends_files_whole_cannot_hold_tars(folder: Path, world: World, tmp_path: Path) -> None:
+    with listing_server(folder.parent) as port:
+        asked = config(WebDatasetConfig(urls=f"http://127.0.0.1:{port}/bucket/shard-00.tar"))
+        samples = open_samples(asked, find_listing(asked, tmp_path / "none", afresh=True, world=world))
+        with pytest.raises(StateError, match=r"shard-00.tar' must be on a server that sends parts of files, got all"):
+            loaded(samples, world, workers=2)
+
+
+@pytest.mark.parametrize("source", ["folder", "webdataset", "parquet"])
+def test_a_web_server_will_do(folder: Path, world: World, source: str, tmp_path: Path) -> None:
+    def samples(root: str) -> Samples:
+        data: Any = {
+            "folder": FolderConfig(root=f"{root}/photos"),
+            "webdataset": WebDatasetConfig(urls=f"{root}/shard-{{00..02}}.tar"),
+            "parquet": ParquetConfig(urls=f"{root}/shard-0{{0,1,2}}.parquet"),
+        }[source]
+        return open_samples(config(data), find_listing(config(data), tmp_path / "none", afresh=True, world=world))
+
+    # rclone does not list folders in a way that fsspec understands, and Python's server sends no parts of files.
+    by_rclone = s3.served(folder.parent, tmp_path / "log", "http")
+    with listing_server(folder.parent) if source == "folder" else by_rclone as port:
+        far, near = samples(f"http://127.0.0.1:{port}/bucket"), samples(str(folder))
+        assert [far.path(index) for index in range(COUNT)] == [near.path(index) for index in range(COUNT)]
+        for got, want in zip(loaded(far, world, workers=2), loaded(near, world, workers=0), strict=True):
+            assert torch.equal(got, want) if torch.is_tensor(got) else got == want
 
 
 def test_an_image_that_has_gone_is_one_bad_row(proxy: s3.Proxy, folder: Path, world: World, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the rows say together is what a plain loop over them says, whatever the format and the parts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ FOLDERS = ("Dog", "crane", "newt", "snow_leopard", "bee")
 
 
 class Labelled(FakeSamples):
+    def expect(self, indices: Sequence[int]) -> None:
+        pass
+
     def known_label(self, index: int) -> int:
         return int(LABELS[index])
 

@@ -1,0 +1,59 @@
+"""Jobs whose images lie in an object store, under real torchrun: killed, throttled, locked out, never indiscreet."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import s3
+from tests.cli.starting import SMALL_IMAGES, committed_rows, finish, run, started, torchrun, wait_until, worker_pids
+from tests.conftest import assert_proved, make_images, read_rows
+
+COUNT = 400
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "served" / "bucket" / "photos", COUNT)
+    settings = (*SMALL_IMAGES, "data=folder", "output.commit_every=40")
+    far = (*settings, "data.root=s3://bucket/photos", "output.dir=out")
+    with s3.served(tmp_path / "served", tmp_path / "log") as port, s3.proxied(port) as proxy:
+        s3.use(monkeypatch, proxy.port)
+        proxy.latency_s = 0.2
+        faults = [*s3.SLOW_DOWN, "reset"]
+        proxy.fault = lambda number: faults[number // 7 % 3] if number % 7 == 0 else None
+        with started(torchrun(2, *far), tmp_path) as launcher:
+            wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+            os.kill(worker_pids(launcher.pid)[1], signal.SIGKILL)
+            assert finish(launcher, tmp_path, time.monotonic()).code == 1
+        kept = committed_rows(tmp_path / "out")
+        assert 0 < kept < COUNT
+        told = [(tmp_path / "stderr.txt").read_text()]
+
+        proxy.latency_s, expires = 0.0, proxy.gets + 100
+        proxy.fault = lambda number: s3.EXPIRED if number > expires else None
+        locked_out = run(torchrun(2, *far), tmp_path)
+        told.append(locked_out.err)
+        assert locked_out.code == 1
+        reason = json.loads((tmp_path / "out" / "status.json").read_text())["reason"]
+        assert "must be readable with the credentials at hand, got " in reason
+        assert "ExpiredToken" in reason
+        assert "stores.py" not in locked_out.err, "a traceback says no more than the line"
+        assert kept < committed_rows(tmp_path / "out") < COUNT
+
+        proxy.fault = lambda number: None
+        again = run(torchrun(3, *far), tmp_path)
+        assert again.code == 0, again.err
+        told += [again.err, again.out]
+        assert_proved(tmp_path / "out", COUNT)
+    near = run(torchrun(1, *settings, f"data.root={tmp_path}/served/bucket/photos", "output.dir=near"), tmp_path)
+    assert near.code == 0, near.err
+    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "near")
+    told += [path.read_bytes().decode("latin-1") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(s3.SECRET in text or s3.KEY in text for text in told)

@@ -313,7 +313,8 @@ class Flight:
     """A batch on its way through the model and back to the host."""
 
     def __init__(self, predictor: Predictor, images: torch.Tensor) -> None:
-        self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Blocking: waiting would otherwise take a core from the loader's workers.
+        self._began, self._ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._began.record()
         self._columns = {name: c.to("cpu", non_blocking=True) for name, c in predictor(images).items()}
         self._ended.record()

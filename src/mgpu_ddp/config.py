@@ -211,8 +211,8 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class TimmConfig(ModelConfig):
     name: str = "resnet18"
-    """Any timm model that crops the centre of a square image, with its own transform; model.weights=DEFAULT takes its
-    weights from the Hugging Face hub."""
+    """Any timm model that takes a square image, cropped or squashed, with its own transform; model.weights=DEFAULT
+    takes its weights from the Hugging Face hub."""
 
 
 @dataclass(kw_only=True, slots=True)

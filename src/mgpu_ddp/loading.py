@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from mgpu_ddp import stores
 from mgpu_ddp.arrays import ArraySamples
 from mgpu_ddp.config import LoaderConfig
 from mgpu_ddp.datasets import Samples
@@ -237,8 +238,10 @@ class Orders:
 
 
 def _bytes_read() -> int:
-    """All that this process has asked the kernel to read so far, from its page cache or not. Source: proc(5)."""
-    return int(Path("/proc/self/io").read_bytes().split(b"\n", 1)[0].partition(b":")[2])
+    """All that this process has read of files so far, from the kernel's page cache or not. Source: proc(5)."""
+    asked = int(Path("/proc/self/io").read_bytes().split(b"\n", 1)[0].partition(b":")[2])
+    # Sockets are read in ways that the kernel does not count there.
+    return asked + stores.received_bytes()
 
 
 class TookTooLongError(BaseException):

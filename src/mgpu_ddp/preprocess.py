@@ -125,11 +125,11 @@ def imagenet(size: int) -> Transform:
 
 def from_weights(preset: Any, size: int) -> Transform:
     """The transform that torchvision's weights were evaluated with, scaled where `size` is not 224."""
-    resize, crop = preset.resize_size[0], preset.crop_size[0]
+    resize, crop = tuple(preset.resize_size), preset.crop_size[0]
     if size != 224:
-        resize, crop = round(resize * size / crop), size
+        resize, crop = tuple(round(side * size / crop) for side in resize), size
     return Transform(
-        resize=(resize,),
+        resize=resize,
         crop=crop,
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),

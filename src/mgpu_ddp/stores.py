@@ -68,6 +68,7 @@ class _FileSystem:
             raise UsageError(
                 f"{protocol}:// must have its package, got none called {package}. Install mgpu-ddp[cloud]."
             ) from None
+        self.received_bytes = 0
         self._loop = get_loop()
         self._room = asyncio.Semaphore(IN_FLIGHT)
 
@@ -89,6 +90,8 @@ class _FileSystem:
                     if most_bytes is not None and len(found) > most_bytes:
                         text = f"{url!r} must be on a server that sends parts of files, got all of it"
                         raise StateError(f"{text}. Copy it, or store its images one by one.")
+                    if isinstance(found, bytes):
+                        self.received_bytes += len(found)
                     return found
                 except StateError:
                     raise
@@ -106,14 +109,20 @@ class _FileSystem:
         raise AssertionError
 
 
-@functools.cache
-def _file_system(protocol: str, _process: int) -> _FileSystem:
-    return _FileSystem(protocol)
+_systems: dict[tuple[str, int], _FileSystem] = {}
+"""By protocol and process: connections do not survive a fork."""
 
 
 def _of(url: str) -> _FileSystem:
-    # Connections do not survive a fork.
-    return _file_system(protocol_of(url), os.getpid())
+    key = protocol_of(url), os.getpid()
+    if key not in _systems:
+        _systems[key] = _FileSystem(key[0])
+    return _systems[key]
+
+
+def received_bytes() -> int:
+    """All that this process has received of files so far."""
+    return sum(system.received_bytes for (_, process), system in _systems.items() if process == os.getpid())
 
 
 def is_refused(error: BaseException) -> bool:

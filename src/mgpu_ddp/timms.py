@@ -74,12 +74,14 @@ def _preset(data: dict[str, Any], name: str) -> Any:
 
     channels, height, width = data["input_size"]
     kind = f"{data['crop_mode']} crop of {channels}x{height}x{width}, {data['interpolation']}"
-    supported = data["crop_mode"] == "center" and channels == 3 and height == width
+    squashes = data["crop_mode"] == "squash"
+    supported = (squashes or data["crop_mode"] == "center") and channels == 3 and height == width
     supported = supported and data["interpolation"] in ("nearest", "bilinear", "bicubic")
-    rule = "one that crops the centre of a square RGB image"
+    rule = "one that crops the centre of a square RGB image, or squashes the image to one"
     require(supported, "model.name", rule, f"{name} ({kind})", "Choose another model.")
+    resized = math.floor(height / data["crop_pct"])
     return SimpleNamespace(
-        resize_size=[math.floor(height / data["crop_pct"])],
+        resize_size=[resized, resized] if squashes else [resized],
         crop_size=[height],
         interpolation=InterpolationMode(data["interpolation"]),
         mean=data["mean"],

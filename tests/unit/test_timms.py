@@ -24,7 +24,9 @@ def job(name: str, **changes: object) -> Config:
     )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "test_efficientnet", "convnextv2_nano.fcmae_ft_in22k_in1k_384"]
+)
 def test_images_are_prepared_as_timm_does(name: str) -> None:
     model = build_model(job(name))
     transform = choose_transform(job(name), model)

@@ -63,10 +63,9 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
 
 def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -> None:
     """Say which devices there are, what `auto` chose and whether model and batch fit."""
-    runtime, decode = config.runtime, decode_of(config, world.device).upper()
-    chose = (
-        f"precision {precision_of(runtime, world.device)}, decode on the {decode}, compile {runtime.compile == 'on'}"
-    )
+    runtime = config.runtime
+    chose = f"precision {precision_of(runtime, world.device)}, decode {decode_of(config, world.device)}"
+    chose += f", compile {runtime.compile == 'on'}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)

@@ -3,6 +3,8 @@
 import copy
 import difflib
 import hashlib
+import itertools
+import logging
 import pickle
 import re
 from dataclasses import dataclass, replace
@@ -22,10 +24,14 @@ from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.timms import build_timm, class_names_of, download_timm
 from mgpu_ddp.world import World, share_weights
 
+log = logging.getLogger("mgpu_ddp")
+
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.", "resnet.")
 """What DataParallel and DDP, torch.compile and the tutorial's SimpleModel put before every key."""
 NESTS = ("state_dict", "model_state_dict", "model")
+OTHERS = ("state_dict_ema", "model_ema")
+"""What training scripts may keep beside these."""
 OLD_INIT = ("googlenet", "inception_v3")
 """Builders that warn unless they are told how to initialise."""
 STANDARD_SIZE = 224
@@ -122,6 +128,13 @@ def _build_timm(config: Config, wanted: TimmConfig) -> Model:
     require(fits, "model.weights", rule, weights, "A timm model's name may end in a tag: model.name=resnet18.a1_in1k.")
     torch.manual_seed(config.seed)
     module, preset = build_timm(wanted)
+    output = config.output
+    if "embedding" in ([output.array_field] if output.format == "npy" else output.fields):
+        # What a head of several layers is given is none of their inputs alone: the mean of two tokens, say.
+        head = module.get_classifier()  # type: ignore[operator]
+        has_one = isinstance(head, nn.Linear | nn.Conv2d)
+        rule = "without embedding for a model whose classifier is not one linear layer"
+        require(has_one, "output.fields", rule, f"{wanted.name} with {type(head).__name__}", "Leave it out.")
     source = f"random weights from seed {config.seed}" if weights is None else f"weights {weights}"
     return Model(
         module=module,
@@ -206,10 +219,13 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         # weights_only: a pickle that wants to run code is refused.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        is_foreign = isinstance(error, pickle.UnpicklingError)
+        remedy = "Save module.state_dict()." if is_foreign else "It may be damaged: copy it again."
         raise UsageError(
-            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({_first(error)})."
-            " Save module.state_dict()."
+            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({_first(error)}). {remedy}"
         ) from None
+    for name in (name for name in OTHERS if isinstance(loaded, dict) and name in loaded):
+        log.info("model.weights=%s: took the trained weights, not %s, which it has too", path, name)
     for nest in NESTS:
         if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
             loaded = loaded[nest]
@@ -291,7 +307,11 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
-    module = module.to(device=device, dtype=DTYPES[precision]).to(memory_format=layout)
+    module = module.to(device=device, dtype=DTYPES[precision])
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        # What has more dimensions (a constant that tracing has found) has no such layout.
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
     if config.strategy == "data_parallel":
         module = nn.DataParallel(module)
     if config.runtime.compile == "on":

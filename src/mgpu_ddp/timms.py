@@ -1,5 +1,6 @@
 """timm's models: built by name without a network, with the transform that they were evaluated with."""
 
+import difflib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,15 @@ def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
     # From its own list alone: timm takes names of hub repositories and of local folders too.
     name = wanted.name
     known = timm.is_model(name) and ":" not in name and "/" not in name
-    require(known, "model.name", "a timm model", name, "timm.list_models() names them.")
-    module: Any = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
+    near = difflib.get_close_matches(name.partition("/")[2] or name, timm.list_models(pretrained="." in name), n=1)
+    remedy = f"Did you mean {near[0]}?" if near else "timm.list_models() names them."
+    require(known, "model.name", "a timm model", name, remedy)
+    try:
+        module: Any = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
+    except RuntimeError as error:  # of a tag that it does not know
+        raise UsageError(
+            f"model.name must be a timm model, got {name!r} ({str(error).rstrip('.')}). {remedy}"
+        ) from None
     if wanted.weights == "DEFAULT":
         config = module.pretrained_cfg
         require(bool(config.get("hf_hub_id")), "model.weights", "null or a checkpoint for this model", "DEFAULT", NONE)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from mgpu_ddp.config import Config, FakeConfig, FolderConfig, TimmConfig, TransformConfig
+from mgpu_ddp.config import Config, FakeConfig, FolderConfig, OutputConfig, TimmConfig, TransformConfig
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models import build_model, choose_transform, embedding_dim, head_of, load_weights, prepare, weights_digest
 from mgpu_ddp.world import World
@@ -53,6 +53,37 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
 def test_names_are_those_of_its_list(name: str) -> None:
     with pytest.raises(UsageError, match=r"^model\.name must be a timm model, got"):
         build_model(job(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("resnet18.a9_in1k", "resnet18.a3_in1k"),
+        ("vit_tiny_patch16_242", "vit_tiny_patch16_224"),
+        ("timm/resnet19", "resnet18"),
+    ],
+)
+def test_a_slip_is_one_line_that_names_what_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"^model\.name must be a timm model, got '{name}'.* Did you mean {meant}\?$"):
+        build_model(job(name))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_embeddings_of_heads_that_are_not_one_linear_layer_are_refused(name: str) -> None:
+    config = replace(job(name), output=OutputConfig(fields=["embedding"]))
+    with pytest.raises(UsageError, match=rf"^output\.fields must be without embedding for .*, got '{name} with "):
+        build_model(config)
+    build_model(job(name))
+
+
+def test_a_model_whose_tracing_finds_constants_of_many_dimensions_runs(world: World) -> None:
+    model = build_model(job("swinv2_tiny_window8_256"))
+    module = model.module.eval()
+    images = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        wanted = module(images)
+        folded = prepare(replace(model, module=copy.deepcopy(module)), job("swinv2_tiny_window8_256"), world)
+        assert torch.allclose(folded(images), wanted, atol=1e-4)
 
 
 def test_weights_are_files_or_the_hubs() -> None:

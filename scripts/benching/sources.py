@@ -33,8 +33,9 @@ def sources(args: argparse.Namespace) -> bool:
     """The same JPEGs from a folder, a list, tars and Parquet."""
     images = args.images or (400 if args.quick else 4000)
     rounds = args.rounds or (1 if args.quick else 3)
-    root, mean_bytes = make_folder(args.work or args.out / "work", images=images, distinct=images)
-    say(f"{images:,} JPEGs of {mean_bytes / 1e3:.1f} kB")
+    distinct = min(images, args.distinct or images)
+    root, mean_bytes = make_folder(args.work or args.out / "work", images=images, distinct=distinct)
+    say(f"{images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {distinct:,} different")
     machine = look()
     # A small model, so that where the images come from is what counts.
     common = ["model.name=squeezenet1_1", f"batch_size={args.batch_size}", f"loader.block={10 * PER_GROUP}"]
@@ -67,7 +68,13 @@ def sources(args: argparse.Namespace) -> bool:
         rows.append(replace(reads, met=read <= MOST_READ))
     print_table(rows)
     details: dict[str, Any] = {"runs": {name: [asdict(m) for m in measured] for name, measured in found.items()}}
-    settings = {"images": images, "rounds": rounds, "gpus": args.gpus, "batch_size": args.batch_size}
+    settings = {
+        "images": images,
+        "distinct": distinct,
+        "rounds": rounds,
+        "gpus": args.gpus,
+        "batch_size": args.batch_size,
+    }
     write_report(args.out, settings, rows, details | {"hardware": asdict(machine)})
     print_machine(args.out)
     return all(row.met is not False for row in rows)

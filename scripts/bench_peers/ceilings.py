@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -95,7 +96,7 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
                 samples,
                 ShardSampler(plan, 0),
                 imagenet(224),
-                config.loader,
+                replace(config.loader, workers=num_workers(config, world)),
                 args.batch_size,
                 world,
                 held=held_batches(config, args.batch_size, world),
@@ -236,7 +237,7 @@ def main() -> None:
         loader=LoaderConfig(),
     )
     world = join()
-    workers = num_workers(config.loader, world)
+    workers = num_workers(config, world)
     # What forks comes before anything touches CUDA.
     found = {"generate": generate(args, workers), "read": read(args, config, world)}
     world = choose_device(config, world)

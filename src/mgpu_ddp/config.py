@@ -226,7 +226,8 @@ class RuntimeConfig:
     fold: bool = True
     """Fold each batch norm into the convolution before it."""
     deterministic: bool = True
-    """Same bits at any world size and after any resume. false lets cuDNN time its kernels and take the fastest."""
+    """Same bits at any world size and after any resume. false lets cuDNN time its kernels and take the fastest, and
+    loader workers that would wait for the GPU's JPEG decoder decode some of the images, to slightly other pixels."""
     compile: str = "auto"
     """auto, on or off: torch.compile. auto is off: the folded, fused model is no slower, and starts at once."""
     decode: str = "auto"

@@ -27,7 +27,7 @@ from mgpu_ddp.folders import FileSamples, list_folder, read_list
 from mgpu_ddp.listing import Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.parquets import ParquetSamples, advise_block, index_parquet
-from mgpu_ddp.preprocess import Pixels, StageClock, Transform
+from mgpu_ddp.preprocess import Layout, Pixels, StageClock, Transform
 from mgpu_ddp.shards import index_shards
 from mgpu_ddp.tars import TarSamples, index_tar
 from mgpu_ddp.world import World
@@ -35,6 +35,11 @@ from mgpu_ddp.world import World
 
 class Samples(Protocol):
     """A dataset of images: any index from 0 to len - 1, in any order, from any process."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of what `load` returns without a transform, where that needs no decoding and is always the same."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -74,6 +79,8 @@ class FakeSamples:
         self._config = config
         self._generator = torch.Generator()
         self._noise = torch.empty(config.image_size)
+        _, height, width = config.image_size
+        self.layout = Layout(height=height, width=width, planar=True)
 
     def __len__(self) -> int:
         return self._config.size
@@ -111,6 +118,7 @@ class ChosenSamples:
 
     def __init__(self, samples: Samples, chosen: npt.NDArray[np.int64]) -> None:
         self._samples, self._chosen = samples, chosen
+        self.layout = samples.layout
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -6,8 +6,8 @@ the loader's workers do with all that is no plain JPEG.
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -15,14 +15,19 @@ import numpy as np
 import torch
 
 from mgpu_ddp.config import Config, Listed, require
+from mgpu_ddp.errors import StateError
 from mgpu_ddp.loading import Batch, Integers, Jpegs, reason_of
 from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
-from mgpu_ddp.preprocess import StageClock, Transform, decode, imagenet
+from mgpu_ddp.preprocess import Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = 1 << 30
 """That are decoded at once, to bound memory: three bytes each."""
 GROUP = 256
 """Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
+HANGS_S = 120
+"""A batch takes the decoder milliseconds; one that takes so long never ends."""
+LOOK_S = 5.0
+"""How often a batch that does not come is asked after."""
 ALIGNMENT = 512
 """Of the memory of a tensor of its own, in bytes."""
 
@@ -51,13 +56,14 @@ def decoder_of(device: torch.device) -> Decoder:
     return Decoder(device)
 
 
-def warm_up(device: torch.device) -> Future[None]:
+def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
     """Start what the first batch would wait for, beside other work: the device, the decoder and the kernel."""
 
     def run() -> None:
         from mgpu_ddp.kernels import preprocess_images
 
-        decoder_of(device)
+        if decodes:
+            decoder_of(device)
         side = np.array([8], dtype=np.int64)
         out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
         for layout in (torch.channels_last, torch.contiguous_format):
@@ -77,6 +83,8 @@ class Ready:
 
     images: torch.Tensor
     made: torch.cuda.Event
+    decode_s: float
+    """Inside nvJPEG's calls, for the batches that were decoded together: with the first of them."""
 
     def on_current_stream(self) -> torch.Tensor:
         """The images (batch_size, 3, height, width) for work that is queued from now on."""
@@ -97,6 +105,8 @@ class GpuInput:
     ) -> None:
         self._transform, self._device, self._dtype = transform, device, dtype
         self._channels_last, self._exact = channels_last, exact
+        self._finish = transform.without_geometry(transform.out_size)
+        """What is left to do with pixels that a loader's worker has brought to size."""
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))
@@ -104,30 +114,57 @@ class GpuInput:
         has_engines = not exact or decoder_of(device).has_engines
         require(has_engines, "runtime.decode", rule, "exact", "Pillow's pixels take engines, or the CPU.")
 
+    def check(self) -> None:
+        """Raise StateError if the decoder hangs."""
+        if decoder_of.cache_info().currsize and decoder_of(self._device).longest_s > HANGS_S:
+            raise StateError(
+                f"nvJPEG must decode a batch within {HANGS_S} s, and hangs. Start again, which resumes; if it comes"
+                " back, runtime.decode=cpu goes without it."
+            )
+
     @torch.inference_mode()
-    def make(self, batches: Sequence[Batch], clock: StageClock) -> list[Ready]:
+    def make(self, batches: Sequence[Batch]) -> list[Ready]:
         """Decode what is encoded and preprocess; bad samples that show up are added to their batch's errors."""
-        stream = self._streams.get()
+        stream, decode_s = self._streams.get(), [0.0] * len(batches)
+
+        def clock(spent_s: float) -> None:
+            decode_s[0] += spent_s
+
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 jpegs = [batch.jpegs for batch in batches if batch.jpegs is not None]
                 if jpegs:
                     images = self._decode_all(batches, Jpegs.joined(jpegs, len(batches[0].pixels)), clock)
                 else:
-                    images = [self._normalise(batch.pixels.to(self._device, non_blocking=True)) for batch in batches]
+                    images = [self._preprocess(batch) for batch in batches]
                 made = torch.cuda.Event()
                 made.record()
         finally:
             self._streams.put(stream)
-        return [Ready(images=each, made=made) for each in images]
+        return [Ready(images=each, made=made, decode_s=spent_s) for each, spent_s in zip(images, decode_s, strict=True)]
 
-    def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: StageClock) -> list[torch.Tensor]:
+    def _empty(self, rows: int) -> torch.Tensor:
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        shape = (rows, 3, *self._transform.out_size)
+        return torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout)
+
+    def _preprocess(self, batch: Batch) -> torch.Tensor:
+        out = self._empty(len(batch.pixels))
+        self._fill(out, batch.pixels, np.arange(len(out)), self._transform if batch.raw else self._finish)
+        return out
+
+    def _fill(self, out: torch.Tensor, pixels: torch.Tensor, places: Integers, transform: Transform) -> None:
+        """Turn pixels of the host into these rows."""
+        from mgpu_ddp.kernels import preprocess_images
+
+        images = Images.of(pixels.to(self._device, non_blocking=True))
+        preprocess_images(images, np.ones_like(places), transform, out=out, places=places)
+
+    def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: Callable[[float], None]) -> list[torch.Tensor]:
         from mgpu_ddp.kernels import preprocess_images
 
         size = len(batches[0].pixels)
-        shape = (len(batches) * size, 3, *self._transform.out_size)
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout).zero_()
+        images = self._empty(len(batches) * size).zero_()
         by_pixels = np.arange(len(images)) % size < np.repeat([len(batch.index) for batch in batches], size)
         by_pixels[jpegs.places] = False
         # Pinned, so that the decoder need not copy them while it keeps others waiting.
@@ -142,19 +179,15 @@ class GpuInput:
                 else:
                     orientations = jpegs.orientations[numbers]
                     preprocess_images(decoded, orientations, self._transform, out=images, places=places)
-        parts = list(images.split(size))
-        for batch, part, chosen in zip(batches, parts, by_pixels.reshape(-1, size), strict=True):
-            rows = torch.from_numpy(np.flatnonzero(chosen))
+        for number, (batch, chosen) in enumerate(zip(batches, by_pixels.reshape(-1, size), strict=True)):
+            rows = np.flatnonzero(chosen)
             if len(rows):
-                part[rows.to(self._device)] = self._normalise(batch.pixels[rows].to(self._device))
+                self._fill(images, batch.pixels[torch.from_numpy(rows)], number * size + rows, self._finish)
         # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
-        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in parts]
-
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
+        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in images.split(size)]
 
     def _decode(
-        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: StageClock
+        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]
     ) -> Iterator[tuple[Integers, Images | None]]:
         """Decode images, with these numbers, in as few calls as the decoder lets: None for one that it refuses."""
         sizes = jpegs.heights[numbers], jpegs.widths[numbers]
@@ -164,7 +197,7 @@ class GpuInput:
         # What memory this was before, kernels on this stream may still be reading.
         torch.cuda.current_stream(self._device).synchronize()
         try:
-            clock("gpu decode", decoder_of(self._device).decode(files[numbers], into))
+            clock(decoder_of(self._device).decode(files[numbers], into))
         except JpegError:
             # One refused image fails the call: halve until it stands alone.
             if len(numbers) == 1:
@@ -218,9 +251,10 @@ def _portions(sizes: Integers) -> list[Integers]:
 class Staging:
     """Batches on their way through a `GpuInput`, the small ones in groups; encoded ones in its threads."""
 
-    def __init__(self, inputs: GpuInput, clock: StageClock) -> None:
-        self._inputs, self._clock = inputs, clock
+    def __init__(self, inputs: GpuInput) -> None:
+        self._inputs = inputs
         self._threads = ThreadPoolExecutor(inputs.THREADS)
+        self._hangs = False
         self._group: list[tuple[Batch, Future[Ready]]] = []
 
     def submit(self, batch: Batch) -> Future[Ready]:
@@ -234,6 +268,18 @@ class Staging:
             self.flush()
         return future
 
+    def wait(self, future: Future[Ready]) -> Ready:
+        """What became of a batch.
+
+        Raises:
+            StateError: nothing will, because the decoder hangs.
+        """
+        while not wait([future], timeout=LOOK_S).done:
+            self._hangs = True
+            self._inputs.check()
+            self._hangs = False
+        return future.result()
+
     def flush(self) -> None:
         """Begin with what is there: no more batches come."""
         if self._group:
@@ -245,7 +291,7 @@ class Staging:
 
     def _make(self, group: list[tuple[Batch, Future[Ready]]]) -> None:
         try:
-            made = self._inputs.make([batch for batch, _ in group], self._clock)
+            made = self._inputs.make([batch for batch, _ in group])
         except BaseException as error:
             for _, future in group:
                 future.set_exception(error)
@@ -254,5 +300,5 @@ class Staging:
                 future.set_result(ready)
 
     def close(self) -> None:
-        """Wait for what was begun."""
-        self._threads.shutdown()
+        """Wait for what was begun and will end."""
+        self._threads.shutdown(wait=not self._hangs, cancel_futures=self._hangs)

@@ -13,6 +13,8 @@ from mgpu_ddp.stores import Ahead, Request
 class ImageSamples(ABC):
     """The images of a listing, in its order; a source says how the bytes of one are fetched."""
 
+    layout = None
+
     def __init__(self, files: Listing, request: Request | None = None) -> None:
         """`request` begins to fetch an image that lies far away."""
         self.files = files

@@ -28,7 +28,7 @@ from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.isolation import run_apart
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
 from mgpu_ddp.keeping import Kept
-from mgpu_ddp.loading import load_batches, naming_dead_workers
+from mgpu_ddp.loading import load_batches, naming_dead_workers, num_workers
 from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks, too_many_errors
 from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
@@ -37,6 +37,7 @@ from mgpu_ddp.profiling import Profile
 from mgpu_ddp.session import Session
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish
+from mgpu_ddp.spare import Share
 from mgpu_ddp.sweep import Sweep, point_of
 from mgpu_ddp.tuning import find_batch_size
 from mgpu_ddp.world import World, choose_device, join
@@ -48,7 +49,8 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     config = job.config
     world.pulse.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
-    warm = warm_up(world.device) if decode_of(config, world.device) != "cpu" else None
+    decodes = decode_of(config, world.device) != "cpu"
+    warm = warm_up(world.device, decodes=decodes) if world.device.type == "cuda" else None
     job = place_job(job, world)
     files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
     model = kept.get("model", [config.model, config.seed], lambda: load_model(config, world))
@@ -104,11 +106,12 @@ def predict_task(
         task.samples,
         ShardSampler(task.plan, world.rank),
         transform,
-        job.config.loader,
+        replace(job.config.loader, workers=num_workers(job.config, world)),
         claim.batch_size,
         world,
         held=held_batches(job.config, claim.batch_size, world),
         packed=predictor.decodes,
+        share=None if job.config.runtime.deterministic else Share(lambda: (clock.wait_s, clock.input_s)),
     )
     with (
         naming_dead_workers(),

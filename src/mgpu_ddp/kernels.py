@@ -115,9 +115,10 @@ def _plan(
         raise ValueError(f"places must be rows of out, 0 to {rows - 1}, got {places}")
 
     # An upright pixel lies at first + y * down + x * right in the stored plane (EXIF 2.32, tag 0x0112).
+    step, plane = (3, np.ones_like(height)) if images.interleaved else (1, height * width)
     from_right, from_bottom = np.isin(orientation, (2, 3, 7, 8)), np.isin(orientation, (3, 4, 6, 7))
-    across, along = np.where(from_right, -1, 1), np.where(from_bottom, -width, width)
-    first = np.where(from_right, width - 1, 0) + np.where(from_bottom, (height - 1) * width, 0)
+    across, along = step * np.where(from_right, -1, 1), step * np.where(from_bottom, -width, width)
+    first = step * (np.where(from_right, width - 1, 0) + np.where(from_bottom, (height - 1) * width, 0))
     turned = orientation >= 5
     down, right = np.where(turned, across, along), np.where(turned, along, across)
     upright = np.where(turned, (width, height), (height, width))
@@ -134,7 +135,7 @@ def _plan(
     # As Pillow decides, from 13.0 on.
     less_height, less_width = upright - resized
     vertical_first = (less_height > 0) & (less_height > 2 * less_width) & PILLOW_REORDERS
-    fields = (address + first, down, right, height * width, *upright, *resized, *corner, vertical_first, place)
+    fields = (address + first, down, right, plane, *upright, *resized, *corner, vertical_first, place)
     return np.stack(fields, axis=1)
 
 
@@ -235,8 +236,10 @@ def _taps(at: tl.tensor, in_size: tl.tensor, out_size: tl.tensor, stride: tl.ten
         # In whole numbers of 1 / (2 * out_size) input pixels, so that only a tap that weighs nothing can come or go.
         centre, coarser = (2 * at + 1).to(tl.float64) * length, tl.maximum(length, pixels)
         window = tl.maximum(centre - 2 * radius * coarser + pixels, 0)
-        first = (window * (0.5 / pixels)).to(tl.int32)
-        count = tl.ceil(2 * radius * coarser / pixels).to(tl.int32)
+        # An axis that keeps its size takes one tap, whose weight is the whole.
+        same = in_size == out_size
+        first = tl.where(same, at, (window * (0.5 / pixels)).to(tl.int32))
+        count = tl.where(same, 1, tl.ceil(2 * radius * coarser / pixels).to(tl.int32))
         start, step = ((2 * first + 1) * pixels - centre) * (0.5 / coarser), pixels / coarser
         total = start * 0
         for i in range(count):

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from mgpu_ddp import stores
 from mgpu_ddp.arrays import ArraySamples
-from mgpu_ddp.config import LoaderConfig
+from mgpu_ddp.config import ArrayConfig, Config, LoaderConfig
 from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.jpeg import read_header
@@ -30,9 +30,12 @@ from mgpu_ddp.preprocess import Transform, copy_pixels
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
+from mgpu_ddp.spare import Share
 from mgpu_ddp.world import World
 
 Integers = npt.NDArray[np.int64]
+COPYING_WORKERS = 4
+"""That only copy images to a GPU: they fill the memory bus."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +78,10 @@ class Jpegs:
 class Batch:
     """n samples on their way to the model.
 
-    `pixels`: uint8 (batch_size, height, width, 3); rows of bad samples are zeros, rows past n too unless there are
-    `jpegs`, and rows of those hold nothing of meaning. `index`: int64 (n,). `label`: int32 (n,). `errors`: dataset
-    index → reason. `seconds`: worker time per stage. `pixels` and `jpegs` lie in memory that is used again: they
-    hold until `held` batches later.
+    `pixels`: uint8 (batch_size, height, width, 3), in memory without gaps; rows of bad samples are zeros, rows past n
+    too unless there are `jpegs`, and rows of those hold nothing of meaning. `index`: int64 (n,). `label`: int32 (n,).
+    `errors`: dataset index → reason. `seconds`: worker time per stage. `pixels` and `jpegs` lie in memory that is used
+    again: they hold until `held` batches later.
     """
 
     index: npt.NDArray[np.int64]
@@ -87,6 +90,8 @@ class Batch:
     jpegs: Jpegs | None
     errors: dict[int, str]
     seconds: dict[str, float]
+    raw: bool = False
+    """Whether `pixels` are as the source has them, so that the transform's geometry is still to come."""
     read_bytes: int = 0
     """What its worker asked the kernel for in the meantime, as of all files."""
 
@@ -99,6 +104,8 @@ class Order:
     indices: list[int]
     ahead: list[int] = field(default_factory=list)
     """What the same worker is asked for after these."""
+    decode: int = 0
+    """How many of them, from the first on, the worker decodes even where the GPU could."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,10 +160,10 @@ class BatchMaker(Dataset[Made | StateError]):
             seconds[stage] = seconds.get(stage, 0.0) + spent_s
 
         samples, indices = self._samples, order.indices
-        if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
-            view[len(indices) :] = 0
-            return made
         try:
+            if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
+                view[len(indices) :] = 0
+                return made
             samples.expect([*indices, *order.ahead])
         except StateError as error:
             return error
@@ -164,7 +171,8 @@ class BatchMaker(Dataset[Made | StateError]):
             try:
                 with _time_limit(self._config.timeout_s):
                     data = self._samples.read(index, clock) if self._packed else None
-                    if data is not None and self._pack(made, packed, place, data, room):
+                    to_gpu = data is not None and place >= order.decode
+                    if data is not None and to_gpu and self._pack(made, packed, place, data, room):
                         labels[place] = self._samples.known_label(index)
                     else:
                         pixels, labels[place] = self._samples.load(index, self._transform, clock, data)
@@ -197,7 +205,7 @@ class BatchMaker(Dataset[Made | StateError]):
         return True
 
 
-def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
+def as_batch(made: Made, ring: Ring, *, packed: bool = False, raw: bool = False) -> Batch:
     """A worker's batch as the rank sees it."""
     jpegs: Jpegs | None = None
     if packed:
@@ -215,6 +223,7 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
         jpegs=jpegs,
         errors=made.errors,
         seconds=made.seconds,
+        raw=raw,
         read_bytes=made.read_bytes,
     )
 
@@ -222,16 +231,23 @@ def as_batch(made: Made, ring: Ring, *, packed: bool) -> Batch:
 class Orders:
     """A sampler's indices in batches, each with the slot it goes to."""
 
-    def __init__(self, sampler: ShardSampler, batch_size: int, slots: int, workers: int) -> None:
+    def __init__(
+        self, sampler: ShardSampler, batch_size: int, slots: int, workers: int, share: Share | None = None
+    ) -> None:
         self._batches, self._slots = BatchSampler(sampler, batch_size, drop_last=False), slots
-        self._stride = max(workers, 1)
+        self._stride, self._share = max(workers, 1), share
 
     def __iter__(self) -> Iterator[Order]:
         # Workers are asked in turn.
         batches, later = itertools.tee(self._batches)
         ahead = itertools.chain(itertools.islice(later, self._stride, None), itertools.repeat([]))
         for number, (indices, then) in enumerate(zip(batches, ahead, strict=False)):
-            yield Order(slot=number % self._slots, indices=indices, ahead=then)
+            decode = 0
+            if self._share:
+                if number and number % self._slots == 0:
+                    self._share.adjust()
+                decode = int(self._share.now * len(indices))
+            yield Order(slot=number % self._slots, indices=indices, ahead=then, decode=decode)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -278,9 +294,13 @@ def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
 
 
-def num_workers(config: LoaderConfig, world: World) -> int:
+def num_workers(config: Config, world: World) -> int:
     """`loader.workers` with auto decided: the CPUs this process may use, shared among the ranks of its host."""
-    return world.share_of_cpus if config.workers == "auto" else int(config.workers)
+    if config.loader.workers != "auto":
+        return int(config.loader.workers)
+    # More would only make more slots, and each costs time when it is touched and pinned for the first time.
+    copies = isinstance(config.data, ArrayConfig) and world.device.type == "cuda"
+    return min(world.share_of_cpus, COPYING_WORKERS) if copies else world.share_of_cpus
 
 
 @contextmanager
@@ -305,22 +325,34 @@ def load_batches(
     *,
     held: int,
     packed: bool = False,
+    share: Share | None = None,
 ) -> Generator[tuple[Batch, float]]:
     """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited.
 
-    With `packed`, images that a GPU can decode stay encoded. `held` is how many batches the consumer may keep.
+    `config.workers` must be a number. With `packed`, images that a GPU can decode stay encoded, all but the `share` of
+    them that is for the workers. `held` is how many batches the consumer may keep.
     """
-    workers = num_workers(config, world)
+    workers = int(config.workers)
     # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
     slots = _multiple(workers * config.prefetch + held, max(workers, 1))
     on_gpu = world.device.type == "cuda"
-    needed = slots * batch_size * math.prod(transform.out_size) * 3
-    if needed > available_bytes() // world.local_size:
+    layout = samples.layout if on_gpu else None
+    most, num_images = available_bytes() // world.local_size, slots * batch_size
+    if layout is not None and (
+        2 * num_images * layout.height * layout.width * 3 > most
+        or not transform.may_resize(layout.width, layout.height)
+    ):
+        layout = None
+    size, planar = ((layout.height, layout.width), layout.planar) if layout else (transform.out_size, False)
+    if layout:
+        transform = transform.without_geometry(size)
+    needed = num_images * math.prod(size) * 3
+    if needed > most:
         raise OutOfMemoryError(
             f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {slots} batches"
             f" read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
         )
-    ring = Ring(slots, batch_size, transform.out_size, packed=packed, pinned=on_gpu and not packed)
+    ring = Ring(slots, batch_size, size, planar=planar, packed=packed, pinned=on_gpu and not packed)
     # Pillow warns from here on and refuses at twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
@@ -331,7 +363,7 @@ def load_batches(
     }
     loader = DataLoader(
         BatchMaker(samples, transform, ring, config, packed=packed),
-        batch_sampler=Orders(sampler, batch_size, slots, workers),  # type: ignore[arg-type]
+        batch_sampler=Orders(sampler, batch_size, slots, workers, share),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_as_made,
         **(ahead if workers else {}),
@@ -345,7 +377,7 @@ def load_batches(
         for made in batches:
             if isinstance(made, StateError):
                 raise made
-            yield as_batch(made, ring, packed=packed), time.perf_counter() - started
+            yield as_batch(made, ring, packed=packed, raw=layout is not None), time.perf_counter() - started
             started = time.perf_counter()
     finally:
         # Ends the workers now, and not when the garbage collector comes by.

@@ -54,6 +54,8 @@ class RankMetrics:
     """Waiting for the loader."""
     input_s: float
     """Waiting for model input to be made on the GPU."""
+    decode_s: float
+    """Of the threads that make it: inside calls of the GPU's JPEG decoder."""
     predict_s: float
     gpu_busy_share: float | None
     """Of the loop's time: what the GPU spent on the model and on copying its results. None on the CPU."""
@@ -95,6 +97,7 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         reused=clock.reused,
         wait_s=clock.wait_s,
         input_s=clock.input_s,
+        decode_s=clock.decode_s,
         predict_s=clock.predict_s,
         gpu_busy_share=clock.gpu_s / (clock.ended - clock.started)
         if world.device.type == "cuda" and clock.rows

@@ -51,6 +51,7 @@ class Images:
     """n decoded images in `data`, uint8 (bytes,).
 
     Image i is (3, heights[i], widths[i]), its planes one after the other, from byte `starts[i]` on; int64 (n,) each.
+    Where `interleaved`, the channels of each pixel lie together instead.
     """
 
     OUTPUT: ClassVar[int] = RGB
@@ -58,9 +59,23 @@ class Images:
     starts: Integers
     heights: Integers
     widths: Integers
+    interleaved: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @classmethod
+    def of(cls, pixels: torch.Tensor) -> "Images":
+        """Images of one size, uint8 (n, height, width, 3), without gaps: the same memory."""
+        n, height, width, _ = pixels.shape
+        interleaved = pixels.is_contiguous()
+        return cls(
+            data=(pixels if interleaved else pixels.permute(0, 3, 1, 2)).view(-1),
+            starts=np.arange(n) * 3 * height * width,
+            heights=np.full(n, height),
+            widths=np.full(n, width),
+            interleaved=interleaved,
+        )
 
     @classmethod
     def empty(cls, heights: Integers, widths: Integers, device: torch.device) -> "Images":
@@ -171,6 +186,7 @@ class Decoder:
         self._library, self._lock = found, threading.Lock()
         self._handle = ctypes.c_void_p()
         self._states: SimpleQueue[_State] = SimpleQueue()
+        self._began: dict[int, float] = {}
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
             self.has_engines = found.nvjpegCreateEx(HARDWARE, None, None, 0, ctypes.byref(self._handle)) == 0
@@ -198,6 +214,7 @@ class Decoder:
         arguments = [np.ascontiguousarray(array, dtype=np.uint64) for array in (files.addresses, files.lengths)]
         pointers = [array.ctypes.data for array in (*arguments, images)]
         state = self._states.get()
+        self._began[id(state)] = time.perf_counter()
         try:
             with self._lock:
                 started = time.perf_counter()
@@ -212,7 +229,13 @@ class Decoder:
                 return time.perf_counter() - started
         finally:
             state.stream.synchronize()
+            del self._began[id(state)]
             self._states.put(state)
+
+    @property
+    def longest_s(self) -> float:
+        """For how long the batch has been decoded that has waited longest; 0 where there is none."""
+        return max((time.perf_counter() - began for began in list(self._began.values())), default=0.0)
 
 
 def _check(status: int) -> None:

@@ -147,6 +147,8 @@ class Clock:
     """Waiting for the loader."""
     input_s: float = 0.0
     """Waiting for model input to be made on the GPU."""
+    decode_s: float = 0.0
+    """Of the threads that make it: inside calls of the GPU's JPEG decoder."""
     predict_s: float = 0.0
     """Forward, on the CPU with normalising; until the result is on the host."""
     gpu_s: float = 0.0
@@ -184,9 +186,6 @@ class Clock:
             yield
         setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
-    def stage(self, name: str, spent_s: float) -> None:
-        self.workers_s[name] = self.workers_s.get(name, 0.0) + spent_s
-
     def batch(self, rows: int, workers: dict[str, float]) -> None:
         now = time.perf_counter()
         if not self.batch_s:
@@ -203,7 +202,7 @@ class Clock:
                 self._pace_s = 2 * (self.pace[-1][0] - self.pace[0][0]) / PACE_POINTS
                 del self.pace[1:-1:2]
         for stage, seconds in workers.items():
-            self.stage(stage, seconds)
+            self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
         self.on_batch()
 
     @property
@@ -282,7 +281,8 @@ def _on_gpu(
     def launch() -> None:
         batch, future = staged.popleft()
         with clock.measuring("input_s"):
-            ready = future.result()
+            ready = staging.wait(future)
+        clock.decode_s += ready.decode_s
         with clock.measuring("predict_s"):
             flying.append((batch, ready, Flight(predictor, ready.on_current_stream())))
 
@@ -293,7 +293,7 @@ def _on_gpu(
         clock.gpu_s += busy_s
         return batch, columns
 
-    with closing(Staging(inputs, clock.stage)) as staging:
+    with closing(Staging(inputs)) as staging:
         for batch, waited_s in batches:
             clock.wait_s += waited_s
             staged.append((batch, staging.submit(batch)))

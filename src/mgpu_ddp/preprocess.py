@@ -7,7 +7,7 @@ a PIL image. Scaling and normalising run on the model's device, on whole batches
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,15 @@ TRANSPOSED = {
 """What makes an image of each EXIF orientation upright."""
 MAX_RESIZED_PIXELS = 89_478_485
 """Pillow's own limit for an image that is opened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How images lie in memory that come decoded and all alike: sizes in pixels, the channels apart or together."""
+
+    height: int
+    width: int
+    planar: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +92,10 @@ class Transform:
         if self.resize != target or out_height > height or out_width > width:
             return None
         return round((height - out_height) / 2), round((width - out_width) / 2)
+
+    def without_geometry(self, size: tuple[int, int]) -> "Transform":
+        """The same for images that have this size, (height, width) in pixels, and keep it."""
+        return replace(self, resize=size, crop=None, interpolation="bilinear")
 
     def may_resize(self, width: int, height: int) -> bool:
         """Whether an image stays within reason when its shorter side is resized."""

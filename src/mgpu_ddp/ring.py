@@ -18,10 +18,23 @@ MAP_NORESERVE = 0x4000
 
 
 class Ring:
-    """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images."""
+    """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images.
 
-    def __init__(self, slots: int, batch_size: int, size: tuple[int, int], *, packed: bool, pinned: bool) -> None:
-        self._shape = (batch_size, *size, 3)
+    Where `planar`, the channels of an image lie apart in memory.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        batch_size: int,
+        size: tuple[int, int],
+        *,
+        planar: bool = False,
+        packed: bool = False,
+        pinned: bool = False,
+    ) -> None:
+        self._shape = (batch_size, 3, *size) if planar else (batch_size, *size, 3)
+        self._planar = planar
         self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
         self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
         self._slot_bytes = self._pixel_bytes + self._room
@@ -45,7 +58,8 @@ class Ring:
 
     def _view(self, slot: int) -> torch.Tensor:
         first = slot * self._slot_bytes
-        return self._memory[first : first + int(np.prod(self._shape))].view(self._shape)
+        stored = self._memory[first : first + int(np.prod(self._shape))].view(self._shape)
+        return stored.permute(0, 2, 3, 1) if self._planar else stored
 
     def room(self, slot: int) -> torch.Tensor:
         """The bytes of a slot for encoded images, uint8 (room,)."""

@@ -1,5 +1,6 @@
 """JPEGs decoded on a real GPU: nothing is written before what reads there is done, and what is refused is not lost."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 import torchvision
+from PIL import Image
 
-from mgpu_ddp import kernels, preprocess
+from mgpu_ddp import decoding, kernels, preprocess
+from mgpu_ddp.arrays import ArraySamples
 from mgpu_ddp.config import (
+    ArrayConfig,
     Config,
     FolderConfig,
     LoaderConfig,
@@ -24,12 +28,14 @@ from mgpu_ddp.config import (
     TransformConfig,
 )
 from mgpu_ddp.datasets import FileSamples
-from mgpu_ddp.decoding import decoder_of
+from mgpu_ddp.decoding import GpuInput, decoder_of
+from mgpu_ddp.errors import StateError
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches
 from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
 from mgpu_ddp.rows import Rows, concatenate
 from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.spare import Share
 from mgpu_ddp.world import World, choose_device, join, leave
 from tests.conftest import make_images
 
@@ -52,7 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_of(root: Path, world: World, *, decode: str = "auto") -> tuple[Rows, Clock]:
+def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | None = None) -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
@@ -84,6 +90,7 @@ def rows_of(root: Path, world: World, *, decode: str = "auto") -> tuple[Rows, Cl
             *(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world),
             held=held,
             packed=predictor.decodes,
+            share=share,
         )
     ) as batches:
         return concatenate(list(predict(batches, predictor, clock, world))), clock
@@ -92,7 +99,7 @@ def rows_of(root: Path, world: World, *, decode: str = "auto") -> tuple[Rows, Cl
 def test_a_late_kernel_reads_what_was_decoded_for_it(root: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     calm, clock = rows_of(root, world)
     assert clock.errors == 0
-    assert clock.workers_s["gpu decode"] > 0
+    assert clock.decode_s > 0
     launch = kernels.preprocess_images
 
     def late(*args: Any, **kwargs: Any) -> None:
@@ -109,12 +116,75 @@ def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World) -> N
         pytest.skip("this GPU has no JPEG engines")
     by_cpu, _ = rows_of(root, world, decode="cpu")
     exact, clock = rows_of(root, world, decode="exact")
-    assert clock.workers_s["gpu decode"] > 0
+    assert clock.decode_s > 0
     assert np.array_equal(exact.columns["logits"], by_cpu.columns["logits"])
     quick, _ = rows_of(root, world, decode="gpu")
     apart = np.abs(quick.columns["logits"] - by_cpu.columns["logits"])
     print(f"decode=gpu: logits differ by {apart.mean():.1e} on average, {apart.max():.1e} at most")
     assert apart.max() > 0
+
+
+def test_workers_may_decode_some_of_the_images(root: Path, world: World) -> None:
+    alone, clock = rows_of(root, world, decode="exact")
+    # Not all files are JPEGs, and those that are not are always decoded by the workers.
+    before = clock.workers_s["decode"]
+    share = Share(lambda: (0.0, 0.0))
+    share.now = 0.5
+    together, clock = rows_of(root, world, decode="exact", share=share)
+    print(f"decoded by workers: {before:.2f} s, hybrid {clock.workers_s['decode']:.2f} s")
+    assert clock.errors == 0
+    assert clock.workers_s["decode"] > before
+    assert np.array_equal(together.columns["logits"], alone.columns["logits"])
+
+
+@pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("size", [(300, 400), (224, 224)])
+def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
+    world: World, tmp_path: Path, size: tuple[int, int], planar: bool
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, *size, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", pixels.transpose(0, 3, 1, 2) if planar else pixels)
+    samples, transform = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy"))), preprocess.imagenet(224)
+    plan = Plan(
+        start=0,
+        stop=len(samples),
+        size=1,
+        batch_size=BATCH_SIZE,
+        contiguous=False,
+        smallest_rows=BATCH_SIZE,
+        largest_rows=BATCH_SIZE,
+    )
+    inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
+    loaded = load_batches(samples, ShardSampler(plan, 0), transform, LoaderConfig(workers=2), BATCH_SIZE, world, held=1)
+    seen = 0
+    with closing(loaded) as batches:
+        for batch, _ in batches:
+            assert batch.raw
+            [ready] = inputs.make([batch])
+            resized = [transform.geometry(Image.fromarray(pixels[index])) for index in batch.index]
+            want = transform.normalise(
+                torch.from_numpy(np.stack(resized)).to(world.device), dtype=torch.float16, channels_last=True
+            )
+            got = ready.on_current_stream()
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(got[: len(want)], want)
+            seen += len(want)
+    assert seen == len(pixels)
+
+
+def test_a_decoder_that_hangs_ends_the_job_in_one_line(
+    root: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "HANGS_S", 1)
+    monkeypatch.setattr(decoding, "LOOK_S", 0.2)
+    decoder = decoder_of(world.device)
+    with decoder._lock, pytest.raises(StateError, match=r"nvJPEG must decode a batch within 1 s, and hangs\."):
+        rows_of(root, world)
+    deadline = time.monotonic() + 60
+    while decoder.longest_s and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rows, clock = rows_of(root, world)
+    assert (len(rows.index), clock.errors) == (COUNT, 0)
 
 
 def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world: World, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images in one array: the same pixels as one by one, whatever the layout, and nothing but an array of images."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from mgpu_ddp import preprocess
 from mgpu_ddp.arrays import ArraySamples, identity, open_array
 from mgpu_ddp.config import ArrayConfig, Config, LoaderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.errors import UsageError
-from mgpu_ddp.loading import BatchMaker, Order, as_batch
+from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.loading import BatchMaker, Made, Order, as_batch
 from mgpu_ddp.models import build_model, choose_transform
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.ring import Ring
@@ -63,6 +64,37 @@ def test_what_needs_no_resizing_is_copied_at_once(tmp_path: Path) -> None:
     assert samples.fill([2, 5, 8], Transform(resize=(18,), crop=16), pixels, ignore_time)
     assert np.array_equal(pixels[:3], images(9, 18, 20, 3)[2:9:3, 1:17, 2:18])
     assert not samples.fill([2, 5, 8], preprocess.plain(16), pixels, ignore_time)
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2], [1, 4, 7], [8]])
+@pytest.mark.parametrize("first", [False, True], ids=["channels last", "channels first"])
+def test_whole_images_are_read_to_where_they_belong(tmp_path: Path, indices: list[int], first: bool) -> None:
+    array = images(9, 18, 20, 3)
+    samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
+    ring = Ring(1, 4, (18, 20), planar=first)
+    worker = BatchMaker(samples, preprocess.imagenet(16).without_geometry((18, 20)), ring, LoaderConfig())
+    assert samples._read(range(3), ring.array(0)[:3])
+    assert np.array_equal(ring.array(0)[:3], array[:3])
+    batch = as_batch(worker.__getitems__(Order(slot=0, indices=indices)), ring, raw=True)
+    assert np.array_equal(batch.pixels[: len(indices)].numpy(), array[indices])
+
+
+@pytest.mark.parametrize("change", ["cut short", "replaced", "written to"])
+def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: str) -> None:
+    config = saved(tmp_path / "x.npy", images(9, 18, 20, 3))
+    samples, transform = ArraySamples(config), Transform(resize=(18, 20))
+    worker, order = BatchMaker(samples, transform, Ring(1, 4, (18, 20)), LoaderConfig()), Order(slot=0, indices=[4, 5])
+    assert isinstance(worker.__getitems__(order), Made)
+    if change == "cut short":
+        os.truncate(config.path, 128 + 5 * 18 * 20 * 3 + 7)
+    elif change == "replaced":
+        np.save(tmp_path / "y.npy", images(9, 18, 20, 3))
+        os.replace(tmp_path / "y.npy", config.path)
+    else:
+        os.utime(config.path, ns=(0, 0))
+    error = worker.__getitems__(order)
+    assert isinstance(error, StateError)
+    assert str(error) == f"{config.path} must stay as it is during a job, but it was changed. Restore it."
 
 
 @pytest.mark.parametrize(

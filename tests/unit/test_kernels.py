@@ -2,6 +2,7 @@
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from mgpu_ddp import kernels, preprocess
+from mgpu_ddp.arrays import ArraySamples
+from mgpu_ddp.config import ArrayConfig, FakeConfig, LoaderConfig
+from mgpu_ddp.datasets import FakeSamples, Samples
+from mgpu_ddp.loading import BatchMaker, Order, as_batch
 from mgpu_ddp.nvjpeg import Images
-from mgpu_ddp.preprocess import Transform
+from mgpu_ddp.preprocess import Layout, Transform
+from mgpu_ddp.ring import Ring
 from tests import kernel_cases as cases
+from tests.unit.conftest import ignore_time
 
 # Up and down, wide and tall; (31, 5) and (40, 9) are what Pillow 13 resizes vertically first.
 SIZES = [(1, 1), (1, 7), (9, 1), (8, 8), (5, 6), (31, 5), (13, 17), (40, 9), (9, 23), (6, 12), (12, 11), (16, 16)]
@@ -156,3 +163,57 @@ def test_sizes_and_corners_are_torchvisions(name: str) -> None:
         for corner, size, crop in zip((top, left), want, transform.out_size, strict=True):
             to, source = cases._centre(size, crop)
             assert corner == source.start - to.start
+
+
+def run_on_pixels(
+    pixels: torch.Tensor, transform: Transform, out: torch.Tensor, orientations: list[int] | None = None
+) -> torch.Tensor:
+    images, n = Images.of(pixels), len(pixels)
+    kernels.preprocess_images(images, orientations or [1] * n, transform, out=out, places=range(n))
+    return out
+
+
+@pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("source", ["array", "fake"])
+def test_what_a_worker_leaves_as_it_is_becomes_what_it_would_have_made_of_it(
+    interpreter: ProcessPoolExecutor, tmp_path: Path, source: str, planar: bool
+) -> None:
+    transform = preprocess.imagenet(16)
+    if source == "array":
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 30, 22, 3), dtype=np.uint8)
+        np.save(tmp_path / "x.npy", pixels.transpose(0, 3, 1, 2) if planar else pixels)
+        samples: Samples = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy")))
+        assert samples.layout == Layout(height=30, width=22, planar=planar)
+    else:
+        samples = FakeSamples(FakeConfig(size=5, image_size=[3, 30, 22]))
+        assert samples.layout == Layout(height=30, width=22, planar=True)
+    left = transform.without_geometry((30, 22))
+    # A fake image fits into a slot of either kind.
+    ring = Ring(1, 4, (30, 22), planar=planar)
+    worker = BatchMaker(samples, left, ring, LoaderConfig())
+    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[1, 2, 4])), ring, raw=True)
+    assert batch.pixels.shape == (4, 30, 22, 3)
+    out = torch.full((4, 3, 16, 16), torch.nan)
+    got = interpreter.submit(run_on_pixels, batch.pixels, transform, out).result()
+    made = [samples.load(index, transform, ignore_time)[0] for index in (1, 2, 4)]
+    want = np.stack([*made, np.zeros((16, 16, 3), np.uint8)])
+    assert torch.equal(got, transform.normalise(torch.from_numpy(want), dtype=torch.float32, channels_last=False))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_interleaved_pixels_turn_as_planes_do(interpreter: ProcessPoolExecutor, orientation: int) -> None:
+    transform, image = preprocess.imagenet(8), cases.picture(9, 14, seed=0)
+    out = torch.full((1, 3, 8, 8), torch.nan)
+    pixels = image.permute(1, 2, 0)[None].contiguous()
+    got = interpreter.submit(run_on_pixels, pixels, transform, out, [orientation]).result()
+    assert torch.equal(got, cases.expected([image], [orientation], transform))
+
+
+@pytest.mark.parametrize("name", cases.transforms(8))
+def test_pixels_that_have_their_size_are_only_normalised(interpreter: ProcessPoolExecutor, name: str) -> None:
+    transform = cases.transforms(8)[name]
+    height, width = transform.out_size
+    pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+    out = torch.full((2, 3, height, width), torch.nan)
+    got = interpreter.submit(run_on_pixels, pixels, transform.without_geometry((height, width)), out).result()
+    assert torch.equal(got, transform.normalise(pixels, dtype=torch.float32, channels_last=False))

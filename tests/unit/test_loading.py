@@ -1,11 +1,14 @@
 """Loader workers → batches: padded, in order, with bad samples kept apart."""
 
+import itertools
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +16,34 @@ import torch
 from PIL import Image
 
 from mgpu_ddp import preprocess
-from mgpu_ddp.config import FakeConfig, LoaderConfig
+from mgpu_ddp.config import ArrayConfig, Config, FakeConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.datasets import FakeSamples, FileSamples, Samples
 from mgpu_ddp.decoding import copied
 from mgpu_ddp.listing import Listing
-from mgpu_ddp.loading import Batch, BatchMaker, Jpegs, Order, as_batch, load_batches, num_workers
+from mgpu_ddp.loading import (
+    COPYING_WORKERS,
+    Batch,
+    BatchMaker,
+    Jpegs,
+    Order,
+    Orders,
+    as_batch,
+    load_batches,
+    num_workers,
+)
 from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import Plan, ShardSampler
+from mgpu_ddp.spare import Share
 from mgpu_ddp.world import World
 from tests.unit.conftest import encoded, photo
 
 SIZE = 16
+
+
+def settings(data: Any, workers: int | str = "auto") -> Config:
+    loader = LoaderConfig(workers=workers)
+    return Config(data=data, transform=TransformConfig(), model=ModelConfig(), loader=loader)
 
 
 def folder(root: Path, files: dict[str, bytes]) -> FileSamples:
@@ -113,6 +132,45 @@ def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: 
     assert on_cpu.jpegs is None
     for place in (1, 2, 3, 5, 6):
         assert torch.equal(batch.pixels[place], on_cpu.pixels[place])
+
+
+def test_workers_decode_what_an_order_says(tmp_path: Path) -> None:
+    samples = folder(tmp_path, {f"{i}.jpg": encoded(photo(30, 20, i), "JPEG") for i in range(8)})
+    ring = Ring(1, 8, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
+    order = Order(slot=0, indices=list(range(8)), decode=3)
+    batch = as_batch(worker.__getitems__(order), ring, packed=True)
+    assert batch.jpegs is not None
+    assert batch.jpegs.places.tolist() == [3, 4, 5, 6, 7]
+    on_cpu = made(samples, list(range(8)), batch_size=8)
+    assert torch.equal(batch.pixels[:3], on_cpu.pixels[:3])
+
+
+def test_the_workers_share_follows_what_is_waited_for() -> None:
+    waited = {"loader": 5.0, "decoder": 1.0}
+    share = Share(lambda: (waited["loader"], waited["decoder"]))
+    assert share.now == 0
+    for _ in range(3):
+        waited["decoder"] += 1
+        share.adjust()
+    assert share.now == pytest.approx(3 * Share.UP)
+    waited["loader"] += 1
+    share.adjust()
+    assert share.now == pytest.approx(3 * Share.UP * Share.DOWN)
+    for _ in range(100):
+        waited["decoder"] += 1
+        share.adjust()
+    assert share.now == Share.MOST
+
+
+def test_orders_carry_the_share_from_the_second_turn_on() -> None:
+    plan = Plan(start=0, stop=40, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    turns = itertools.count()
+    share = Share(lambda: (0.0, float(next(turns))))
+    share.now = 0.49
+    orders = list(Orders(ShardSampler(plan, 0), 4, 3, 1, share))
+    assert [order.decode for order in orders] == [1, 1, 1, *[2] * 7]
+    assert next(turns) == 4
 
 
 def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> None:
@@ -279,5 +337,15 @@ def test_no_samples_give_no_batches(world: World, workers: int) -> None:
 
 
 def test_auto_workers_are_this_processes_cpus(world: World) -> None:
-    assert num_workers(LoaderConfig(), world) == len(os.sched_getaffinity(0))
-    assert num_workers(LoaderConfig(workers=0), world) == 0
+    cpus = len(os.sched_getaffinity(0))
+    assert num_workers(settings(FakeConfig()), world) == cpus
+    assert num_workers(settings(FakeConfig(), workers=0), world) == 0
+
+
+def test_what_is_only_copied_to_a_gpu_takes_few_workers(world: World) -> None:
+    on_gpu = replace(world, device=torch.device("cuda", 0), share_of_cpus=COPYING_WORKERS + 5)
+    array = ArrayConfig(path="x.npy")
+    assert num_workers(settings(array), on_gpu) == COPYING_WORKERS
+    assert num_workers(settings(array), replace(on_gpu, device=torch.device("cpu"))) == COPYING_WORKERS + 5
+    assert num_workers(settings(FakeConfig()), on_gpu) == COPYING_WORKERS + 5
+    assert num_workers(settings(array, workers=7), on_gpu) == 7

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def versions() -> dict[str, str]:
     import torch
     import torchvision
 
+    timm = sys.modules.get("timm")
     return {
         "mgpu_ddp": __version__,
         "python": platform.python_version(),
@@ -118,4 +120,5 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "pyarrow": pyarrow.__version__,
+        **({"timm": timm.__version__} if timm else {}),
     }

@@ -1,5 +1,6 @@
 """Names → modules that are ready to predict: built, loaded, shared by rank 0, folded, on their device."""
 
+import argparse
 import copy
 import difflib
 import hashlib
@@ -216,8 +217,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        # weights_only: a pickle that wants to run code is refused.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # weights_only: a pickle that wants to run code is refused. Many training scripts save their command line too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         is_foreign = isinstance(error, pickle.UnpicklingError)
         remedy = "Save module.state_dict()." if is_foreign else "It may be damaged: copy it again."

@@ -11,18 +11,34 @@ import pytest
 from tests import s3
 from tests.cli.starting import SMALL_IMAGES, committed_rows, finish, run, started, torchrun, wait_until, worker_pids
 from tests.conftest import assert_proved, make_images, read_rows
+from tests.sources import sources
 
 COUNT = 400
 
 
+def served_as(source: str, bucket: Path) -> tuple[list[str], list[str]]:
+    """Images as a source has them: its settings in the bucket, and on the disk."""
+    photos = bucket / "photos"
+    images = make_images(photos, COUNT)
+    if source == "folder":
+        return ["data=folder", "data.root=s3://bucket/photos"], ["data=folder", f"data.root={photos}"]
+    sources(bucket, images, [None] * COUNT)
+    pattern = {"webdataset": "shard-{00..02}.tar", "parquet": "*.parquet"}[source]
+    return [f"data={source}", f"data.urls='s3://bucket/{pattern}'"], [
+        f"data={source}",
+        f"data.urls='{bucket}/{pattern}'",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("source", ["folder", "webdataset", "parquet"])
 def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    make_images(tmp_path / "served" / "bucket" / "photos", COUNT)
-    settings = (*SMALL_IMAGES, "data=folder", "output.commit_every=40")
-    far = (*settings, "data.root=s3://bucket/photos", "output.dir=out")
+    in_bucket, on_disk = served_as(source, tmp_path / "served" / "bucket")
+    settings = (*SMALL_IMAGES, "output.commit_every=40", "loader.block=8")
+    far = (*settings, *in_bucket, "output.dir=out")
     with s3.served(tmp_path / "served", tmp_path / "log") as port, s3.proxied(port) as proxy:
         s3.use(monkeypatch, proxy.port)
         proxy.latency_s = 0.2
@@ -52,7 +68,7 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
         assert again.code == 0, again.err
         told += [again.err, again.out]
         assert_proved(tmp_path / "out", COUNT)
-    near = run(torchrun(1, *settings, f"data.root={tmp_path}/served/bucket/photos", "output.dir=near"), tmp_path)
+    near = run(torchrun(1, *settings, *on_disk, "output.dir=near"), tmp_path)
     assert near.code == 0, near.err
     assert read_rows(tmp_path / "out") == read_rows(tmp_path / "near")
     told += [path.read_bytes().decode("latin-1") for path in (tmp_path / "out").rglob("*") if path.is_file()]

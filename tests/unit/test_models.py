@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_a_checkpoint_loads_however_it_was_wrapped(tmp_path: Path, wrap: str, su
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model_state_dict": state, "optimizer": {"lr": 0.1}},
         lambda state: {"model": state},
+        lambda state: {"state_dict": state, "args": Namespace(lr=0.1, opt="sgd")},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     ],
 )
@@ -116,9 +118,11 @@ class Hostile:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 @pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_a_checkpoint_cannot_run_code(tmp_path: Path, suffix: str, how: str) -> None:
+@pytest.mark.parametrize("within", [False, True], ids=["bare", "in a namespace"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, suffix: str, how: str, within: bool) -> None:
     marker, path = tmp_path / "marker", tmp_path / f"weights{suffix}"
-    content = {**trained().state_dict(), "x": Hostile(marker)}
+    hostile = Namespace(x=Hostile(marker)) if within else Hostile(marker)
+    content = {**trained().state_dict(), "x": hostile}
     torch.save(content, path) if how == "torch" else path.write_bytes(pickle.dumps(content))
     with pytest.raises(UsageError, match=r"^model\.weights must be a checkpoint of tensors alone, got '.*weights"):
         digest_of(job(weights=path))

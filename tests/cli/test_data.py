@@ -14,12 +14,12 @@ from tests.sources import write_tar
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 RUNS = {"from-list": "photos/", "from-tars": "train-0", "from-parquet": "photos/", "from-bucket": "s3://photos/"}
-"""The folder of each recipe, and how its paths begin."""
+"""The folder of each recipe whose images come as they are, and how its paths begin."""
 
 
 def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(recipes) == len(RUNS)
+    assert len(recipes) == len(RUNS) + 1
     assert all(recipe.count("\n") <= 10 for recipe in recipes)
     wanted = sum(path.suffix == ".jpg" for path in make_images(tmp_path / "photos", 20, classes=2))
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -39,6 +39,8 @@ def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             for process in started:
                 process.kill()
                 process.wait()
+    assert_proved(tmp_path / "from-array", wanted)
+    assert all(row["path"] is None for row in read_rows(tmp_path / "from-array"))
     predictions = []
     for name, begin in RUNS.items():
         assert_proved(tmp_path / name, wanted)

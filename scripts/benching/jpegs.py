@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 WIDTH, HEIGHT = 500, 375
@@ -31,10 +32,10 @@ def make_folder(work: Path, *, images: int, distinct: int) -> tuple[Path, float]
     distinct = min(distinct, images)
     different = work / f"distinct-{distinct}"
     if not different.exists():
-        _into(different, distinct, _Make())
+        fill(different, distinct, _Make())
     folder = work / f"images-{images}-of-{distinct}"
     if not folder.exists():
-        _into(folder, images, _Link(different, distinct))
+        fill(folder, images, _Link(different, distinct))
     sizes = [_name(different, number).stat().st_size for number in range(distinct)]
     return folder, sum(sizes) / distinct
 
@@ -56,14 +57,15 @@ class _Link:
         os.link(_name(self._different, number % self._distinct), path)
 
 
-def _into(folder: Path, count: int, make: "_Make | _Link") -> None:
+def fill(folder: Path, count: int, make: Callable[[Path, int], None], *, per_folder: int = PER_FOLDER) -> None:
     """Fill a folder beside its place and move it there, so that one that is there is whole."""
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
-        for first in range(0, count, PER_FOLDER):
-            _name(unfinished, first).parent.mkdir()
-        tasks = [(unfinished, first, min(first + PER_TASK, count), make) for first in range(0, count, PER_TASK)]
+        for first in range(0, count, per_folder):
+            _name(unfinished, first, per_folder).parent.mkdir()
+        numbers = [range(first, min(first + PER_TASK, count)) for first in range(0, count, PER_TASK)]
+        tasks = [(unfinished, some, make, per_folder) for some in numbers]
         with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
             pool.starmap(_fill, tasks, chunksize=1)
         unfinished.rename(folder)
@@ -71,13 +73,13 @@ def _into(folder: Path, count: int, make: "_Make | _Link") -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _fill(folder: Path, first: int, stop: int, make: "_Make | _Link") -> None:
-    for number in range(first, stop):
-        make(_name(folder, number), number)
+def _fill(folder: Path, numbers: range, make: Callable[[Path, int], None], per_folder: int) -> None:
+    for number in numbers:
+        make(_name(folder, number, per_folder), number)
 
 
-def _name(folder: Path, number: int) -> Path:
-    return folder / f"{number // PER_FOLDER:04d}" / f"{number:07d}.jpg"
+def _name(folder: Path, number: int, per_folder: int = PER_FOLDER) -> Path:
+    return folder / f"{number // per_folder:04d}" / f"{number:07d}.jpg"
 
 
 def jpeg(number: int) -> bytes:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,6 @@ class Proxy:
     port: int = 0
     faults: list[str] = field(default_factory=list)
     _at_once: int = 0
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         server = await asyncio.start_server(self._client, "127.0.0.1", 0)
@@ -40,18 +39,13 @@ class Proxy:
         ready.set()
         await stop.wait()
         server.close()
-        while self._tasks:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+        writers = [writer]
         try:
             with suppress(asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+                writers.append(far_writer)
                 while True:
                     request = await reader.readuntil(HEADERS_END)
                     self._at_once += 1
@@ -62,9 +56,9 @@ class Proxy:
                     finally:
                         self._at_once -= 1
         finally:
-            self._tasks.discard(task)
-            for each in (writer, far_writer):
+            for each in writers:
                 each.close()
+            for each in writers:
                 with suppress(ConnectionError):
                     await each.wait_closed()
 
@@ -114,20 +108,17 @@ class Proxy:
 @contextmanager
 def proxied(upstream: int) -> Iterator[Proxy]:
     proxy, ready, stop = Proxy(upstream=upstream), threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
-
-    def run() -> None:
-        with closing(loop):
-            loop.run_until_complete(proxy.serve(ready, stop))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert ready.wait(STARTS_WITHIN_S)
-    try:
-        yield proxy
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+    with asyncio.Runner() as runner:
+        # Leaving it cancels the connections that are open, and waits for them.
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_until_complete, args=(proxy.serve(ready, stop),))
+        thread.start()
+        assert ready.wait(STARTS_WITHIN_S)
+        try:
+            yield proxy
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
 
 
 @contextmanager

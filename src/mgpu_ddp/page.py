@@ -23,11 +23,11 @@ from mgpu_ddp.config import GROUPS, Config, ModelConfig, TransformConfig, requir
 from mgpu_ddp.datasets import Samples, open_samples
 from mgpu_ddp.durable import replace_bytes
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
+from mgpu_ddp.ledger import LEDGER
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.markup import Html, document, foreign, joined, tag, void
 from mgpu_ddp.preprocess import Transform
-from mgpu_ddp.sweep import LEDGER
 from mgpu_ddp.sweep_page import write_sweep_page
 from mgpu_ddp.tally import Picked, Tally, tally
 

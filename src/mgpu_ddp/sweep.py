@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from mgpu_ddp.config import GROUPS
 from mgpu_ddp.durable import replace_bytes, replace_json
 from mgpu_ddp.errors import Exit, UsageError
+from mgpu_ddp.ledger import LEDGER, PICTURE, memory_of, points_of
+from mgpu_ddp.sweep_page import write_sweep_page
 from mgpu_ddp.tuning import GAIN
 from mgpu_ddp.world import reason_of
 
 log = logging.getLogger("mgpu_ddp")
 
-LEDGER, PICTURE = "sweep.json", "sweep.png"
 WORK = ("data", "model", "transform", "limit", "shard")
 """Keys that change what there is to do: their rates are no choice between ways to do it."""
 SHORT_S = 1.0
@@ -118,9 +118,14 @@ class Sweep:
     def _known(self, point: Point) -> dict[str, Any] | None:
         before = self._rows.get(point.job)
         if before is not None and (before["overrides"], before["repeat"]) != (point.overrides, point.repeat):
+            asked = [*before["overrides"], f"round {before['repeat']}"], [*point.overrides, f"round {point.repeat}"]
+            # All of them where only their order differs.
+            then, now = (
+                " ".join([word for word in ours if word not in theirs] or ours) for ours, theirs in (asked, asked[::-1])
+            )
             raise UsageError(
                 f"hydra.sweep.dir must be new or hold this same sweep, got {str(self.folder)!r}, whose job {point.job}"
-                f" was {' '.join(before['overrides'])!r}. Choose another."
+                f" had {then!r} where this one has {now!r}. Choose another."
             )
         if before is not None and before["status"] == "complete":
             return before
@@ -197,14 +202,13 @@ class Sweep:
 
     def _draw(self, points: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> None:
         try:
+            # matplotlib is slow to import.
             from mgpu_ddp.sweep_plot import draw
 
             draw(points, self.swept, chosen, self.folder / PICTURE)
         except Exception as error:  # the numbers are there: a picture that cannot be drawn takes none of them away
             log.warning("sweep.png could not be drawn: %s", reason_of(error))
         try:
-            from mgpu_ddp.sweep_page import write_sweep_page
-
             write_sweep_page(self.folder)
         except Exception as error:
             log.warning("the sweep's report.html could not be made: %s", reason_of(error))
@@ -214,43 +218,8 @@ def _is_work(key: str) -> bool:
     return key.partition(".")[0] in WORK
 
 
-def points_of(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the jobs of each point have in common, in the order of the first of each."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in jobs:
-        groups.setdefault(json.dumps(row["values"]), []).append(row)
-    return [_together(rows) for rows in groups.values()]
-
-
-def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the repeats of one point say: the median rate and its range, the highest peaks, the worst status."""
-    rates = [row["images_per_s"] for row in rows if row["status"] == "complete" and row.get("images_per_s")]
-    bad = [row for row in rows if row["status"] != "complete"]
-    whole = rates if not bad else []
-    return {
-        "values": rows[0]["values"],
-        "status": bad[0]["status"] if bad else "complete",
-        "reason": bad[0]["reason"] if bad else None,
-        "images_per_s": statistics.median(whole) if whole else None,
-        "slowest": min(rates, default=None),
-        "fastest": max(rates, default=None),
-        "startup_s": statistics.median([row["startup_s"] for row in rows if "startup_s" in row] or [0.0]),
-        "peak_gpu_bytes": max(row.get("peak_gpu_bytes", 0) for row in rows),
-        "peak_host_bytes": max(row.get("peak_host_bytes", 0) for row in rows),
-        "steady_s": min((row.get("steady_s", 0.0) for row in rows if row["status"] == "complete"), default=0.0),
-        "used_batch_size": rows[-1].get("used_batch_size"),
-        "repeats": len(rows),
-    }
-
-
 def _as_number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("inf")
-
-
-def memory_of(points: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """Which memory is worth showing: the name of its peak in a point, and in words."""
-    on_gpu = any(point["peak_gpu_bytes"] for point in points)
-    return ("peak_gpu_bytes", "GPU memory") if on_gpu else ("peak_host_bytes", "host memory")
 
 
 def _table(points: list[dict[str, Any]], swept: list[str], chosen: list[dict[str, Any]]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from mgpu_ddp.durable import replace_bytes
+from mgpu_ddp.ledger import LEDGER, PICTURE, memory_of, points_of
 from mgpu_ddp.markup import Html, bars, document, foreign, joined, table, tag, void
-from mgpu_ddp.sweep import LEDGER, PICTURE, memory_of, points_of
 
 PAGE = "report.html"
 WORDS = {"failed": "failed", "oom": "out of memory", "skipped": "skipped"}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mgpu_ddp.durable import replace_bytes
-from mgpu_ddp.sweep import memory_of
+from mgpu_ddp.ledger import memory_of
 
 INK, MUTED, RED = "#1f2328", "#8b949e", "#cf222e"
 COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#8250df", "#bc4c00", "#57606a")

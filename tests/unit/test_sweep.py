@@ -118,7 +118,10 @@ def test_after_a_lost_rank_or_a_signal_nothing_runs(tmp_path: Path) -> None:
 def test_what_was_complete_stays_and_another_sweep_is_refused(tmp_path: Path) -> None:
     sweep_of(tmp_path, (point(0, batch_size=8), measured(5)), (point(1, batch_size=16), FAILED))
     before = (tmp_path / "sweep.json").read_bytes()
-    with pytest.raises(UsageError, match=r"hydra\.sweep\.dir must be new or hold this same sweep, got .* whose job 0"):
+    said = (
+        r"dir must be new or hold this same sweep, got .* job 0 had 'batch_size=8' where this one has 'batch_size=4'\."
+    )
+    with pytest.raises(UsageError, match=said):
         sweep_of(tmp_path, (point(0, batch_size=4), measured(1)))
     assert (tmp_path / "sweep.json").read_bytes() == before
     again = sweep_of(tmp_path, (point(0, batch_size=8), FAILED), (point(1, batch_size=16), measured(9)))

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
 
 from mgpu_ddp.config import Config, Listed, require
-from mgpu_ddp.errors import StateError
+from mgpu_ddp.errors import HangError, OutOfMemoryError
 from mgpu_ddp.loading import Batch, Integers, Jpegs, reason_of
 from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess import Transform, decode, imagenet
@@ -28,6 +29,8 @@ HANGS_S = 120
 """A batch takes the decoder milliseconds; one that takes so long never ends."""
 LOOK_S = 5.0
 """How often a batch that does not come is asked after."""
+COPIED_BYTES = 256 << 20
+"""That raw images of a batch take on the GPU at once."""
 ALIGNMENT = 512
 """Of the memory of a tensor of its own, in bytes."""
 
@@ -115,9 +118,9 @@ class GpuInput:
         require(has_engines, "runtime.decode", rule, "exact", "Pillow's pixels take engines, or the CPU.")
 
     def check(self) -> None:
-        """Raise StateError if the decoder hangs."""
+        """Raise HangError if the decoder hangs."""
         if decoder_of.cache_info().currsize and decoder_of(self._device).longest_s > HANGS_S:
-            raise StateError(
+            raise HangError(
                 f"nvJPEG must decode a batch within {HANGS_S} s, and hangs. Start again, which resumes; if it comes"
                 " back, runtime.decode=cpu goes without it."
             )
@@ -157,8 +160,10 @@ class GpuInput:
         """Turn pixels of the host into these rows."""
         from mgpu_ddp.kernels import preprocess_images
 
-        images = Images.of(pixels.to(self._device, non_blocking=True))
-        preprocess_images(images, np.ones_like(places), transform, out=out, places=places)
+        step = max(1, COPIED_BYTES // pixels[0].numel())
+        for part, where in zip(pixels.split(step), np.split(places, range(step, len(places), step)), strict=True):
+            images = Images.of(part.to(self._device, non_blocking=True))
+            preprocess_images(images, np.ones_like(where), transform, out=out, places=where)
 
     def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: Callable[[float], None]) -> list[torch.Tensor]:
         from mgpu_ddp.kernels import preprocess_images
@@ -254,7 +259,9 @@ class Staging:
     def __init__(self, inputs: GpuInput) -> None:
         self._inputs = inputs
         self._threads = ThreadPoolExecutor(inputs.THREADS)
-        self._hangs = False
+        self._begun: set[Future[None]] = set()
+        self._looks = 0
+        """At what is waited for, in vain."""
         self._group: list[tuple[Batch, Future[Ready]]] = []
 
     def submit(self, batch: Batch) -> Future[Ready]:
@@ -272,18 +279,25 @@ class Staging:
         """What became of a batch.
 
         Raises:
-            StateError: nothing will, because the decoder hangs.
+            HangError: nothing will, because the decoder hangs.
+            OutOfMemoryError: there is no room for it on the GPU.
         """
-        while not wait([future], timeout=LOOK_S).done:
-            self._hangs = True
-            self._inputs.check()
-            self._hangs = False
+        self._await({future})
         return future.result()
+
+    def _await(self, futures: set[Future[Any]]) -> None:
+        while wait(futures, timeout=LOOK_S).not_done:
+            self._looks += 1
+            # Time alone would not do: it goes on for a process that is stopped.
+            if self._looks * LOOK_S >= HANGS_S:
+                self._inputs.check()
+        self._looks = 0
 
     def flush(self) -> None:
         """Begin with what is there: no more batches come."""
         if self._group:
-            self._threads.submit(self._make, self._taken())
+            self._begun = {future for future in self._begun if not future.done()}
+            self._begun.add(self._threads.submit(self._make, self._taken()))
 
     def _taken(self) -> list[tuple[Batch, Future[Ready]]]:
         group, self._group = self._group, []
@@ -292,6 +306,9 @@ class Staging:
     def _make(self, group: list[tuple[Batch, Future[Ready]]]) -> None:
         try:
             made = self._inputs.make([batch for batch, _ in group])
+        except torch.OutOfMemoryError as error:
+            for batch, future in group:
+                future.set_exception(OutOfMemoryError.of(len(batch.pixels), error))
         except BaseException as error:
             for _, future in group:
                 future.set_exception(error)
@@ -300,5 +317,11 @@ class Staging:
                 future.set_result(ready)
 
     def close(self) -> None:
-        """Wait for what was begun and will end."""
-        self._threads.shutdown(wait=not self._hangs, cancel_futures=self._hangs)
+        """Wait for what was begun, and begin with nothing else.
+
+        Raises:
+            HangError: it never ends, because the decoder hangs.
+        """
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        # `wait` does not count what was cancelled as done.
+        self._await({future for future in self._begun if not future.done()})

@@ -41,12 +41,23 @@ class StateError(MgpuError):
     """The fault of the data or the machine, which one line names; a traceback would say no more."""
 
 
+class HangError(StateError):
+    """A device has stopped answering this process: only another process can go on."""
+
+
 class SampleError(StateError):
     """A sample could not be predicted, and the job is to end for it."""
 
 
 class OutOfMemoryError(StateError):
     """A batch does not fit into memory."""
+
+    @classmethod
+    def of(cls, batch_size: int, error: RuntimeError) -> "OutOfMemoryError":
+        """What torch says of it, in one line."""
+        # CUDA's own words go on for half a screen.
+        why = str(error).splitlines()[0].partition(". GPU ")[0]
+        return cls(f"batch_size must fit into memory, got {batch_size} ({why}). Lower it.")
 
 
 class ProtocolError(MgpuError):

@@ -62,14 +62,18 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
         keep = job.in_sweep or config.batch_size == "auto"
         return Predictor(prepare(model, config, world, keep=keep), transform, config, world.device)
 
-    needs = Predictor.depends_on(config, transform, world.device)
-    batch_size = find_batch_size(job, transform, world, lambda: kept.get("predictor", needs, ready))
+    def warmed() -> Predictor:
+        predictor = kept.get("predictor", Predictor.depends_on(config, transform, world.device), ready)
+        if warm is not None:
+            # Before a graph is recorded, which another thread's work would spoil, and before the loader forks: a
+            # thread amid its imports would leave their locks held in the workers.
+            warm.result()
+        return predictor
+
+    batch_size = find_batch_size(job, transform, world, warmed)
     claim = claim_job(job, batch_size, model, transform, files, world)
     with holding(claim):
-        predictor = kept.get("predictor", needs, ready)
-        if warm is not None:
-            # Before the loader forks: a thread amid its imports would leave their locks held in the workers.
-            warm.result()
+        predictor = warmed()
         clock = Clock(warm_up=in_flight(world), began=kept.began, reused=tuple(kept.reused))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
         left = tasks(job, claim, model, world)

@@ -33,6 +33,8 @@ PILLOW_REORDERS = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow 13 resizes vertically first where that saves time, which moves a level by one here and there."""
 MAX_BYTES = 2**31
 """Offsets inside one image are 32 bits wide."""
+LAUNCHED = 65_535
+"""Images of one launch, the most that a grid has of them. Source: CUDA C++ Programming Guide, compute capabilities."""
 
 
 def preprocess_images(
@@ -55,24 +57,25 @@ def preprocess_images(
     _check(images, transform, out)
     if not len(images):
         return
-    fields = _plan(images, orientations, transform, places, rows=len(out))
+    fields = on_device(_plan(images, orientations, transform, places, rows=len(out)), out.device)
     height, width = transform.out_size
     table = _levels(transform, out.dtype, out.device)
-    grid = (triton.cdiv(width, TILE_COLUMNS), triton.cdiv(height, TILE_ROWS), len(images))
     with torch.cuda.device(out.device if out.is_cuda else -1):
-        _preprocess[grid](
-            out,
-            table,
-            on_device(fields, out.device),
-            height,
-            width,
-            *out.stride(),
-            radius=RADIUS[transform.interpolation],
-            tile_rows=TILE_ROWS,
-            tile_columns=TILE_COLUMNS,
-            num_warps=WARPS,
-            num_stages=1,
-        )
+        for part in fields.split(LAUNCHED):
+            grid = (triton.cdiv(width, TILE_COLUMNS), triton.cdiv(height, TILE_ROWS), len(part))
+            _preprocess[grid](
+                out,
+                table,
+                part,
+                height,
+                width,
+                *out.stride(),
+                radius=RADIUS[transform.interpolation],
+                tile_rows=TILE_ROWS,
+                tile_columns=TILE_COLUMNS,
+                num_warps=WARPS,
+                num_stages=1,
+            )
 
 
 def on_device(numbers: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:

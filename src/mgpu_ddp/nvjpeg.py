@@ -228,9 +228,12 @@ class Decoder:
                 state.ready_for = wanted
                 return time.perf_counter() - started
         finally:
-            state.stream.synchronize()
-            del self._began[id(state)]
-            self._states.put(state)
+            try:
+                state.stream.synchronize()
+            finally:
+                # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
+                del self._began[id(state)]
+                self._states.put(state)
 
     @property
     def longest_s(self) -> float:

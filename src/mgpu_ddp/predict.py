@@ -93,10 +93,7 @@ class Predictor:
             if not _is_out_of_memory(error):
                 raise
             if len(pixels) == 1 or not self._splits:
-                # CUDA's own words go on for half a screen.
-                why = str(error).splitlines()[0].partition(". GPU ")[0]
-                text = f"batch_size must fit into memory, got {len(pixels)} ({why}). Lower it."
-                raise OutOfMemoryError(text) from None
+                raise OutOfMemoryError.of(len(pixels), error) from None
         return None
 
     def _in_halves(self, pixels: torch.Tensor) -> Columns:

@@ -68,6 +68,9 @@ class Ring:
 
     def close(self) -> None:
         """Unpin; the memory goes with its last reader."""
+        if self._pinned:
+            # Copies to the GPU of batches that nobody waited for.
+            torch.cuda.synchronize()
         for slot in self._pinned or ():
             torch.cuda.cudart().cudaHostUnregister(self._view(slot).data_ptr())
 

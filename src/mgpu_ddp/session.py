@@ -19,7 +19,16 @@ import torch
 
 from mgpu_ddp import report
 from mgpu_ddp.command import remove_empty
-from mgpu_ddp.errors import Exit, OutOfMemoryError, PeerError, PeerFailedError, PeerLostError, StateError, UsageError
+from mgpu_ddp.errors import (
+    Exit,
+    HangError,
+    OutOfMemoryError,
+    PeerError,
+    PeerFailedError,
+    PeerLostError,
+    StateError,
+    UsageError,
+)
 from mgpu_ddp.job import Job
 from mgpu_ddp.keeping import Kept, peaks
 from mgpu_ddp.signals import StopWish
@@ -86,7 +95,7 @@ class Session:
         """Run one job to an end that all ranks agree on, and return its outcome. Collective: every rank calls this.
 
         A user's mistake is told once, by rank 0. Anything else that fails raises, but in a sweep only the loss of
-        a rank does: what failed alike on all ranks leaves the next job unharmed.
+        a rank or a device does: what failed alike on all ranks leaves the next job unharmed.
         """
         self.world.pulse.check()
         self.world.pulse.watch_alarm(f"alarm/{job.name}")
@@ -99,7 +108,7 @@ class Session:
         except Exception as error:
             self._kept.forget()
             outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
-            raised = not job.in_sweep or isinstance(error, PeerLostError)
+            raised = not job.in_sweep or isinstance(error, PeerLostError | HangError)
             if not raised:
                 _say(error)
                 outcome |= self._what_failed(error)

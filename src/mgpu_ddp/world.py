@@ -226,6 +226,8 @@ def join() -> World:
     Raises:
         UsageError: SLURM does not say where the first task runs.
     """
+    # Before the first thread: it changes what others may be reading.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(CONNECTIONS))
     task = slurm.read_task()
     if task is not None:
         address, port = task.master
@@ -266,7 +268,6 @@ def choose_device(config: Config, world: World) -> World:
         UsageError: no CUDA, or not one GPU for each process.
     """
     wanted, gpus, index, gpu, kind = config.runtime.device, 0, 0, "", "cpu"
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(CONNECTIONS)
     with world.together("look for GPUs"):
         gpus = torch.cuda.device_count() if wanted != "cpu" else 0
         if gpus:

@@ -1,6 +1,8 @@
 """JPEGs decoded on a real GPU: nothing is written before what reads there is done, and what is refused is not lost."""
 
+import itertools
 import time
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from mgpu_ddp.config import (
     RuntimeConfig,
     TransformConfig,
 )
-from mgpu_ddp.datasets import FileSamples
-from mgpu_ddp.decoding import GpuInput, decoder_of
-from mgpu_ddp.errors import StateError
+from mgpu_ddp.datasets import FileSamples, Samples
+from mgpu_ddp.decoding import GpuInput, Staging, decoder_of
+from mgpu_ddp.errors import HangError
 from mgpu_ddp.listing import Listing, find_images
-from mgpu_ddp.loading import load_batches
+from mgpu_ddp.loading import Batch, load_batches
 from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
+from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.rows import Rows, concatenate
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.spare import Share
@@ -58,6 +61,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def loading(
+    samples: Samples, transform: Transform, world: World, **how: Any
+) -> closing[Generator[tuple[Batch, float]]]:
+    plan = Plan(
+        start=0,
+        stop=len(samples),
+        size=1,
+        batch_size=BATCH_SIZE,
+        contiguous=False,
+        smallest_rows=BATCH_SIZE,
+        largest_rows=BATCH_SIZE,
+    )
+    sampler, loader = ShardSampler(plan, 0), LoaderConfig(workers=2)
+    return closing(load_batches(samples, sampler, transform, loader, BATCH_SIZE, world, **how))
+
+
 def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | None = None) -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
@@ -73,26 +92,9 @@ def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | No
     transform = preprocess.imagenet(64)
     predictor = Predictor(module, transform, config, world.device)
     assert predictor.decodes == (decode != "cpu")
-    plan = Plan(
-        start=0,
-        stop=len(files),
-        size=1,
-        batch_size=BATCH_SIZE,
-        contiguous=False,
-        smallest_rows=BATCH_SIZE,
-        largest_rows=BATCH_SIZE,
-    )
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
-    loader = LoaderConfig(workers=2)
     held = held_batches(config, BATCH_SIZE, world)
-    with closing(
-        load_batches(
-            *(samples, ShardSampler(plan, 0), transform, loader, BATCH_SIZE, world),
-            held=held,
-            packed=predictor.decodes,
-            share=share,
-        )
-    ) as batches:
+    with loading(samples, transform, world, held=held, packed=predictor.decodes, share=share) as batches:
         return concatenate(list(predict(batches, predictor, clock, world))), clock
 
 
@@ -140,24 +142,16 @@ def test_workers_may_decode_some_of_the_images(root: Path, world: World) -> None
 @pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])
 @pytest.mark.parametrize("size", [(300, 400), (224, 224)])
 def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
-    world: World, tmp_path: Path, size: tuple[int, int], planar: bool
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], planar: bool
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, *size, 3), dtype=np.uint8)
     np.save(tmp_path / "x.npy", pixels.transpose(0, 3, 1, 2) if planar else pixels)
     samples, transform = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy"))), preprocess.imagenet(224)
-    plan = Plan(
-        start=0,
-        stop=len(samples),
-        size=1,
-        batch_size=BATCH_SIZE,
-        contiguous=False,
-        smallest_rows=BATCH_SIZE,
-        largest_rows=BATCH_SIZE,
-    )
+    # Five images at once, the last one alone.
+    monkeypatch.setattr(decoding, "COPIED_BYTES", 5 * pixels[0].nbytes)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
-    loaded = load_batches(samples, ShardSampler(plan, 0), transform, LoaderConfig(workers=2), BATCH_SIZE, world, held=1)
     seen = 0
-    with closing(loaded) as batches:
+    with loading(samples, transform, world, held=1) as batches:
         for batch, _ in batches:
             assert batch.raw
             [ready] = inputs.make([batch])
@@ -178,8 +172,20 @@ def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     monkeypatch.setattr(decoding, "HANGS_S", 1)
     monkeypatch.setattr(decoding, "LOOK_S", 0.2)
     decoder = decoder_of(world.device)
-    with decoder._lock, pytest.raises(StateError, match=r"nvJPEG must decode a batch within 1 s, and hangs\."):
+    said = r"nvJPEG must decode a batch within 1 s, and hangs\."
+    with decoder._lock, pytest.raises(HangError, match=said):
         rows_of(root, world)
+    # What ends the job for another reason must not wait for the decoder either.
+    samples = FileSamples(str(root), Listing.build(find_images(str(root), follow_outside=False)))
+    transform = preprocess.imagenet(64)
+    inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
+    staging = Staging(inputs)
+    with loading(samples, transform, world, held=9, packed=True) as batches, decoder._lock:
+        for batch, _ in itertools.islice(batches, 8):
+            staging.submit(batch)
+        staging.flush()
+        with pytest.raises(HangError, match=said):
+            staging.close()
     deadline = time.monotonic() + 60
     while decoder.longest_s and time.monotonic() < deadline:
         time.sleep(0.01)

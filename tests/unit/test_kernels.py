@@ -3,6 +3,7 @@
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,22 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(interpreter: ProcessPoo
         assert torch.equal(alone[0], rows[places[i]])
     # Rows that nobody names stay as they are.
     assert (rows[[0, -1]] == 7).all()
+
+
+def run_in_parts(*arguments: Any) -> torch.Tensor:
+    kernels.LAUNCHED = 5
+    try:
+        return run(*arguments)
+    finally:
+        kernels.LAUNCHED = 65_535
+
+
+def test_more_images_than_one_launch_holds_take_several(interpreter: ProcessPoolExecutor) -> None:
+    transform = cases.transforms(8)["imagenet"]
+    images, orientations = pictures()
+    want = cases.expected(images, orientations, transform)
+    arguments = images, orientations, transform, torch.full_like(want, torch.nan), list(range(len(images)))
+    assert torch.equal(interpreter.submit(run_in_parts, *arguments).result(), want)
 
 
 def test_no_images_are_no_work() -> None:

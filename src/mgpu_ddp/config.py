@@ -210,7 +210,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TimmConfig(ModelConfig):
-    name: str = "resnet18"
+    name: str = MISSING
     """Any timm model that takes a square image, cropped or squashed, with its own transform; model.weights=DEFAULT
     takes its weights from the Hugging Face hub."""
 

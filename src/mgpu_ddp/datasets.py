@@ -22,6 +22,7 @@ from mgpu_ddp.config import (
     Listed,
     ParquetConfig,
     WebDatasetConfig,
+    require,
 )
 from mgpu_ddp.folders import FileSamples, list_folder, read_list
 from mgpu_ddp.listing import Listing
@@ -161,7 +162,13 @@ def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -
                 # More samples would move the borders between the shards.
                 return list_folder(data, known, may_grow=config.shard is None)
     if isinstance(data, WebDatasetConfig):
-        return index_shards(data.urls, partial(index_tar, data), known, world)
+        files = index_shards(data.urls, partial(index_tar, data), known, world)
+        with world.together("look for labels"):
+            none_there = files is not None and files.table["label"].null_count == len(files)
+            rule = "the extension of a member right before or after its images"
+            found = not (none_there and data.label_extension)
+            require(found, "data.label_extension", rule, data.label_extension, "No image has one: leave it out.")
+        return files
     if isinstance(data, ParquetConfig):
         files = index_shards(data.urls, partial(index_parquet, data), known, world)
         if files is not None and config.collect == "gather" and world.size > 1:

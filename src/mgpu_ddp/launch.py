@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgpu_ddp.errors import Exit
+from mgpu_ddp.errors import Exit, PeerLostError
 from mgpu_ddp.session import OUTCOME_FILE
 from mgpu_ddp.signals import die_with_parent
 
@@ -27,8 +27,11 @@ def main() -> None:
             code = int(Exit.COMPLETE)
         except BaseException as error:
             # torchrun raises for a failed worker and for a signal alike: what it was, rank 0 has written down.
-            code = int(outcome_in(told).get("exit_code", Exit.FAILED))
-            if code in (Exit.COMPLETE, Exit.FAILED) and not isinstance(error, SystemExit):
+            outcome = outcome_in(told)
+            code = int(outcome.get("exit_code", Exit.FAILED))
+            # Of a rank that died torchrun knows more than the others do.
+            said = code != Exit.COMPLETE and not str(outcome.get("reason")).startswith(PeerLostError.__name__)
+            if not (outcome and said) and not isinstance(error, SystemExit):
                 raise
     sys.exit(code)
 

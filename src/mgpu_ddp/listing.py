@@ -113,7 +113,11 @@ def as_labels(column: Any, what: str) -> Any:
 
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+    if pa.types.is_floating(column.type):
+        # Where some are missing, pandas makes floats of the others.
+        column = column.cast(pa.float64())
+        column = compute.if_else(compute.is_nan(column), None, column)
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
         raise UsageError(
             f"{what} must hold whole numbers, got {column.type}. Number the classes from 0, or leave it out."
         )

@@ -99,6 +99,11 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     too_many = run(mgpu_infer(*settings, "output.dir=errors"), tmp_path)
     assert too_many.code == 3, too_many.err
     assert json.loads((tmp_path / "errors" / "status.json").read_text())["status"] == "failed"
+    ended = run(mgpu_infer(*settings, "on_error=raise", "output.dir=raised"), tmp_path)
+    assert ended.code == 1
+    # What one line says, torchrun does not say once more with its stack.
+    assert "x.jpg" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
         ("model=resnet50", "model must be one of resnet18, timm, got 'resnet50'. Choose it by model.name=resnet50."),
         ("batch_size=-4", "batch_size must be at least 1 or auto, got -4"),
         ("data=folder", "data.root must be given, got nothing"),
+        ("model=timm", "model.name must be given, got nothing"),
         ("batch_size=4,8", "batch_size must be one value, got 'batch_size=4,8'. Add --multirun"),
         ("batch_size", "override must be key=value in Hydra's grammar, got 'batch_size'"),
         ("output.dir={", "override must be key=value in Hydra's grammar, got 'output.dir={'"),

@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from mgpu_ddp import merge, parquets, preprocess
-from mgpu_ddp.config import ListConfig, LoaderConfig, ParquetConfig, WebDatasetConfig
+from mgpu_ddp.config import (
+    Config,
+    ListConfig,
+    LoaderConfig,
+    ModelConfig,
+    ParquetConfig,
+    TransformConfig,
+    WebDatasetConfig,
+)
+from mgpu_ddp.datasets import find_listing
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.folders import read_list
 from mgpu_ddp.images import ImageSamples
@@ -64,7 +73,8 @@ def tar_of(path: Path, members: dict[str, bytes], **options: Any) -> Path:
 
 def indexed(path: Path, world: World, **settings: Any) -> Listing:
     data = WebDatasetConfig(urls=str(path), **settings)
-    files = index_shards(data.urls, lambda path, name: index_tar(data, path, name=name), None, world)
+    config = Config(data=data, transform=TransformConfig(), model=ModelConfig())
+    files = find_listing(config, path.parent / "run", afresh=True, world=world)
     assert files is not None
     return files
 
@@ -158,6 +168,7 @@ def test_a_broken_tar_among_others_is_named_in_one_line(
         ({"a.txt": b""}, {}, "must hold at least one image"),
         ({"a.jpg": b"", "a.cls": b"cat"}, {"label_extension": "cls"}, "got b'cat' in 'a.cls'"),
         ({"a.jpg": b"", "a.cls": b"1" * 40}, {"label_extension": "cls"}, "data.label_extension"),
+        ({"a.jpg": b"", "b.cls": b"1"}, {"label_extension": "cls"}, "right before or after its images, got 'cls'"),
         (None, {}, "must name files that are there"),
     ],
 )

@@ -352,7 +352,7 @@ def load_batches(
             f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {slots} batches"
             f" read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
         )
-    ring = Ring(slots, batch_size, size, planar=planar, packed=packed, pinned=on_gpu and not packed)
+    ring = Ring(slots, batch_size, size, planar=planar, packed=packed)
     # Pillow warns from here on and refuses at twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
@@ -373,6 +373,8 @@ def load_batches(
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
         started = time.perf_counter()
         batches = iter(loader)
+    if on_gpu and not packed:
+        ring.pin()
     try:
         for made in batches:
             if isinstance(made, StateError):

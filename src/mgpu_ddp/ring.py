@@ -1,10 +1,11 @@
 """Shared memory that loader workers fill and their rank reads: slots that are used again and again.
 
 A batch made anew would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
-slots are made once, before the workers fork, and pinned once, when they are first read.
+slots are made once, before the workers fork, and pinned once, beside the work on the first batches.
 """
 
 import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ JPEG_BYTES = 1 << 20
 """Room for the encoded images of a slot, per image. Pages that nothing was written to take no memory."""
 MAP_NORESERVE = 0x4000
 """Source: mmap(2); Python names it from 3.13 on."""
+TOUCHING_THREADS = 4
+"""To touch pages for the first time takes one thread longer than the model takes for what is on them."""
 
 
 class Ring:
@@ -31,7 +34,6 @@ class Ring:
         *,
         planar: bool = False,
         packed: bool = False,
-        pinned: bool = False,
     ) -> None:
         self._shape = (batch_size, 3, *size) if planar else (batch_size, *size, 3)
         self._planar = planar
@@ -41,15 +43,28 @@ class Ring:
         # Anonymous, so that it does not depend on the size of /dev/shm, which containers keep small.
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._memory = torch.frombuffer(mmap.mmap(-1, slots * self._slot_bytes, flags), dtype=torch.uint8)
-        self._pinned: set[int] | None = set() if pinned else None
+        self._slots = slots
+        self._pinned: list[Future[None]] = []
+
+    def pin(self) -> None:
+        """Begin to pin the pixels of all slots, for their rank. Workers must have been forked."""
+        register = torch.cuda.cudart().cudaHostRegister
+
+        def pin(slot: int) -> None:
+            first = slot * self._slot_bytes
+            # Read before, because the driver would do so nine times slower, and keep the model waiting meanwhile.
+            self._memory[first : first + self._pixel_bytes : mmap.PAGESIZE].sum()
+            _check(register(self._view(slot).data_ptr(), self._pixel_bytes, 0))
+
+        threads = ThreadPoolExecutor(TOUCHING_THREADS)
+        self._pinned = [threads.submit(pin, slot) for slot in range(self._slots)]
+        threads.shutdown(wait=False)
 
     def pixels(self, slot: int) -> torch.Tensor:
-        """The pixels of a slot, in the rank's process pinned where that was asked for."""
-        pixels = self._view(slot)
-        if self._pinned is not None and slot not in self._pinned:
-            _check(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), self._pixel_bytes, 0))
-            self._pinned.add(slot)
-        return pixels
+        """The pixels of a slot, pinned once that was begun."""
+        if self._pinned:
+            self._pinned[slot].result()
+        return self._view(slot)
 
     def array(self, slot: int) -> Pixels:
         """The pixels of a slot for a worker, which must not touch CUDA."""
@@ -71,8 +86,9 @@ class Ring:
         if self._pinned:
             # Copies to the GPU of batches that nobody waited for.
             torch.cuda.synchronize()
-        for slot in self._pinned or ():
-            torch.cuda.cudart().cudaHostUnregister(self._view(slot).data_ptr())
+        for slot, pinned in enumerate(self._pinned):
+            if not pinned.cancel() and pinned.exception() is None:
+                torch.cuda.cudart().cudaHostUnregister(self._view(slot).data_ptr())
 
 
 def _whole_pages(num_bytes: int) -> int:

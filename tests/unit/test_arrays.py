@@ -45,7 +45,7 @@ def test_a_batch_equals_its_images_one_by_one(
 ) -> None:
     array = images(9, 18, 20, 3)
     samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
-    ring = Ring(1, 4, transform.out_size, packed=False, pinned=False)
+    ring = Ring(1, 4, transform.out_size, packed=False)
     ring.pixels(0)[:] = 99
     worker = BatchMaker(samples, transform, ring, LoaderConfig())
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=indices)), ring, packed=False)

@@ -57,7 +57,7 @@ def made(
     samples: Samples, indices: list[int], *, batch_size: int = 4, timeout_s: float = 60, packed: bool = False
 ) -> Batch:
     """One batch as a worker makes it in memory that was used before, and as its rank then sees it."""
-    ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed, pinned=False)
+    ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed)
     ring.pixels(1)[:] = 99
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(timeout_s=timeout_s), packed=packed)
     return as_batch(worker.__getitems__(Order(slot=1, indices=indices)), ring, packed=packed)
@@ -179,7 +179,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     assert len(large) > 2 << 20
     small = encoded(photo(20, 30), "JPEG")
     samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
-    ring = Ring(1, 2, (SIZE, SIZE), packed=True, pinned=False)
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
     assert batch.jpegs is not None
@@ -207,7 +207,7 @@ def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path
 @pytest.mark.parametrize("limit", [599, 600])
 def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit: int) -> None:
     samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
-    ring = Ring(1, 2, (SIZE, SIZE), packed=True, pinned=False)
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
     assert len(worker.__getitems__(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
 

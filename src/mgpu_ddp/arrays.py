@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from mgpu_ddp.config import ArrayConfig, require
 from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.listing import no_names
 from mgpu_ddp.preprocess import Layout, Pixels, StageClock, Transform, copy_pixels
 
 
@@ -109,6 +111,9 @@ class ArraySamples:
 
     def path(self, index: int) -> str | None:
         return None
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return no_names(len(indices))
 
 
 def _state_of(stat: os.stat_result) -> tuple[int, ...]:

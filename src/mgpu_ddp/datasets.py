@@ -69,6 +69,10 @@ class Samples(Protocol):
         """The name that a row carries."""
         ...
 
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        """The names of several rows, an Arrow array of strings."""
+        ...
+
 
 class FakeSamples:
     """torchvision's FakeData, bit for bit, without its detour through PIL and the global random state.
@@ -113,6 +117,9 @@ class FakeSamples:
     def path(self, index: int) -> str | None:
         return None
 
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return listing.no_names(len(indices))
+
 
 class ChosenSamples:
     """Some samples of a dataset, numbered from 0."""
@@ -140,6 +147,9 @@ class ChosenSamples:
 
     def path(self, index: int) -> str | None:
         return self._samples.path(int(self._chosen[index]))
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return self._samples.names(self._chosen[indices])
 
 
 def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -> Listing | None:

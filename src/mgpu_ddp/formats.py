@@ -18,23 +18,25 @@ from mgpu_ddp.rows import Column, Rows
 
 TEXT_CHUNK = 4096
 """Rows that are turned into text at once, to bound memory."""
+REPEATING = ["label", "pred", "pred_name", "topk_index.list.element", "error"]
+"""What is worth a dictionary in Parquet: one of names or probabilities takes time and makes the file larger."""
 
 
-def to_table(rows: Rows, paths: Sequence[str | None], class_names: Sequence[str] | None) -> Any:
-    """An Arrow table of the rows."""
+def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
+    """An Arrow table of the rows; `names` are theirs, an Arrow array of strings."""
     import pyarrow as pa
 
     failed = rows.failed if rows.errors else None
     pred = rows.columns["pred"]
-    names = pa.array(list(class_names) if class_names else [None], type=pa.string())
+    classes = pa.array(list(class_names) if class_names else [None], type=pa.string())
     picked = np.where(failed, 0, pred) if failed is not None else pred
     columns = {
         "index": pa.array(rows.index),
-        "path": pa.array(paths, type=pa.string()),
+        "path": names,
         "label": pa.array(rows.label, mask=rows.label < 0),
         "pred": pa.array(pred, mask=failed),
         "prob": pa.array(rows.columns["prob"], mask=failed),
-        "pred_name": names.take(pa.array(picked, mask=failed)) if class_names else pa.nulls(len(rows), pa.string()),
+        "pred_name": classes.take(pa.array(picked, mask=failed)) if class_names else pa.nulls(len(rows), pa.string()),
     }
     for name in ("topk_index", "topk_prob"):
         if name in rows.columns:
@@ -44,7 +46,7 @@ def to_table(rows: Rows, paths: Sequence[str | None], class_names: Sequence[str]
             values = rows.columns[name]
             mask = pa.array(failed) if failed is not None else None
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1], mask=mask)
-    reasons = [rows.errors.get(i) for i in rows.index.tolist()] if rows.errors else [None] * len(rows)
+    reasons = [rows.errors.get(i) for i in rows.index.tolist()] if rows.errors else pa.nulls(len(rows), pa.string())
     columns["error"] = pa.array(reasons, type=pa.string())
     return pa.table(columns)
 
@@ -63,7 +65,7 @@ class Parquet:
     def write(self, table: Any, file: BinaryIO) -> None:
         import pyarrow.parquet as pq
 
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, file, compression="zstd", use_dictionary=REPEATING, write_page_checksum=True)
 
     def read(self, path: Path, schema: Any) -> Any:
         import pyarrow.parquet as pq

@@ -3,6 +3,10 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mgpu_ddp import listing
 from mgpu_ddp.listing import Listing
@@ -60,3 +64,6 @@ class ImageSamples(ABC):
 
     def path(self, index: int) -> str | None:
         return listing.readable(self.files.path(index))
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return self.files.names(indices)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mgpu_ddp.errors import UsageError
 
@@ -100,6 +101,13 @@ def class_labels(paths: list[bytes]) -> tuple[list[int] | None, list[str]]:
 def readable(path: bytes) -> str:
     r"""A path as text that every format can hold: bytes that are not UTF-8 become \udcXX, as surrogateescape has it."""
     return path.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def no_names(count: int) -> Any:
+    """In the place of names, where images have none: an Arrow array of strings."""
+    import pyarrow as pa
+
+    return pa.nulls(count, pa.string())
 
 
 def as_labels(column: Any, what: str) -> Any:
@@ -198,6 +206,16 @@ class Listing:
 
     def path(self, index: int) -> bytes:
         return bytes(self._paths[index].as_buffer())
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        """These paths as `readable` makes them, an Arrow array of strings."""
+        import pyarrow as pa
+
+        paths = self._paths.take(pa.array(indices))
+        try:
+            return paths.cast(pa.string())
+        except pa.ArrowInvalid:
+            return pa.array(map(readable, paths.to_pylist()), type=pa.string())
 
     def label(self, index: int) -> int:
         """The class number, -1 where there are no classes."""

@@ -147,8 +147,8 @@ def collecting(
     config, plan = job.config, task.plan
     channel = Channel(world, f"{job.name}/{task.name}", config.dist.timeout_s)
     # A task may choose among the samples; parts name them as the dataset does.
-    path_of = claim.samples.path
-    writer = open_writer(job.run_dir, config.output.format, path_of, model.class_names, claim.token, claim.start)
+    names_of = claim.samples.names
+    writer = open_writer(job.run_dir, config.output.format, names_of, model.class_names, claim.token, claim.start)
     table: Table | None = None
     if claim.manifest is not None:
         table = Table(job.run_dir, claim.manifest, writer)

@@ -43,8 +43,9 @@ from mgpu_ddp.formats import FORMATS, Format, to_table
 from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
 from mgpu_ddp.rows import Rows
 
-PathOf = Callable[[int], str | None]
-"""Dataset index → the name that its row carries."""
+NamesOf = Callable[[npt.NDArray[np.int64]], Any]
+"""Dataset indices → the names that their rows carry, an Arrow array of strings. A call for each would take the
+interpreter from the predicting loop for longer than all else that is done here."""
 
 
 class PartWriter(Protocol):
@@ -69,10 +70,10 @@ class TableWriter:
     """Writes each part as a file of its own."""
 
     def __init__(
-        self, run_dir: Path, how: Format, path_of: PathOf, class_names: tuple[str, ...] | None, token: str
+        self, run_dir: Path, how: Format, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str
     ) -> None:
         self._run_dir, self._format, self._token = run_dir, how, token
-        self._path_of, self._class_names = path_of, class_names
+        self._names_of, self._class_names = names_of, class_names
         self._rewritten = 0
 
     def write(self, rows: Rows) -> Part:
@@ -90,7 +91,7 @@ class TableWriter:
         return self._create(merged, f"{self._token}-{self._rewritten}", part.split_rows + len(rows.split))
 
     def _table(self, rows: Rows) -> Any:
-        return to_table(rows, [self._path_of(i) for i in rows.index.tolist()], self._class_names)
+        return to_table(rows, self._names_of(rows.index), self._class_names)
 
     def _create(self, table: Any, token: str, split_rows: int) -> Part:
         first = int(table["index"][0].as_py())
@@ -169,7 +170,7 @@ def write_error(path: Path, error: OSError) -> WriteError:
 
 
 def open_writer(
-    run_dir: Path, how: str, path_of: PathOf, class_names: tuple[str, ...] | None, token: str, start: int
+    run_dir: Path, how: str, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str, start: int
 ) -> PartWriter:
     if how == "npy":
         return ArrayWriter(run_dir, start)
@@ -177,7 +178,7 @@ def open_writer(
 
     # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
     pa.set_memory_pool(pa.system_memory_pool())
-    return TableWriter(run_dir, FORMATS[how], path_of, class_names, token)
+    return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
 
 
 class Table:

@@ -2,12 +2,13 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -42,6 +43,11 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth RGB image with detail in every channel."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def texts(values: Iterable[str | None]) -> Any:
+    """An Arrow array of strings."""
+    return pa.array(values, type=pa.string())
 
 
 def ignore_time(_stage: str, _seconds: float) -> None:

@@ -164,7 +164,7 @@ def predict(run_dir: Path, job: Job, manifest: Manifest, files: Listing, token: 
     def path_of(index: int) -> str:
         return readable(files.path(index))
 
-    writer = open_writer(run_dir, job.how, path_of, CLASS_NAMES, token, manifest.start)
+    writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
     table = Table(run_dir, manifest, writer)
     stop = manifest.stop if job.stop_at is None else job.stop_at
     number = 0
@@ -180,7 +180,7 @@ def predict(run_dir: Path, job: Job, manifest: Manifest, files: Listing, token: 
         told("prefix", manifest.prefix)
     if job.retry and job.stop_at is None:
         chosen = np.array([i for i, _, _ in error_rows(run_dir, manifest, job.how, path_of)], dtype=np.int64)
-        writer = open_writer(run_dir, job.how, path_of, CLASS_NAMES, token, manifest.start)
+        writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
         if len(chosen):
             rows = rows_of(job, files, chosen, again=True)
             errors = {int(np.searchsorted(chosen, i)): reason for i, reason in rows.errors.items()}
@@ -230,7 +230,9 @@ def rows_in(how: str, data: bytes, path: Path) -> list[Any]:
 @functools.cache
 def schema_of(how: str) -> Any:
     files = Listing.build([name_of(0)])
-    return to_table(rows_of(Job(how=how, numbers=(0,)), files, np.arange(1), again=False), [""], CLASS_NAMES).schema
+    return to_table(
+        rows_of(Job(how=how, numbers=(0,)), files, np.arange(1), again=False), files.names(np.arange(1)), CLASS_NAMES
+    ).schema
 
 
 @functools.cache
@@ -248,7 +250,7 @@ def acceptable(job: Job, count: int, *older: int) -> list[list[Any]]:
             values = rows.columns["logits"].tolist()
             one = [(i, None if i in rows.errors else values[i], rows.errors.get(i)) for i in range(count)]
         else:
-            table = to_table(rows, [readable(files.path(i)) for i in range(count)], CLASS_NAMES)
+            table = to_table(rows, files.names(np.arange(count)), CLASS_NAMES)
             one = table.to_pylist()
         for choices, row in zip(found, one, strict=True):
             choices.append(row)

@@ -25,11 +25,12 @@ from mgpu_ddp.claiming import claim_folder
 from mgpu_ddp.durable import create_file
 from mgpu_ddp.errors import ProofError, UsageError, WriteError
 from mgpu_ddp.formats import FORMATS
-from mgpu_ddp.listing import FILE_NAME, Listing
+from mgpu_ddp.listing import FILE_NAME, Listing, no_names
 from mgpu_ddp.manifest import ARRAY, MANIFEST, Manifest
 from mgpu_ddp.proof import prove
 from mgpu_ddp.writing import PartWriter, open_writer
 from tests.unit import crashing
+from tests.unit.conftest import texts
 from tests.unit.crashing import CLASS_NAMES, HOWS, SCENARIOS, Ended, Job, attempt, check_whole, rows_of
 from tests.unit.disk import Steps, watching
 
@@ -84,7 +85,7 @@ def test_what_puts_rows_on_disk_never_imports_torch(how: str) -> None:
 
 def dead_writer(run_dir: Path, job: Job, files: Listing) -> tuple[PartWriter, Any]:
     """The writer of an attempt that is taken for dead, and rows that nobody else would write."""
-    writer = open_writer(run_dir, job.how, lambda index: f"late {index}", CLASS_NAMES, "dead", 0)
+    writer = open_writer(run_dir, job.how, lambda indices: texts(f"late {i}" for i in indices), CLASS_NAMES, "dead", 0)
     return writer, rows_of(replace(job, salt=9), files, np.arange(2), again=False)
 
 
@@ -168,7 +169,7 @@ def test_a_late_writer_and_a_claim_that_meet_at_any_step_do_not_harm_each_other(
     found = Manifest.read(place / "before")
     assert found is not None
     # What nobody listed is there as well.
-    writer = open_writer(place / "before", "csv", lambda index: None, None, "unlisted", 0)
+    writer = open_writer(place / "before", "csv", lambda indices: no_names(len(indices)), None, "unlisted", 0)
     writer.write(rows_of(JOB, files, np.arange(4, 6), again=False))
     met, outcomes = [], []
     late_step = claim_step = 0

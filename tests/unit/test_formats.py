@@ -13,7 +13,7 @@ import pytest
 
 from mgpu_ddp.formats import FORMATS, TEXT_CHUNK, to_table
 from mgpu_ddp.rows import Rows
-from tests.unit.conftest import make_rows
+from tests.unit.conftest import make_rows, texts
 
 NAMES = ["cat", "dog", 'snow ☃, "quoted"\nand broken']
 HOSTILE = [
@@ -47,7 +47,7 @@ def text_rows(how: str, path: Path) -> list[dict[str, Any]]:
 
 def test_columns_and_types() -> None:
     rows = make_rows(5, 3)
-    table = to_table(rows, ["a", None, "c"], NAMES)
+    table = to_table(rows, texts(["a", None, "c"]), NAMES)
     assert dict(zip(table.column_names, map(str, table.schema.types), strict=True)) == {
         "index": "int64",
         "path": "string",
@@ -67,8 +67,8 @@ def test_columns_and_types() -> None:
     assert table["error"].to_pylist() == [None] * 3
     for name in ("topk_index", "topk_prob", "logits"):
         assert np.array_equal(np.stack(table[name].to_numpy()), rows.columns[name])
-    assert to_table(rows, [None] * 3, None)["pred_name"].null_count == 3
-    assert to_table(rows, [None] * 3, None).schema.equals(table.schema)
+    assert to_table(rows, texts([None] * 3), None)["pred_name"].null_count == 3
+    assert to_table(rows, texts([None] * 3), None).schema.equals(table.schema)
 
 
 @pytest.mark.parametrize("how", FORMATS)
@@ -76,7 +76,7 @@ def test_columns_and_types() -> None:
 def test_error_rows_keep_what_is_known_and_null_the_rest(how: str, failed: list[int], tmp_path: Path) -> None:
     rows = make_rows(5, 3, errors={i: f"OSError: no {i}" for i in failed})
     rows.columns["pred"][rows.failed] = 10**6  # whatever the model said of a black image, even past the names
-    table = to_table(rows, ["a", "b", "c"], NAMES)
+    table = to_table(rows, texts(["a", "b", "c"]), NAMES)
     path = written(how, table, tmp_path)
     read = pq.read_table(path).to_pylist() if how == "parquet" else text_rows(how, path)
     for index, row in zip((5, 6, 7), read, strict=True):
@@ -95,13 +95,13 @@ def test_error_rows_keep_what_is_known_and_null_the_rest(how: str, failed: list[
 def test_an_unknown_label_is_null() -> None:
     rows = make_rows(0, 4)
     assert rows.label.tolist() == [-1, 0, 1, 2]
-    assert to_table(rows, [None] * 4, None)["label"].to_pylist() == [None, 0, 1, 2]
+    assert to_table(rows, texts([None] * 4), None)["label"].to_pylist() == [None, 0, 1, 2]
 
 
 @pytest.mark.parametrize("how", FORMATS)
 def test_names_and_reasons_of_any_kind_come_back(how: str, tmp_path: Path) -> None:
     reasons = {i: f"ValueError: {name.strip()}" for i, name in enumerate(HOSTILE)}
-    table = to_table(make_rows(0, len(HOSTILE), errors=reasons), HOSTILE, None)
+    table = to_table(make_rows(0, len(HOSTILE), errors=reasons), texts(HOSTILE), None)
     path = written(how, table, tmp_path)
     back = FORMATS[how].columns(path, ["index", "path", "error"])
     assert back.schema.types == [pa.int64(), pa.string(), pa.string()]
@@ -116,13 +116,13 @@ def test_names_and_reasons_of_any_kind_come_back(how: str, tmp_path: Path) -> No
 def test_broken_lines_do_not_tear_rows_where_a_reader_splits_the_file(how: str, tmp_path: Path) -> None:
     names = [f"{i}," + "\n1,2,3" * 100 for i in range(4000)]  # more than one block of any reader
     rows = make_rows(0, 4000, wide=False)
-    path = written(how, to_table(rows, names, None), tmp_path)
+    path = written(how, to_table(rows, texts(names), None), tmp_path)
     assert FORMATS[how].columns(path, ["index", "path"])["path"].to_pylist() == names
 
 
 @pytest.mark.parametrize("how", FORMATS)
 def test_absent_names_and_errors_come_back_as_null(how: str, tmp_path: Path) -> None:
-    path = written(how, to_table(make_rows(0, 3), [None] * 3, None), tmp_path)
+    path = written(how, to_table(make_rows(0, 3), texts([None] * 3), None), tmp_path)
     back = FORMATS[how].columns(path, ["index", "path", "error"])
     assert back["path"].to_pylist() == back["error"].to_pylist() == [None] * 3
 
@@ -143,7 +143,7 @@ def as_rows(values: np.ndarray) -> Rows:
 @pytest.mark.parametrize("how", ["csv", "jsonl"])
 def test_text_numbers_are_short_and_read_back_bitwise_equal(how: str, tmp_path: Path) -> None:
     values = floats()
-    path = written(how, to_table(as_rows(values), [None] * len(values), None), tmp_path)
+    path = written(how, to_table(as_rows(values), texts([None] * len(values)), None), tmp_path)
     rows = text_rows(how, path)
     lists = [json.loads(r["logits"]) if how == "csv" else r["logits"] for r in rows]
     for read in ([r["prob"] for r in rows], [item for (item,) in lists]):
@@ -157,7 +157,7 @@ def test_text_numbers_are_short_and_read_back_bitwise_equal(how: str, tmp_path: 
 @pytest.mark.parametrize("how", ["csv", "jsonl"])
 def test_nan_and_infinity_become_null_in_text(how: str, tmp_path: Path) -> None:
     values = np.float32([np.nan, np.inf, -np.inf, 0.5])
-    path = written(how, to_table(as_rows(values), [None] * 4, None), tmp_path)
+    path = written(how, to_table(as_rows(values), texts([None] * 4), None), tmp_path)
     rows = text_rows(how, path)
     lists = [json.loads(r["logits"], parse_constant=pytest.fail) if how == "csv" else r["logits"] for r in rows]
     assert lists == [[None], [None], [None], [0.5]]
@@ -165,13 +165,13 @@ def test_nan_and_infinity_become_null_in_text(how: str, tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_nan(tmp_path: Path) -> None:
-    path = written("parquet", to_table(as_rows(np.float32([np.nan, 0.5])), [None] * 2, None), tmp_path)
+    path = written("parquet", to_table(as_rows(np.float32([np.nan, 0.5])), texts([None] * 2), None), tmp_path)
     assert np.isnan(pq.read_table(path)["prob"].to_pylist()[0])
 
 
 def test_csv_lists_are_json_text(tmp_path: Path) -> None:
     rows = make_rows(0, 2)
-    path = written("csv", to_table(rows, [None] * 2, None), tmp_path)
+    path = written("csv", to_table(rows, texts([None] * 2), None), tmp_path)
     for row, expected in zip(text_rows("csv", path), rows.columns["topk_index"].tolist(), strict=True):
         assert json.loads(row["topk_index"]) == expected
 
@@ -182,7 +182,7 @@ def test_parts_longer_than_a_chunk_have_one_header_and_every_row(how: str, tmp_p
     index = np.arange(count)
     columns: dict[str, Any] = {"pred": index.astype(np.int32), "prob": np.ones(count, np.float32)}
     rows = Rows(index=index, label=np.full(count, -1, np.int32), columns=columns, errors={})
-    path = written(how, to_table(rows, ["x"] * count, None), tmp_path)
+    path = written(how, to_table(rows, texts(["x"] * count), None), tmp_path)
     assert [int(row["pred"]) for row in text_rows(how, path)] == list(range(count))
     assert FORMATS[how].columns(path, ["index"])["index"].to_pylist() == list(range(count))
 
@@ -192,12 +192,12 @@ def test_very_wide_rows_can_be_read_back(how: str, tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((3, 100_000)).astype(np.float32)
     columns: dict[str, Any] = {"pred": np.zeros(3, np.int32), "prob": np.ones(3, np.float32), "logits": values}
     rows = Rows(index=np.arange(3), label=np.full(3, -1, np.int32), columns=columns, errors={})
-    path = written(how, to_table(rows, [None] * 3, None), tmp_path)
+    path = written(how, to_table(rows, texts([None] * 3), None), tmp_path)
     assert FORMATS[how].columns(path, ["index"])["index"].to_pylist() == [0, 1, 2]
 
 
 def test_jsonl_is_one_utf8_object_a_line(tmp_path: Path) -> None:
-    table = to_table(make_rows(0, 2), ["a\nb ☃", "c"], None)
+    table = to_table(make_rows(0, 2), texts(["a\nb ☃", "c"]), None)
     buffer = io.BytesIO()
     FORMATS["jsonl"].write(table, buffer)
     lines = buffer.getvalue().split(b"\n")

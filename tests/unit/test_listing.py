@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mgpu_ddp.errors import UsageError
@@ -50,6 +51,18 @@ def test_any_name_survives_the_round_trip(tmp_path: Path) -> None:
     assert [opened.path(i) for i in range(len(opened))] == found
     assert {opened.label(i) for i in range(len(opened))} == {-1}
     assert opened.digest(6) == built.digest(6)
+
+
+def test_names_of_many_are_those_of_each() -> None:
+    text = [b"a.png", "snow ☃\n\\.png".encode(), b"", "😀.png".encode()]
+    # Not UTF-8: a lone byte, half a character, a surrogate, a number past the last character.
+    for odd in ([], [b"\xff.png"], [b"\xe9t.png"], [b"\xed\xa0\x80.png"], [b"\xf4\x90\x80\x80.png"]):
+        built = Listing.build([*text, *odd])
+        order = np.array([3, 0, 0, len(text) + len(odd) - 1])
+        named = built.names(order)
+        assert str(named.type) == "string"
+        assert named.to_pylist() == [readable(built.path(int(i))) for i in order]
+    assert built.names(np.arange(0)).to_pylist() == []
 
 
 def test_digest_is_stable_and_sees_every_path() -> None:

@@ -19,6 +19,7 @@ from mgpu_ddp.manifest import Manifest
 from mgpu_ddp.rows import Rows
 from mgpu_ddp.tally import BINS, Tally, tally
 from mgpu_ddp.writing import Table, open_writer
+from tests.unit.conftest import texts
 
 CLASSES, ROWS = 8, 97
 FAILED = {3: "ValueError: no", 40: "ValueError: no", 96: "ValueError: no"}
@@ -44,7 +45,7 @@ def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
     columns = CLASSES if how == "npy" else None
     settings: dict[str, Any] = {"resume": True, "overwrite": False, "batch_size_given": False, "files": None}
     manifest = claim_folder(run_dir, manifest, array_columns=columns, **settings)
-    writer = open_writer(run_dir, how, lambda index: f"{index}", NAMES, "t", 0)
+    writer = open_writer(run_dir, how, lambda indices: texts(map(str, indices)), NAMES, "t", 0)
     probs = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
     for first, stop in zip((0, *stops), stops, strict=False):
         index = np.arange(first, stop)

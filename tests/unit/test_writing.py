@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from mgpu_ddp import claiming, durable, writing
@@ -17,7 +18,7 @@ from mgpu_ddp.datasets import FakeSamples, Samples
 from mgpu_ddp.errors import ProofError, UsageError, WriteError
 from mgpu_ddp.formats import FORMATS
 from mgpu_ddp.manifest import Manifest, Part
-from tests.unit.conftest import make_rows
+from tests.unit.conftest import make_rows, texts
 
 CLASSES = 3
 HOWS = [*FORMATS, "npy"]
@@ -29,6 +30,9 @@ class Named(FakeSamples):
 
     def path(self, index: int) -> str | None:
         return f"class/{index},\n☃.png"
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return texts(self.path(i) for i in indices)
 
 
 SAMPLES: Samples = Named(FakeConfig(size=20))
@@ -47,7 +51,7 @@ def claim(run_dir: Path, how: str = "parquet", *, manifest: Manifest | None = No
 
 def write_parts(run_dir: Path, manifest: Manifest, how: str, *stops: int, token: str = "t") -> list[Part]:
     """Write and commit parts from the prefix to each stop; rows 3 and 17 are errors."""
-    writer = writing.open_writer(run_dir, how, SAMPLES.path, None, token, manifest.start)
+    writer = writing.open_writer(run_dir, how, SAMPLES.names, None, token, manifest.start)
     parts = []
     for stop in stops:
         first = manifest.prefix
@@ -140,7 +144,7 @@ def test_a_complete_folder_stays_complete(tmp_path: Path) -> None:
 def test_what_the_manifest_does_not_list_is_deleted(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how)
     (kept,) = write_parts(tmp_path, manifest, how, 8)
-    writer = writing.open_writer(tmp_path, how, SAMPLES.path, None, "dead", 0)
+    writer = writing.open_writer(tmp_path, how, SAMPLES.names, None, "dead", 0)
     writer.write(make_rows(8, 4))  # written, never committed
     (tmp_path / "predictions/.part-x.tmp").touch()
     (tmp_path / "predictions/notes.txt").touch()
@@ -232,7 +236,7 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> No
 def test_commit_refuses_what_does_not_follow(tmp_path: Path, first: int) -> None:
     manifest = claim(tmp_path)
     write_parts(tmp_path, manifest, "parquet", 8)
-    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.path, None, "u", 0)
+    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.names, None, "u", 0)
     with pytest.raises(ProofError, match=f"must begin at 8, got {first}"):
         writing.Table(tmp_path, manifest, writer).add(make_rows(first, 4))
     on_disk = Manifest.read(tmp_path)
@@ -243,7 +247,7 @@ def test_commit_refuses_what_does_not_follow(tmp_path: Path, first: int) -> None
 @pytest.mark.parametrize("damage", ["short", "missing"])
 def test_commit_refuses_a_part_that_is_not_there_as_described(tmp_path: Path, damage: str) -> None:
     manifest = claim(tmp_path)
-    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.path, None, "t", 0)
+    writer = writing.open_writer(tmp_path, "parquet", SAMPLES.names, None, "t", 0)
     part = writer.write(make_rows(0, 8))
     path = tmp_path / part.file
     if damage == "short":
@@ -256,7 +260,7 @@ def test_commit_refuses_a_part_that_is_not_there_as_described(tmp_path: Path, da
 
 def put_rows(run_dir: Path, manifest: Manifest, how: str, number: int, index: list[int]) -> None:
     """Make a listed part hold other rows than it should, as a defect of a writer would."""
-    fake = writing.open_writer(run_dir, how, SAMPLES.path, None, "fake", 0).write(
+    fake = writing.open_writer(run_dir, how, SAMPLES.names, None, "fake", 0).write(
         make_rows(0, 20).take(np.array(index))
     )
     part = manifest.parts[number]
@@ -328,7 +332,7 @@ def test_the_proof_refuses_a_folder_that_differs_from_the_manifest(tmp_path: Pat
 @pytest.mark.parametrize("how", HOWS)
 def test_no_samples_at_all(tmp_path: Path, how: str) -> None:
     manifest = claim(tmp_path, how, manifest=wanted(stop=0))
-    writing.open_writer(tmp_path, how, SAMPLES.path, None, "t", 0)
+    writing.open_writer(tmp_path, how, SAMPLES.names, None, "t", 0)
     assert proofs.prove(tmp_path, manifest, how).total == 0
     if how == "npy":
         assert np.load(tmp_path / "predictions.npy", mmap_mode="r").shape == (0, CLASSES)
@@ -377,7 +381,7 @@ def test_retried_rows_take_the_place_of_error_rows_alone(tmp_path: Path, how: st
     manifest = claim(tmp_path, how)
     parts = write_parts(tmp_path, manifest, how, 8, 12, 20)
     untouched = {p.file: (tmp_path / p.file).read_bytes() for p in parts if p.errors == 0 and how != "npy"}
-    writer = writing.open_writer(tmp_path, how, SAMPLES.path, None, "again", 0)
+    writer = writing.open_writer(tmp_path, how, SAMPLES.names, None, "again", 0)
     table = writing.MendedTable(tmp_path, manifest, writer, np.array([3, 17]))
     retried = make_rows(0, 20, errors={17: "still bad"}, classes=CLASSES).take(np.array([3, 17]))
     table.add(dataclasses.replace(retried, index=np.array([0, 1]), errors={1: "still bad"}, split=frozenset({0})))
@@ -393,7 +397,7 @@ def test_retried_rows_take_the_place_of_error_rows_alone(tmp_path: Path, how: st
     assert list(proofs.error_rows(tmp_path, manifest, how, SAMPLES.path)) == [(17, SAMPLES.path(17), "still bad")]
     # The same table as one that was predicted with this outcome at once.
     at_once = claim(tmp_path / "at once", how)
-    writer = writing.open_writer(tmp_path / "at once", how, SAMPLES.path, None, "t", 0)
+    writer = writing.open_writer(tmp_path / "at once", how, SAMPLES.names, None, "t", 0)
     table = writing.Table(tmp_path / "at once", at_once, writer)
     for first, stop in ((0, 8), (8, 12), (12, 20)):
         errors = {17: "still bad"} if first == 12 else {}
@@ -404,7 +408,7 @@ def test_retried_rows_take_the_place_of_error_rows_alone(tmp_path: Path, how: st
 def test_array_rows_that_are_being_retried_do_not_count_until_listed(tmp_path: Path) -> None:
     manifest = claim(tmp_path, "npy")
     write_parts(tmp_path, manifest, "npy", 20)
-    writer = writing.open_writer(tmp_path, "npy", SAMPLES.path, None, "again", 0)
+    writer = writing.open_writer(tmp_path, "npy", SAMPLES.names, None, "again", 0)
     writer.rewrite(manifest.parts[0], make_rows(3, 1, classes=CLASSES))  # written, never listed
     proof = proofs.prove(tmp_path, claim(tmp_path, "npy"), "npy")
     assert (proof.rows, proof.errors) == (20, 2)

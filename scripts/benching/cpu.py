@@ -157,7 +157,7 @@ def check_imports() -> Row:
 
 def cpu(args: argparse.Namespace) -> bool:
     """One CPU-only machine: FakeData (3, 224, 224) through ResNet18, batches of 32."""
-    images = args.images or (320 if args.quick else 1000)
+    images = args.images or (480 if args.quick else 1000)
     rounds = args.rounds or (1 if args.quick else 3)
     tiny_rows = 3000 if args.quick else 20_000
     infer = ["-m", "mgpu_ddp.infer", "runtime.device=cpu"]
@@ -168,11 +168,12 @@ def cpu(args: argparse.Namespace) -> bool:
         command=[sys.executable, str(PEERS / "tutorial.py"), str(images), "2"],
     )
     one = Competitor(name="python -m mgpu_ddp.infer", command=[sys.executable, *job])
+    compiled = Competitor(name="one process, compiled", command=[*one.command, "runtime.compile=on"])
     two = Competitor(name="torchrun, 2 processes", command=[*torchrun(2), *job])
     loop = Competitor(name="bare channels_last loop", command=bare)
     ceiling = Competitor(name="bare loop, folded, a batch per thread", command=[*bare, "--fold", "--pool"])
 
-    measured = take_turns([tutorial, one, two, loop, ceiling], rounds, args.out, args.max_noise)
+    measured = take_turns([tutorial, one, compiled, two, loop, ceiling], rounds, args.out, args.max_noise)
 
     def walls(competitor: Competitor) -> list[float]:
         return [m.wall_s for m in measured[competitor.name]]
@@ -187,6 +188,8 @@ def cpu(args: argparse.Namespace) -> bool:
         Row(name=tutorial.name, wall_s=walls(tutorial), value=f"{statistics.median(rates(tutorial)):.1f} images/s"),
         compare(one.name, rates(one), rates(tutorial), bar=1.0, wall_s=walls(one)),
         compare(two.name, rates(two), rates(tutorial), bar=0.9, wall_s=walls(two)),
+        compare("one process, steady, of the tutorial's", steady(one), steady(tutorial), bar=1.4),
+        compare("one process, compiled, of the same", steady(compiled), steady(tutorial), bar=1.6),
         Row(name=loop.name, value=f"{statistics.median(steady(loop)):.1f} images/s"),
         compare("one process, steady, of that", steady(one), steady(loop), bar=0.95),
         Row(name=ceiling.name, value=f"{statistics.median(steady(ceiling)):.1f} images/s"),

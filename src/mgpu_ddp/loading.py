@@ -335,6 +335,8 @@ def load_batches(
     workers = int(config.workers)
     # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
     slots = _multiple(workers * config.prefetch + held, max(workers, 1))
+    # A short job uses none of them again.
+    slots = max(1, min(slots, -(-len(sampler) // batch_size)))
     on_gpu = world.device.type == "cuda"
     layout = samples.layout if on_gpu else None
     most, num_images = available_bytes() // world.local_size, slots * batch_size

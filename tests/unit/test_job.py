@@ -22,10 +22,13 @@ from mgpu_ddp.config import (
 )
 from mgpu_ddp.datasets import Samples, find_listing
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.infer import infer
 from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, place_job
+from mgpu_ddp.keeping import Kept
 from mgpu_ddp.models import build_model
 from mgpu_ddp.planning import _plan, error_limit
 from mgpu_ddp.predict import STAGED, in_flight
+from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World
 from tests.conftest import make_images
 from tests.sources import write_parquet, write_tar
@@ -87,6 +90,23 @@ def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, wor
     (tmp_path / "images/b.png").unlink()
     claim, samples = claimed(settings, tmp_path / "run", world)
     assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "resnet19"}, "model.name must be a torchvision classification model"),
+        ({"weights": "gone.pt"}, "model.weights must be an existing file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_before_the_images_are_listed(
+    tmp_path: Path, world: World, settings: dict[str, Any], said: str
+) -> None:
+    """Many tars take minutes."""
+    data = WebDatasetConfig(urls=str(tmp_path / "gone.tar"))
+    job = Job(name="0", config=config(data=data, model=ModelConfig(**settings)), run_dir=tmp_path / "run")
+    with pytest.raises(UsageError, match=said):
+        infer(job, world, StopWish(), Kept())
 
 
 @pytest.mark.parametrize("first", [True, False])

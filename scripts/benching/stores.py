@@ -21,13 +21,14 @@ STARTS_WITHIN_S = 20
 
 @dataclass(kw_only=True)
 class Proxy:
-    """Passes requests on, one connection there for each one here; `fault` says what happens to the n-th GET instead."""
+    """Passes requests on, one connection there for each one here; `fault` may spoil the n-th one for an object."""
 
     upstream: int
     latency_s: float = 0.0
     fault: Callable[[int], "tuple[int, str] | str | None"] = lambda number: None
     """None, an HTTP status with S3's code for it, or `reset` for a connection that breaks off amid the body."""
-    gets: int = 0
+    asked: int = 0
+    """GET and HEAD of objects."""
     most_at_once: int = 0
     port: int = 0
     faults: list[str] = field(default_factory=list)
@@ -70,21 +71,23 @@ class Proxy:
         far_writer: asyncio.StreamWriter,
     ) -> None:
         # Of objects, and not of lists of them.
-        is_get = request.startswith(b"GET ") and b"?list-type" not in request.split(b"\r\n", 1)[0]
-        self.gets += is_get
-        fault = self.fault(self.gets) if is_get else None
+        is_head = request.startswith(b"HEAD ")
+        is_asked = (is_head or request.startswith(b"GET ")) and b"?list-type" not in request.split(b"\r\n", 1)[0]
+        self.asked += is_asked
+        fault = self.fault(self.asked) if is_asked else None
         if isinstance(fault, tuple):
             self.faults.append(fault[1])
             body = f"<?xml version='1.0'?><Error><Code>{fault[1]}</Code><Message>as asked</Message></Error>".encode()
             head = f"HTTP/1.1 {fault[0]} No\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
+            # As S3 does: after a HEAD its clients never see the code.
+            writer.write(head.encode() + (b"" if is_head else body))
             await writer.drain()
             return
         far_writer.write(request)
         head = await far_reader.readuntil(HEADERS_END)
         length = re.search(rb"(?i)content-length: *(\d+)", head)
         writer.write(head)
-        if request.startswith(b"HEAD "):
+        if is_head:
             pass
         elif length is not None:
             left = int(length[1])

@@ -182,7 +182,8 @@ class TransformConfig:
     to size, normalise. auto: plain for fake data; elsewhere the named weights' own transform, or imagenet, of which
     an array whose images have the model's size already gets the normalising alone."""
     size: int = 224
-    """Side of the square the model sees, in pixels. 224 leaves named weights their own size."""
+    """Side of the square the model sees, in pixels. 224 leaves named weights and timm's models their own size; any
+    other overrides it."""
 
     def __post_init__(self) -> None:
         _one_of("transform.name", self.name, ("auto", "plain", "imagenet"))

@@ -174,7 +174,8 @@ def find_listing(config: Config, run_dir: Path, *, afresh: bool, world: World) -
     if isinstance(data, WebDatasetConfig):
         files = index_shards(data.urls, partial(index_tar, data), known, world)
         with world.together("look for labels"):
-            none_there = files is not None and files.table["label"].null_count == len(files)
+            # A folder that is continued may have been begun without this key: its claim says so.
+            none_there = files is not None and known is None and files.table["label"].null_count == len(files)
             rule = "the extension of a member right before or after its images"
             found = not (none_there and data.label_extension)
             require(found, "data.label_extension", rule, data.label_extension, "No image has one: leave it out.")

@@ -1,4 +1,4 @@
-"""The story, top to bottom: join → configure → find → load → claim → shard → predict → collect → report.
+"""The story, top to bottom: join → configure → load → find → claim → shard → predict → collect → report.
 
 torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]
 """
@@ -52,8 +52,9 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     decodes = decode_of(config, world.device) != "cpu"
     warm = warm_up(world.device, decodes=decodes) if world.device.type == "cuda" else None
     job = place_job(job, world)
-    files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
+    # Before the images are listed, which may take minutes: a model that is not there is told in seconds.
     model = kept.get("model", [config.model, config.seed], lambda: load_model(config, world))
+    files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
     if config.dry_run:
         return dry_run(job, model, files, world)
     transform = choose_transform(config, model)

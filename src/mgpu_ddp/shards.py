@@ -143,15 +143,20 @@ def look_at(path: str) -> tuple[int, int]:
     """Size in bytes and time of change in ns of a file; of a URL, what stands for that.
 
     Raises:
-        UsageError: it is missing.
+        UsageError: it is missing or forbidden.
     """
     try:
-        if protocol_of(path):
-            return stores.look_at(path)
-        status = os.stat(path)
+        return _look_at(path)
     except (OSError, ValueError) as error:
         text = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"data.urls must name files that are there, got {path!r} ({text}). Mend it.") from None
+        rule = "files that are there and may be read"
+        raise UsageError(f"data.urls must name {rule}, got {path!r} ({text}). Mend it.") from None
+
+
+def _look_at(path: str) -> tuple[int, int]:
+    if protocol_of(path):
+        return stores.look_at(path)
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -204,9 +209,11 @@ class OpenShards(Generic[Opened]):
         shard = self._shards[number]
         try:
             opened = self._opener(shard.path)
-            now = look_at(shard.path)
-        except (FileNotFoundError, UsageError) as error:
-            raise _changed(shard, str(error.strerror if isinstance(error, OSError) else "no such file")) from None
+            now = _look_at(shard.path)
+        except FileNotFoundError:
+            raise _changed(shard, "no such file") from None
+        except PermissionError:
+            raise _changed(shard, "none that may be read") from None
         if now != (shard.num_bytes, shard.modified_ns):
             self._closer(opened)
             same_size = now[0] == shard.num_bytes

@@ -15,7 +15,7 @@ import numpy as np
 
 from mgpu_ddp import stores
 from mgpu_ddp.config import WebDatasetConfig, protocol_of
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import MgpuError, UsageError
 from mgpu_ddp.images import ImageSamples
 from mgpu_ddp.listing import EXTENSIONS, Listing, Shard, as_labels
 from mgpu_ddp.shards import Indexed, OpenShards, look_at
@@ -102,7 +102,7 @@ def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
         last = file.fileobj.read(tarfile.BLOCKSIZE)
         whole = last == bytes(tarfile.BLOCKSIZE)
         found = "no end, it was cut off" if len(last) < tarfile.BLOCKSIZE else "no header"
-    except UsageError:
+    except MgpuError:
         raise
     except Exception as error:  # tarfile raises all kinds for what is broken
         whole, found = False, f"{type(error).__name__}: {error}"

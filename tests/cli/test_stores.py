@@ -52,7 +52,7 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
         assert 0 < kept < COUNT
         told = [(tmp_path / "stderr.txt").read_text()]
 
-        proxy.latency_s, expires = 0.0, proxy.gets + 100
+        proxy.latency_s, expires = 0.0, proxy.asked + 100
         proxy.fault = lambda number: s3.EXPIRED if number > expires else None
         locked_out = run(torchrun(2, *far), tmp_path)
         told.append(locked_out.err)

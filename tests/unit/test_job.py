@@ -5,17 +5,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mgpu_ddp import preprocess
-from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.config import (
+    Config,
+    FakeConfig,
+    FolderConfig,
+    LoaderConfig,
+    ModelConfig,
+    ParquetConfig,
+    TransformConfig,
+    WebDatasetConfig,
+)
 from mgpu_ddp.datasets import Samples, find_listing
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.infer import infer
 from mgpu_ddp.job import Claim, Job, claim_job, dataset_range, place_job
+from mgpu_ddp.keeping import Kept
 from mgpu_ddp.models import build_model
 from mgpu_ddp.planning import _plan, error_limit
 from mgpu_ddp.predict import STAGED, in_flight
+from mgpu_ddp.signals import StopWish
 from mgpu_ddp.world import World
+from tests.conftest import make_images
+from tests.sources import write_parquet, write_tar
 
 
 def config(**changes: Any) -> Config:
@@ -74,6 +90,56 @@ def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, wor
     (tmp_path / "images/b.png").unlink()
     claim, samples = claimed(settings, tmp_path / "run", world)
     assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "resnet19"}, "model.name must be a torchvision classification model"),
+        ({"weights": "gone.pt"}, "model.weights must be an existing file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_before_the_images_are_listed(
+    tmp_path: Path, world: World, settings: dict[str, Any], said: str
+) -> None:
+    """Many tars take minutes."""
+    data = WebDatasetConfig(urls=str(tmp_path / "gone.tar"))
+    job = Job(name="0", config=config(data=data, model=ModelConfig(**settings)), run_dir=tmp_path / "run")
+    with pytest.raises(UsageError, match=said):
+        infer(job, world, StopWish(), Kept())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("source", "key", "value"),
+    [
+        ("webdataset", "label_extension", "cls"),
+        ("webdataset", "extensions", ["jpg"]),
+        ("parquet", "column", "other"),
+        ("parquet", "label_column", "label"),
+        ("parquet", "key_column", "image.path"),
+    ],
+)
+def test_a_folder_that_was_begun_with_another_key_is_refused_for_that_key(
+    tmp_path: Path, world: World, source: str, key: str, value: Any, first: bool
+) -> None:
+    """Its listing says what the first start's keys have found."""
+    photos = make_images(tmp_path / "photos", 4)
+    write_tar(tmp_path / "x.tar", photos, [1] * 4)
+    write_parquet(tmp_path / "x.parquet", photos, [1] * 4, group=4)
+    table = pq.read_table(tmp_path / "x.parquet")
+    pq.write_table(table.append_column("other", table["image"]), tmp_path / "x.parquet")
+    data: dict[str, Any] = {
+        "webdataset": WebDatasetConfig(urls=f"{tmp_path}/*.tar"),
+        "parquet": ParquetConfig(urls=f"{tmp_path}/*.parquet"),
+    }
+    with_it, without = config(data=replace(data[source], **{key: value})), config(data=data[source])
+    claimed(with_it if first else without, tmp_path / "run", world)
+    with pytest.raises(UsageError) as refused:
+        claimed(without if first else with_it, tmp_path / "run", world)
+    assert str(refused.value).startswith("output.dir must hold this same job, got ")
+    there, here = (getattr(asked.data, key) for asked in ((with_it, without) if first else (without, with_it)))
+    assert f" with data.{key}={there!r} there, {here!r} here. " in str(refused.value)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 100])

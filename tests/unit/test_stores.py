@@ -1,7 +1,8 @@
 """Images behind URLs: a real server of S3's protocol, and a network that fails in the ways networks do."""
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -103,7 +104,7 @@ def test_a_store_that_stays_away_ends_the_job_and_not_its_images(
     proxy.fault = lambda number: s3.SLOW_DOWN[0]
     with pytest.raises(StateError, match=rf"'{url}' must be readable, got .*SlowDown.* {stores.ATTEMPTS} times"):
         stores.begin(url).result()
-    assert proxy.gets == stores.ATTEMPTS
+    assert proxy.asked == stores.ATTEMPTS
     s3.use(monkeypatch, 9)
     with pytest.raises(StateError, match="must be readable, got EndpointConnectionError"):
         stores.begin(url).result()
@@ -116,7 +117,7 @@ def test_credentials_that_are_refused_end_the_job_at_once(
     proxy.fault = lambda number: s3.EXPIRED
     with pytest.raises(StateError, match=r"credentials at hand, got .*ExpiredToken.* Renew them, and start again"):
         stores.begin(url).result()
-    assert proxy.gets == 1
+    assert proxy.asked == 1
     proxy.fault = lambda number: None
     s3.use(monkeypatch, proxy.port)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
@@ -135,10 +136,88 @@ def test_what_is_wrong_with_one_image_is_its_own(proxy: s3.Proxy) -> None:
     with pytest.raises(FileNotFoundError):
         stores.begin("s3://bucket/photos/none.jpg").result()
     proxy.fault = lambda number: (403, "AccessDenied")
-    before = proxy.gets
+    before = proxy.asked
     with pytest.raises(PermissionError):
         stores.begin("s3://bucket/photos/none.jpg").result()
-    assert proxy.gets == before + 1
+    assert proxy.asked == before + 1
+
+
+def far_files(source: str) -> Any:
+    """What holds many images or names them, of the bucket."""
+    return {
+        "list": ListConfig(path="s3://bucket/list.csv"),
+        "webdataset": WebDatasetConfig(urls="s3://bucket/shard-{00..02}.tar", label_extension="cls"),
+        "parquet": ParquetConfig(urls="s3://bucket/shard-{00..02}.parquet", label_column="label"),
+    }[source]
+
+
+def opened(data: Any, world: World) -> Samples:
+    return open_samples(config(data), find_listing(config(data), Path("none"), afresh=True, world=world))
+
+
+REFUSED = r"s3://bucket/.*' must be readable with the credentials at hand, got .* Renew them, and start again"
+
+
+@pytest.mark.parametrize("source", ["list", "webdataset", "parquet"])
+def test_a_token_that_expires_is_told_as_such_whichever_request_is_the_first_without(
+    proxy: s3.Proxy, world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are HEAD, whose answer has no body that says why."""
+    # So that tars take several.
+    monkeypatch.setattr(stores, "BUFFER_BYTES", 8192)
+
+    def expiring(step: Callable[[], object]) -> list[str]:
+        """What is said where it expires at each request of a step in turn."""
+        told = []
+        while True:
+            expires = proxy.asked + len(told)
+            proxy.fault = lambda number, expires=expires: s3.EXPIRED if number > expires else None
+            try:
+                step()
+            except StateError as error:
+                told.append(str(error))
+            else:
+                proxy.fault = lambda number: None
+                return told
+
+    listing = expiring(lambda: opened(far_files(source), world))
+    files = find_listing(config(far_files(source)), Path("none"), afresh=True, world=world)
+
+    def load() -> None:
+        _, _, errors = loaded(open_samples(config(far_files(source)), files), world, workers=0)
+        assert errors == {}
+
+    loading = expiring(load)
+    assert min(len(listing), len(loading)) >= 2
+    assert all(re.search(REFUSED, said) for said in [*listing, *loading])
+
+
+@pytest.mark.parametrize("source", ["list", "webdataset", "parquet"])
+def test_a_wrong_secret_is_told_as_such_at_the_start(
+    proxy: s3.Proxy, world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StateError, match=REFUSED):
+        opened(far_files(source), world)
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+@pytest.mark.parametrize(
+    ("fault", "at_start", "later"),
+    [
+        ((403, "AccessDenied"), r"\(as asked\)", "none that may be read"),
+        ((404, "NoSuchKey"), r"\(bucket/shard-00\.\w+\)", "no such file"),
+    ],
+)
+def test_a_file_that_is_forbidden_or_gone_is_told_as_such(
+    proxy: s3.Proxy, world: World, source: str, fault: tuple[int, str], at_start: str, later: str
+) -> None:
+    samples = opened(far_files(source), world)
+    proxy.fault = lambda number: fault
+    with pytest.raises(UsageError, match=rf"data.urls must name files that are there .*00\.\w+' {at_start}\. Mend it"):
+        opened(far_files(source), world)
+    with pytest.raises(StateError, match=rf"00\.\w+' must stay as it was indexed, got {later}\. "):
+        loaded(samples, world, workers=0)
 
 
 def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(proxy: s3.Proxy, folder: Path) -> None:
@@ -149,11 +228,11 @@ def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(p
     assert ahead.take(0) == (folder / "photos" / some[0]).read_bytes()
     assert [ahead.take(index) for index in range(1, 100)]
     assert proxy.most_at_once >= stores.IN_FLIGHT // 2
-    assert proxy.gets == 100
+    assert proxy.asked == 100
     ahead.expect([100, 101])
     ahead.expect([101])
     ahead.take(101)
-    assert proxy.gets <= 102
+    assert proxy.asked <= 102
 
 
 def loaded(samples: Samples, world: World, *, workers: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:

@@ -317,6 +317,11 @@ class OutputConfig:
         """What an array holds."""
         return "embedding" if self.fields == ["embedding"] else "logits"
 
+    @property
+    def computed(self) -> list[str]:
+        """What of `fields` goes into the output in its format."""
+        return [self.array_field] if self.format == "npy" else self.fields
+
 
 @dataclass(kw_only=True, slots=True)
 class DistConfig:

@@ -53,7 +53,7 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     warm = warm_up(world.device, decodes=decodes) if world.device.type == "cuda" else None
     job = place_job(job, world)
     # Before the images are listed, which may take minutes: a model that is not there is told in seconds.
-    model = kept.get("model", [config.model, config.seed], lambda: load_model(config, world))
+    model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
     files = find_listing(config, job.run_dir, afresh=job.starts_over, world=world)
     if config.dry_run:
         return dry_run(job, model, files, world)

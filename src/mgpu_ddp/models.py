@@ -129,8 +129,7 @@ def _build_timm(config: Config, wanted: TimmConfig) -> Model:
     require(fits, "model.weights", rule, weights, "A timm model's name may end in a tag: model.name=resnet18.a1_in1k.")
     torch.manual_seed(config.seed)
     module, preset = build_timm(wanted)
-    output = config.output
-    if "embedding" in ([output.array_field] if output.format == "npy" else output.fields):
+    if "embedding" in config.output.computed:
         # What a head of several layers is given is none of their inputs alone: the mean of two tokens, say.
         head = module.get_classifier()  # type: ignore[operator]
         has_one = isinstance(head, nn.Linear | nn.Conv2d)

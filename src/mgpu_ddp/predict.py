@@ -46,7 +46,7 @@ class Predictor:
             if device.type == "cuda"
             else None
         )
-        self._fields, self._topk = {output.array_field} if output.format == "npy" else set(output.fields), output.topk
+        self._fields, self._topk = set(output.computed), output.topk
         self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
         # A compiled module has its own ways, and DataParallel's threads cannot be recorded.

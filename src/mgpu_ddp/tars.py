@@ -7,9 +7,11 @@ labels where those are asked for; nothing is unpickled, and nothing but images i
 
 import io
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from mgpu_ddp.shards import Indexed, OpenShards, look_at
 
 LABEL_BYTES = 18
 """More than a whole number takes is no label."""
+NOWHERE = (0, -1)
+"""The place of an image whose bytes do not lie in the tar in one piece."""
+NO_BYTES = "a sparse file, or a link to no image of this tar: unpack and pack it again without"
 
 
 def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
@@ -35,6 +40,7 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
     paths: list[bytes] = []
     labels: list[int | None] = []
     places: list[tuple[int, int]] = []
+    links: dict[int, str] = {}
     sample: bytes | None = None
     first = 0
     label: int | None = None
@@ -53,9 +59,16 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
             elif kind in data.extensions or (
                 not data.extensions and b"." + extension.lower().rpartition(b".")[2] in EXTENSIONS
             ):
+                if (target := _target(member)) is not None:
+                    links[len(paths)] = target
                 paths.append(os.fsencode(name) + b"/" + member_name)
-                places.append((member.offset_data, member.size))
+                has_bytes = member.isreg() and not member.issparse()
+                places.append((member.offset_data, member.size) if has_bytes else NOWHERE)
         labels += [label] * (len(paths) - first)
+    if links:
+        known = {_plain(path[len(os.fsencode(name)) + 1 :]): place for path, place in zip(paths, places, strict=True)}
+        for number, target in links.items():
+            places[number] = known.get(_plain(os.fsencode(target)), NOWHERE)
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     return Indexed(
         shard=Shard(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)]),
@@ -68,6 +81,17 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
             }
         ),
     )
+
+
+def _target(member: tarfile.TarInfo) -> str | None:
+    """The name of what a link stands for: a hard one names it from the tar's root, a symbolic one from its folder."""
+    if member.issym():
+        return posixpath.join(posixpath.dirname(member.name), member.linkname)
+    return member.linkname if member.islnk() else None
+
+
+def _plain(name: bytes) -> bytes:
+    return posixpath.normpath(name)
 
 
 def _open(path: str) -> io.BufferedReader:
@@ -89,12 +113,12 @@ def _reading(path: str, opened: io.BufferedReader) -> tarfile.TarFile:
 
 
 def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, to its proper end."""
+    """The files of a tar, and links that may stand for some, to its proper end."""
     try:
         while (member := file.next()) is not None:
             # It would keep them all.
             file.members = []  # type: ignore[attr-defined]
-            if member.isreg() and not member.issparse():
+            if member.isreg() or member.islnk() or member.issym():
                 yield member
         # tarfile takes whatever it does not understand for the end.
         assert file.fileobj is not None
@@ -102,6 +126,11 @@ def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
         last = file.fileobj.read(tarfile.BLOCKSIZE)
         whole = last == bytes(tarfile.BLOCKSIZE)
         found = "no end, it was cut off" if len(last) < tarfile.BLOCKSIZE else "no header"
+        if whole and _goes_on(file.fileobj):
+            raise UsageError(
+                f"data.urls must be single tars, got {path!r} (something follows its end at byte {file.offset:,})."
+                " Join tars by tar --concatenate, or name each."
+            )
     except MgpuError:
         raise
     except Exception as error:  # tarfile raises all kinds for what is broken
@@ -112,11 +141,19 @@ def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
         )
 
 
+def _goes_on(file: Any) -> bool:
+    """Whether more than padding follows."""
+    while content := file.read(io.DEFAULT_BUFFER_SIZE):
+        if content.strip(b"\0"):
+            return True
+    return False
+
+
 def _read_label(file: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
-    content = file.extractfile(member)
+    content = file.extractfile(member) if member.isreg() else None
     text = content.read(LABEL_BYTES) if content is not None else b""
     try:
-        if member.size > LABEL_BYTES:
+        if content is None or member.size > LABEL_BYTES:
             raise ValueError
         return int(text)
     except ValueError:
@@ -143,10 +180,16 @@ class TarSamples(ImageSamples):
 
     def _begin(self, index: int) -> Future[bytes]:
         tar, first, size = self._place(index)
+        if size < 0:
+            nothing: Future[bytes] = Future()
+            nothing.set_exception(ValueError(NO_BYTES))
+            return nothing
         return stores.begin(self._urls[tar], first, first + size)
 
     def fetch(self, index: int) -> bytes:
         tar, first, size = self._place(index)
+        if size < 0:
+            raise ValueError(NO_BYTES)
         data = os.pread(self._tars[tar], size, first)
         if len(data) < size:
             raise EOFError(f"the tar ends {size - len(data):,} bytes before this image does")

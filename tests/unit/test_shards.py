@@ -1,6 +1,7 @@
 """Tars and Parquet: what they hold is found and read, each byte once, and what is broken is one line."""
 
 import os
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -119,14 +120,62 @@ def test_odd_members_are_left_out_and_odd_names_kept(tmp_path: Path, world: Worl
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
         for name in (long, "caf\udce9.jpg", "new\nline.jpg"):
             member(tar, name, b"x" + os.fsencode(name))
-        for kind, name in ((tarfile.SYMTYPE, "link.jpg"), (tarfile.DIRTYPE, "dir.jpg"), (tarfile.FIFOTYPE, "p.jpg")):
+        for kind, name in ((tarfile.DIRTYPE, "dir.jpg"), (tarfile.FIFOTYPE, "p.jpg"), (tarfile.CHRTYPE, "c.jpg")):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type = kind
             tar.addfile(info)
     files = indexed(tmp_path / "x.tar", world)
     wanted = [os.fsencode(long), b"caf\xe9.jpg", b"new\nline.jpg"]
     assert [name for name, _ in rows(files)] == [b"x.tar/" + name for name in wanted]
     assert [TarSamples(files).fetch(i) for i in range(3)] == [b"x" + name for name in wanted]
+
+
+def test_links_are_the_images_they_stand_for_and_others_are_error_rows(tmp_path: Path, world: World) -> None:
+    """As GNU tar writes them, from real links and a real sparse file."""
+    folder = tmp_path / "photos"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.jpg").write_bytes(JPEG)
+    os.link(folder / "a" / "1.jpg", folder / "a" / "2.jpg")
+    (folder / "a" / "3.jpg").symlink_to("1.jpg")
+    (folder / "b").symlink_to("a")
+    (folder / "4.jpg").symlink_to("a/../a/1.jpg")
+    (folder / "5.jpg").symlink_to("/etc/passwd")
+    (folder / "6.jpg").symlink_to("gone.jpg")
+    with (folder / "7.jpg").open("wb") as sparse:
+        sparse.truncate(1 << 20)
+        sparse.seek(1 << 19)
+        sparse.write(JPEG)
+    (folder / "1.cls").symlink_to("a/1.jpg")
+    subprocess.run(["tar", "-S", "--sort=name", "-cf", tmp_path / "x.tar", "-C", folder, "."], check=True)
+    files = indexed(tmp_path / "x.tar", world)
+    places = {files.path(i).rpartition(b"/")[2].decode(): i for i in range(len(files))}
+    assert len(places) == len(files) == 7
+    samples = TarSamples(files)
+    assert {samples.fetch(places[f"{name}.jpg"]) for name in (1, 2, 3, 4)} == {JPEG}
+    for name in (5, 6, 7):
+        with pytest.raises(ValueError, match="a sparse file, or a link to no image of this tar"):
+            samples.fetch(places[f"{name}.jpg"])
+        with pytest.raises(ValueError, match="a sparse file, or a link to no image of this tar"):
+            samples._begin(places[f"{name}.jpg"]).result()
+    with pytest.raises(UsageError, match=r"must name whole numbers, got b'' in './1\.cls'"):
+        indexed(tmp_path / "x.tar", world, label_extension="cls")
+
+
+def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path: Path, world: World) -> None:
+    first, second = (tar_of(tmp_path / f"{n}.tar", {f"{n}.jpg": JPEG}) for n in "ab")
+    joined = tmp_path / "ab.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(
+        UsageError, match=r"must be single tars, got '.*ab\.tar' \(something follows its end at byte 1,536\)"
+    ):
+        indexed(joined, world)
+    # What GNU tar itself does: its own way to join, an appended member, and large records of padding.
+    joined.write_bytes(first.read_bytes())
+    subprocess.run(["tar", "--concatenate", "-f", joined, second], check=True)
+    (tmp_path / "c.jpg").write_bytes(JPEG)
+    subprocess.run(["tar", "-rf", joined, "-C", tmp_path, "c.jpg"], check=True)
+    joined.write_bytes(joined.read_bytes() + bytes(3 << 20))
+    assert [name for name, _ in rows(indexed(joined, world))] == [b"ab.tar/a.jpg", b"ab.tar/b.jpg", b"ab.tar/c.jpg"]
 
 
 def compressed(data: bytes) -> bytes:

@@ -18,6 +18,9 @@ log = logging.getLogger("mgpu_ddp")
 
 NO_NAME = "\x01"
 """Between the columns of a text that has one: no sane path holds it."""
+BLANK = r"^\s*$"
+NO_LISTS = (".tsv", ".json", ".jsonl", ".arrow", ".feather", ".npy", ".tar", ".gz", ".bz2", ".xz", ".zst", ".zip")
+"""Suffixes of what would be read as one path a line, and is not."""
 
 
 class FileSamples(ImageSamples):
@@ -78,7 +81,10 @@ def read_list(data: ListConfig) -> Listing:
     import pyarrow as pa
     from pyarrow import compute
 
-    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(Path(data.path).suffix.lower(), _read_text)
+    suffix = Path(data.path).suffix.lower()
+    rule = "a .csv or .parquet with a column path, or a text of one path a line"
+    require(suffix not in NO_LISTS, "data.path", rule, data.path, "Convert it.")
+    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_text)
     try:
         table = read(data.path)
     except (OSError, pa.ArrowException) as error:
@@ -88,23 +94,29 @@ def read_list(data: ListConfig) -> Listing:
         ) from None
     if "path" not in table.column_names:
         found = ", ".join(table.column_names)
-        raise UsageError(f"data.path must have a column path, got {data.path!r} with {found}. Rename one.")
+        remedy = "Separate columns by commas." if "\t" in found or ";" in found else "Rename one."
+        raise UsageError(f"data.path must have a column path, got {data.path!r} with {found!r}. {remedy}")
     if not table.num_rows:
         raise UsageError(f"data.path must name at least one image, got {data.path!r}. Name another list.")
-    paths = table["path"].combine_chunks()
-    if paths.null_count:
-        raise UsageError(f"data.path must have a path in every row, got {paths.null_count} rows without. Mend it.")
+    try:
+        paths = table["path"].combine_chunks().cast(pa.large_binary())
+    except pa.ArrowException:
+        kind = table["path"].type
+        raise UsageError(
+            f"data.path must have text in its column path, got {kind} in {data.path!r}. Mend it."
+        ) from None
+    without = paths.null_count + (compute.sum(compute.match_substring_regex(paths, BLANK)).as_py() or 0)
+    if without:
+        raise UsageError(f"data.path must have a path in every row, got {without} rows without. Mend it.")
     if not protocol_of(data.root or ""):
-        far = compute.sum(compute.match_substring_regex(paths.cast(pa.large_binary()), f"^({'|'.join(PROTOCOLS)})://"))
+        far = compute.sum(compute.match_substring_regex(paths, f"^({'|'.join(PROTOCOLS)})://"))
         rule = "URLs in all rows or in none, unless data.root is one"
         require(far.as_py() in (0, len(paths)), "data.path", rule, f"{far} of {len(paths)} rows", "Split the list.")
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
     log.info(
         "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
     )
-    return Listing.of(
-        paths.cast(pa.large_binary()), listing.as_labels(labels, f"column label of data.path={data.path!r}")
-    )
+    return Listing.of(paths, listing.as_labels(labels, f"column label of data.path={data.path!r}"))
 
 
 def _open(path: str) -> Any:
@@ -115,36 +127,53 @@ def _open(path: str) -> Any:
 
 
 def _read_text(path: str) -> Any:
-    from pyarrow import csv
+    from pyarrow import compute, csv
 
     # A path may hold commas, quotes and bytes that are not UTF-8.
-    return csv.read_csv(
+    lines = csv.read_csv(
         _open(path),
         read_options=csv.ReadOptions(column_names=["path"], use_threads=False),
         parse_options=csv.ParseOptions(delimiter=NO_NAME, quote_char=False),
-        convert_options=_as_bytes(),
+        convert_options=_as_bytes({"path": "path"}),
     )
+    return lines.filter(compute.invert(compute.match_substring_regex(lines["path"], BLANK)))
 
 
 def _read_csv(path: str) -> Any:
     from pyarrow import csv
 
     read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(_open(path), read, parse, _as_bytes()) as reader:
-        names = [name for name in ("path", "label") if name in reader.schema.names] or None
-    return csv.read_csv(_open(path), read, parse, _as_bytes(names))
+    with csv.open_csv(_open(path), read, parse) as reader:
+        names = _columns(reader.schema.names)
+        if "path" not in names:
+            return reader.schema.empty_table()
+    return csv.read_csv(_open(path), read, parse, _as_bytes(names)).rename_columns(list(names))
 
 
-def _as_bytes(names: list[str] | None = None) -> Any:
+def _columns(given: list[str]) -> dict[str, str]:
+    """What the columns path and label are called, blanks included, as far as they are there."""
+    found = [name for name in given if name.strip() in ("path", "label")]
+    names = {name.strip(): name for name in found}
+    require(len(names) == len(found), "data.path", "a list with one column path and one label", given, "Rename some.")
+    near = [name for name in given if name.strip().lower() in ("label", "labels")]
+    if "label" not in names and near:
+        log.warning("data.path: column %r is not taken for labels: call it label", near[0])
+    return names
+
+
+def _as_bytes(names: dict[str, str]) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    return csv.ConvertOptions(column_types={"path": pa.large_binary()}, include_columns=names)
+    return csv.ConvertOptions(column_types={names["path"]: pa.large_binary()}, include_columns=list(names.values()))
 
 
 def _read_parquet(path: str) -> Any:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(_open(path), pre_buffer=False)
-    names = [name for name in ("path", "label") if name in table.schema_arrow.names]
-    return table.read(columns=names, use_threads=False) if "path" in names else table.schema_arrow.empty_table()
+    names = _columns(table.schema_arrow.names)
+    if "path" not in names:
+        return table.schema_arrow.empty_table()
+    read = table.read(columns=list(names.values()), use_threads=False)
+    return read.select(list(names.values())).rename_columns(list(names))

@@ -85,29 +85,30 @@ def _image_leaf(schema: Any, column: str, path: str) -> str:
     import pyarrow as pa
 
     remedy = f"Give data.column=NAME, one of {', '.join(schema.names)}."
-    if column not in schema.names:
-        raise UsageError(f"data.column must be a column of every file, got {column!r} for {path!r}. {remedy}")
+    if schema.names.count(column) != 1:
+        raise UsageError(f"data.column must be one column of every file, got {column!r} for {path!r}. {remedy}")
     kind = schema.field(column).type
     leaf = column
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind, leaf = kind.field("bytes").type, f"{column}.bytes"
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if plain not in (pa.binary(), pa.large_binary(), pa.binary_view()):
         raise UsageError(f"data.column must hold bytes or a struct with bytes, got {kind} in {path!r}. {remedy}")
     return leaf
 
 
 def _column(file: Any, name: str, key: str, path: str) -> Any:
     """One column, or one field of a struct, without reading any other."""
-    top, dot, inner = (name, "", "") if name in file.schema_arrow.names else name.partition(".")
+    top, *inner = [name] if name in file.schema_arrow.names else name.split(".")
     leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
-    if name not in leaves:
+    if leaves.count(name) != 1:
         shown = ", ".join(leaf for leaf in leaves if not leaf.endswith(".element"))
-        raise UsageError(f"{key} must be a column of every file, got {name!r} for {path!r}. Give one of {shown}.")
+        raise UsageError(f"{key} must be one column of every file, got {name!r} for {path!r}. Give one of {shown}.")
     from pyarrow import compute
 
     table = file.read(columns=[name], use_threads=False)
     column = table.column(top)
-    return (compute.struct_field(column, inner) if dot else column).combine_chunks()
+    return (compute.struct_field(column, inner) if inner else column).combine_chunks()
 
 
 def _keys(column: Any, named: Any) -> Any:
@@ -244,4 +245,6 @@ class ParquetSamples(ImageSamples):
             self._broken[number] = f"row group {group} cannot be read ({error})"
             raise OSError(self._broken[number]) from None
         images = column if leaf == self._column else compute.struct_field(column, "bytes")
+        if images.type not in (pa.binary(), pa.large_binary()):
+            images = images.cast(pa.large_binary())
         return pa.concat_arrays(images.chunks) if images.num_chunks != 1 else images.chunk(0)

@@ -182,7 +182,8 @@ def _join(parts: list[Indexed], *, refreshed: bool) -> Listing:
     table = pa.concat_tables([pa.table(part.rows) for part in parts]).combine_chunks()
     columns = [column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns]
     if not table.num_rows:
-        raise UsageError("data.urls must hold at least one image, got none in any file. Name other files.")
+        remedy = "Name others; in tars data.extensions are what follows the first dot of a member's name."
+        raise UsageError(f"data.urls must hold at least one image, got none in any file. {remedy}")
     files = Listing.of(**dict(zip(table.column_names, columns, strict=True)), shards=[part.shard for part in parts])
     files.refreshed = refreshed
     known = len(files) - files.table["label"].null_count

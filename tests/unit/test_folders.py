@@ -30,6 +30,21 @@ def test_a_text_names_one_path_a_line_whatever_its_bytes(tmp_path: Path) -> None
     assert {label for _, label in rows(files)} == {-1}
 
 
+def test_lines_of_blanks_are_no_paths_and_blanks_around_names_of_columns_no_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [path for path, _ in rows(listed(tmp_path / "list", b"a.jpg \n  \n\t\r\n b.jpg\n"))] == [
+        b"a.jpg ",
+        b" b.jpg",
+    ]
+    assert rows(listed(tmp_path / "blanks.csv", b" label ,path , x\n3,a.jpg,1\n")) == [(b"a.jpg", 3)]
+    pq.write_table(pa.table({"label ": [4], "path": ["a.jpg"]}), tmp_path / "blanks.parquet")
+    assert rows(read_list(ListConfig(path=str(tmp_path / "blanks.parquet")))) == [(b"a.jpg", 4)]
+    assert "not taken" not in caplog.text
+    assert rows(listed(tmp_path / "near.csv", b"path,Labels\na.jpg,1\n")) == [(b"a.jpg", -1)]
+    assert "column 'Labels' is not taken for labels: call it label" in caplog.text
+
+
 def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
     wanted = [(b"x/a.jpg", 3), (b'q"u,o\nte.jpg', -1), (b"x/a.jpg", -1), (b"0", 0)]
     text = b'other,label,path\n1,3,x/a.jpg\n2,,"q""u,o\nte.jpg"\n3,-7,x/a.jpg\n4,0,0\n'
@@ -54,6 +69,14 @@ def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
         ("other.csv", b"file,label\na.jpg,1\n", "must have a column path, got "),
         ("other.parquet", {"file": ["a"]}, "must have a column path, got "),
         ("none.parquet", {"path": ["a", None]}, "must have a path in every row, got 1 rows without"),
+        ("none.csv", b"path,label\na.jpg,1\n,2\n  ,3\n", "must have a path in every row, got 2 rows without"),
+        ("number.parquet", {"path": [1, 2]}, "must have text in its column path, got int64"),
+        ("struct.parquet", {"path": [{"path": "a"}]}, "must have text in its column path, got struct"),
+        ("twice.csv", b"path, path\na,b\n", "a list with one column path and one label, got ['path', ' path']"),
+        ("tabs.csv", b"path\tlabel\na\t1\n", "Separate columns by commas."),
+        ("semicolons.csv", b"path;label\na;1\n", "with 'path;label'. Separate columns by commas."),
+        ("list.tsv", b"path\tlabel\na\t1\n", "or a text of one path a line, got"),
+        ("list.csv.gz", b"\x1f\x8b", "or a text of one path a line, got"),
         ("words.csv", b"path,label\na.jpg,cat\n", "must hold whole numbers, got string"),
         ("halves.csv", b"path,label\na.jpg,0.5\n", "must hold class numbers, got: Float value 0.5"),
         ("infinite.parquet", {"path": ["a"], "label": [float("inf")]}, "must hold class numbers, got"),

@@ -373,12 +373,12 @@ def test_keys_name_the_rows(tmp_path: Path, world: World) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"column": "photo"}, "data.column must be a column of every file, got 'photo'"),
+        ({"column": "photo"}, "data.column must be one column of every file, got 'photo'"),
         ({"column": "word"}, "data.column must hold bytes or a struct with bytes, got string"),
-        ({"label_column": "class"}, "data.label_column must be a column of every file, got 'class'"),
+        ({"label_column": "class"}, "data.label_column must be one column of every file, got 'class'"),
         ({"label_column": "word"}, "must hold whole numbers, got string"),
         ({"key_column": "half"}, "data.key_column must hold text, bytes or whole numbers, got double"),
-        ({"key_column": "image.path"}, "data.key_column must be a column of every file"),
+        ({"key_column": "image.path"}, "data.key_column must be one column of every file"),
     ],
 )
 def test_a_missing_or_odd_column_is_one_line(tmp_path: Path, world: World, settings: dict[str, Any], said: str) -> None:
@@ -387,6 +387,30 @@ def test_a_missing_or_odd_column_is_one_line(tmp_path: Path, world: World, setti
         parquet_samples(path, world, **settings)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path, world: World) -> None:
+    names = ["image", "image", "key", "key"]
+    table = pa.table([pa.array([b"x"]), pa.array([b"y"]), pa.array(["k"]), pa.array(["l"])], names=names)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"^data\.column must be one column of every file, got 'image'"):
+        parquet_samples(tmp_path / "x.parquet", world)
+    pq.write_table(table.select([0, 2, 3]), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"^data\.key_column must be one column of every file, got 'key'"):
+        parquet_samples(tmp_path / "x.parquet", world, key_column="key")
+
+
+def test_nested_keys_and_images_in_dictionaries_or_views(tmp_path: Path, world: World) -> None:
+    images = [b"one", None, b"two", b"one"]
+    for kind in (pa.dictionary(pa.int32(), pa.binary()), pa.binary_view()):
+        image = pa.array(images, pa.binary()).cast(kind)
+        nested = pa.array([{"a": {"b": f"k{i}"}} for i in range(4)])
+        pq.write_table(pa.table({"image": image, "m": nested}), tmp_path / "x.parquet", row_group_size=3)
+        samples = parquet_samples(tmp_path / "x.parquet", world, key_column="m.a.b")
+        assert [samples.path(i) for i in range(4)] == ["k0", "k1", "k2", "k3"]
+        assert [samples.fetch(i) for i in (0, 2, 3)] == [b"one", b"two", b"one"]
+        with pytest.raises(ValueError, match="null"):
+            samples.fetch(1)
 
 
 def test_a_torn_file_is_one_line(tmp_path: Path, world: World) -> None:

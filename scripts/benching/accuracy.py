@@ -88,6 +88,17 @@ def accuracy(args: argparse.Namespace) -> bool:
     job += ["output.fields=[topk,probs]", f"batch_size={sizes.batch_size}"]
     found = {name: Found() for name in (ON_GPU if hardware.gpus else ON_CPU)}
     runs = {name: args.out / f"predicted-{number}" / "run" for number, name in enumerate(found)}
+    differences: dict[str, Difference] = {}
+    details: dict[str, Any] = {"hardware": asdict(hardware), "training": asdict(trained)}
+
+    def report() -> list[Row]:
+        others = [name for name in found if name != REFERENCE and (found[name].measured or found[name].problem)]
+        rows = [row_of(name, differences.get(name), judged=judged) for name in others]
+        details["differences"] = {name: asdict(difference) for name, difference in differences.items()}
+        details["runs"] = {name: asdict(result) for name, result in found.items()}
+        write_report(args.out, asdict(sizes), rows, details)
+        return rows
+
     for name, result in found.items():
         say(name)
         command = [*job, *SETTINGS[name], f"output.dir={runs[name]}"]
@@ -95,24 +106,20 @@ def accuracy(args: argparse.Namespace) -> bool:
         measure(contender, result, hardware, runs[name].parent)
         if name == REFERENCE and result.problem:
             raise ChildFailedError(f"{REFERENCE} must succeed: the others are compared with it.")
+        if name == REFERENCE:
+            details["confidence"] = confidence = _confidence(runs[REFERENCE])
+        elif not result.problem:
+            differences[name] = compare_tables(runs[REFERENCE], runs[name])
+            say(f"{differences[name].same_top1:.3%} the same top-1")
+        report()
 
-    done = [name for name, result in found.items() if name != REFERENCE and not result.problem]
-    differences = {name: compare_tables(runs[REFERENCE], runs[name]) for name in done}
-    rows = [row_of(name, differences.get(name), judged=judged) for name in found if name != REFERENCE]
+    rows = report()
     _print(rows, differences)
-    confidence = _confidence(runs[REFERENCE])
     said = ", ".join(f"{name} {value:.3f}" for name, value in confidence.items())
     print(f"\n{sizes.held_out:,} JPEGs of {sizes.levels.classes} classes; with {REFERENCE}: {said}")
     print(f"{sizes.training:,} others trained on, {sizes.epochs} epochs, {trained.wall_s:.0f} s; {describe(hardware)}")
-    details: dict[str, Any] = {
-        "differences": {name: asdict(difference) for name, difference in differences.items()},
-        "confidence": confidence,
-        "training": asdict(trained),
-        "runs": {name: asdict(result) for name, result in found.items()},
-    }
-    write_report(args.out, asdict(sizes), rows, details | {"hardware": asdict(hardware)})
     print_machine(args.out)
-    return len(done) == len(rows) and all(row.met is not False for row in rows)
+    return not any(result.problem for result in found.values()) and all(row.met is not False for row in rows)
 
 
 def _sizes(images: int | None, *, gpu: bool, full: bool) -> Sizes:

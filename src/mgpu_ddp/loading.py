@@ -26,7 +26,7 @@ from mgpu_ddp.datasets import Samples
 from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.jpeg import read_header
 from mgpu_ddp.keeping import available_bytes
-from mgpu_ddp.preprocess import Transform, copy_pixels
+from mgpu_ddp.preprocess import Pixels, Transform, copy_pixels
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import leave_stopping_to_parent
@@ -142,7 +142,7 @@ class BatchMaker(Dataset[Made | StateError]):
         return made if isinstance(made, StateError) else replace(made, read_bytes=_bytes_read() - before)
 
     def _make(self, order: Order) -> Made | StateError:
-        view, room = self._ring.array(order.slot), self._ring.room(order.slot)
+        view, room = self._ring.array(order.slot), self._ring.room(order.slot).numpy()
         labels = np.full(len(order.indices), -1, dtype=np.int32)
         seconds: dict[str, float] = {}
         made = Made(
@@ -160,6 +160,7 @@ class BatchMaker(Dataset[Made | StateError]):
             seconds[stage] = seconds.get(stage, 0.0) + spent_s
 
         samples, indices = self._samples, order.indices
+        started = time.perf_counter()
         try:
             if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
                 view[len(indices) :] = 0
@@ -167,27 +168,31 @@ class BatchMaker(Dataset[Made | StateError]):
             samples.expect([*indices, *order.ahead])
         except StateError as error:
             return error
-        for place, index in enumerate(indices):
-            try:
-                with _time_limit(self._config.timeout_s):
-                    data = self._samples.read(index, clock) if self._packed else None
-                    to_gpu = data is not None and place >= order.decode
-                    if data is not None and to_gpu and self._pack(made, packed, place, data, room):
-                        labels[place] = self._samples.known_label(index)
-                    else:
-                        pixels, labels[place] = self._samples.load(index, self._transform, clock, data)
-                        copy_pixels(pixels, view[place])
-            except StateError as error:
-                return error
-            except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
-                view[place] = 0
-                labels[place] = self._samples.known_label(index)
-                made.errors[index] = reason_of(error)
-        if not self._packed:
+        limit = TimeLimit(self._config.timeout_s)
+        with limit.installed():
+            for place, index in enumerate(indices):
+                try:
+                    with limit:
+                        data = self._samples.read(index, clock) if self._packed else None
+                        to_gpu = data is not None and place >= order.decode
+                        if data is not None and to_gpu and self._pack(made, packed, place, data, room):
+                            labels[place] = self._samples.known_label(index)
+                        else:
+                            pixels, labels[place] = self._samples.load(index, self._transform, clock, data)
+                            copy_pixels(pixels, view[place])
+                except StateError as error:
+                    return error
+                except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
+                    view[place] = 0
+                    labels[place] = self._samples.known_label(index)
+                    made.errors[index] = reason_of(error)
+        if self._packed:
+            clock("pack", time.perf_counter() - started - sum(seconds.values()))
+        else:
             view[len(indices) :] = 0
         return replace(made, jpegs=np.array(packed, dtype=np.int64)) if packed else made
 
-    def _pack(self, made: Made, packed: list[tuple[int, ...]], place: int, data: bytes, room: torch.Tensor) -> bool:
+    def _pack(self, made: Made, packed: list[tuple[int, ...]], place: int, data: bytes, room: Pixels) -> bool:
         """Leave an image to the GPU, if it is one that the GPU decodes; what it is not sure of, Pillow judges."""
         header = read_header(data)
         if header is None or not header.plain or not self._transform.may_resize(header.width, header.height):
@@ -196,7 +201,7 @@ class BatchMaker(Dataset[Made | StateError]):
             return False
         first, length = sum(packed[-1][:2]) if packed else 0, len(data)
         if first + length <= len(room):
-            room[first : first + length].numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+            room[first : first + length] = np.frombuffer(data, dtype=np.uint8)
         else:
             made.spilt[len(packed)] = data
             length = 0
@@ -273,20 +278,29 @@ def reason_of(error: BaseException) -> str:
     return " ".join(f"{kind.__name__}: {text}".split())[:500]
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise in the block once it has taken too long (a stuck network mount, say)."""
+class TimeLimit:
+    """Raises in a `with` block of it once that has taken too long (a stuck network mount, say), while `installed`."""
 
-    def ring(_number: int, _frame: FrameType | None) -> None:
-        raise TookTooLongError(f"took longer than loader.timeout_s={seconds:g}")
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Once for many blocks: it takes as long as to read a file."""
+        before = signal.signal(signal.SIGALRM, self._ring)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    def _ring(self, _number: int, _frame: FrameType | None) -> None:
+        raise TookTooLongError(f"took longer than loader.timeout_s={self._seconds:g}")
+
+    def __enter__(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def __exit__(self, *_raised: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _start_worker(_number: int) -> None:

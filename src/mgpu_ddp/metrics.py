@@ -18,6 +18,7 @@ from mgpu_ddp.world import World
 REMEDIES = {
     "generate": "raise loader.workers: fake images are made on the CPU",
     "read": "raise loader.workers or move the images to faster storage",
+    "pack": "raise loader.workers or give the job more CPU cores: they pack files for the GPU's decoder",
     "decode": "raise loader.workers or give the job more CPU cores",
     "resize": "raise loader.workers or give the job more CPU cores",
     "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or runtime.decode=cpu with many CPU cores",

@@ -17,7 +17,7 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 StageClock = Callable[[str, float], None]
-"""Told the stage (`read`, `decode`, `resize`, `generate`) and the seconds it took."""
+"""Told the stage (`read`, `pack`, `decode`, `resize`, `generate`) and the seconds it took."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 """The decoders that may see a file, whatever its name says."""

@@ -184,6 +184,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
     assert batch.jpegs is not None
     assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
+    assert set(batch.seconds) == {"read", "pack"}, "what the worker did but read counts as well"
 
 
 def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def metrics(world: World) -> RankMetrics:
     ("waits", "named"),
     [
         ({"wait_s": 9.0, "workers_s": {"read": 2.0, "decode": 1.0}}, "read"),
+        ({"wait_s": 9.0, "workers_s": {"read": 2.0, "pack": 4.0}}, "pack"),
         ({"wait_s": 9.0, "workers_s": {"read": 2.0, "decode": 3.0}, "decode_s": 8.0}, "decode"),
         ({"wait_s": 9.0}, "read"),
         ({"input_s": 9.0, "decode_s": 8.0, "wait_s": 8.0}, "gpu input"),

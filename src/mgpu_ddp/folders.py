@@ -155,7 +155,7 @@ def _columns(given: list[str]) -> dict[str, str]:
     found = [name for name in given if name.strip() in ("path", "label")]
     names = {name.strip(): name for name in found}
     require(len(names) == len(found), "data.path", "a list with one column path and one label", given, "Rename some.")
-    near = [name for name in given if name.strip().lower() in ("label", "labels")]
+    near = [name for name in given if name.strip(" \t\"'").lower() in ("label", "labels")]
     if "label" not in names and near:
         log.warning("data.path: column %r is not taken for labels: call it label", near[0])
     return names

@@ -85,14 +85,15 @@ def _image_leaf(schema: Any, column: str, path: str) -> str:
     import pyarrow as pa
 
     remedy = f"Give data.column=NAME, one of {', '.join(schema.names)}."
-    if schema.names.count(column) != 1:
+    if (count := schema.names.count(column)) != 1:
+        remedy = "Rename all but one." if count else remedy
         raise UsageError(f"data.column must be one column of every file, got {column!r} for {path!r}. {remedy}")
     kind = schema.field(column).type
     leaf = column
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind, leaf = kind.field("bytes").type, f"{column}.bytes"
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if plain not in (pa.binary(), pa.large_binary(), pa.binary_view()):
+    if plain not in (pa.binary(), pa.large_binary(), pa.binary_view()) and not pa.types.is_fixed_size_binary(plain):
         raise UsageError(f"data.column must hold bytes or a struct with bytes, got {kind} in {path!r}. {remedy}")
     return leaf
 

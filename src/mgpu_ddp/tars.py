@@ -41,12 +41,13 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
     labels: list[int | None] = []
     places: list[tuple[int, int]] = []
     links: dict[int, str] = {}
+    seen: dict[str, tuple[int, int]] = {}
     sample: bytes | None = None
     first = 0
     label: int | None = None
     num_bytes, modified_ns = look_at(path)
     with _open(path) as opened, _reading(path, opened) as file:
-        for member in _members(file, path):
+        for member in _members(file, path, seen):
             member_name = os.fsencode(member.name)
             folder, slash, base = member_name.rpartition(b"/")
             key, _, extension = base.partition(b".")
@@ -55,20 +56,19 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
                 labels += [label] * (len(paths) - first)
                 sample, first, label = folder + slash + key, len(paths), None
             if kind == data.label_extension:
-                label = _read_label(file, member, path)
+                label = _read_label(opened, member.name, seen[member.name], path)
             elif kind in data.extensions or (
                 not data.extensions and b"." + extension.lower().rpartition(b".")[2] in EXTENSIONS
             ):
-                if (target := _target(member)) is not None:
-                    links[len(paths)] = target
+                if member.issym():
+                    links[len(paths)] = posixpath.join(posixpath.dirname(member.name), member.linkname)
                 paths.append(os.fsencode(name) + b"/" + member_name)
-                has_bytes = member.isreg() and not member.issparse()
-                places.append((member.offset_data, member.size) if has_bytes else NOWHERE)
+                places.append(seen[member.name])
         labels += [label] * (len(paths) - first)
     if links:
-        known = {_plain(path[len(os.fsencode(name)) + 1 :]): place for path, place in zip(paths, places, strict=True)}
+        known = {posixpath.normpath(member_name): place for member_name, place in seen.items()}
         for number, target in links.items():
-            places[number] = known.get(_plain(os.fsencode(target)), NOWHERE)
+            places[number] = known.get(posixpath.normpath(target), NOWHERE)
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     return Indexed(
         shard=Shard(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)]),
@@ -81,17 +81,6 @@ def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
             }
         ),
     )
-
-
-def _target(member: tarfile.TarInfo) -> str | None:
-    """The name of what a link stands for: a hard one names it from the tar's root, a symbolic one from its folder."""
-    if member.issym():
-        return posixpath.join(posixpath.dirname(member.name), member.linkname)
-    return member.linkname if member.islnk() else None
-
-
-def _plain(name: bytes) -> bytes:
-    return posixpath.normpath(name)
 
 
 def _open(path: str) -> io.BufferedReader:
@@ -112,14 +101,23 @@ def _reading(path: str, opened: io.BufferedReader) -> tarfile.TarFile:
         raise UsageError(f"data.urls must be tars, got {path!r} ({found}). Mend or unpack it.") from None
 
 
-def _members(file: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, and links that may stand for some, to its proper end."""
+def _members(file: tarfile.TarFile, path: str, seen: dict[str, tuple[int, int]]) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, and links that may stand for some, to its proper end; `seen` learns where the last of a name
+    lies."""
     try:
         while (member := file.next()) is not None:
             # It would keep them all.
             file.members = []  # type: ignore[attr-defined]
-            if member.isreg() or member.islnk() or member.issym():
-                yield member
+            place = NOWHERE
+            if member.isreg() and not member.issparse():
+                place = member.offset_data, member.size
+            elif member.islnk():
+                # It means the one before it, whatever of that name may come later.
+                place = seen.get(member.linkname, NOWHERE)
+            elif not (member.isreg() or member.issym()):
+                continue
+            seen[member.name] = place
+            yield member
         # tarfile takes whatever it does not understand for the end.
         assert file.fileobj is not None
         file.fileobj.seek(file.offset)
@@ -149,16 +147,17 @@ def _goes_on(file: Any) -> bool:
     return False
 
 
-def _read_label(file: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
-    content = file.extractfile(member) if member.isreg() else None
-    text = content.read(LABEL_BYTES) if content is not None else b""
+def _read_label(opened: io.BufferedReader, name: str, place: tuple[int, int], path: str) -> int:
+    first, size = place
+    opened.seek(first)
+    text = opened.read(max(0, min(size, LABEL_BYTES)))
     try:
-        if content is None or member.size > LABEL_BYTES:
+        if size > LABEL_BYTES:
             raise ValueError
         return int(text)
     except ValueError:
         raise UsageError(
-            f"data.label_extension must name whole numbers, got {text!r} in {member.name!r} of {path!r}. Leave it out."
+            f"data.label_extension must name whole numbers, got {text!r} in {name!r} of {path!r}. Leave it out."
         ) from None
 
 

@@ -161,6 +161,27 @@ def test_links_are_the_images_they_stand_for_and_others_are_error_rows(tmp_path:
         indexed(tmp_path / "x.tar", world, label_extension="cls")
 
 
+def test_a_hard_link_means_the_member_before_it(tmp_path: Path, world: World) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in {"x.jpg": b"old", "x.cls": b"3", "blob": b"plain"}.items():
+            member(tar, name, content)
+        for name, target in {"y.jpg": "x.jpg", "y.cls": "x.cls", "z.jpg": "blob", "w.jpg": "later.jpg"}.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            tar.addfile(info)
+        member(tar, "x.jpg", b"new")
+        member(tar, "later.jpg", b"later")
+    files = indexed(tmp_path / "x.tar", world, label_extension="cls")
+    assert rows(files) == [
+        *((b"x.tar/x.jpg", 3), (b"x.tar/y.jpg", 3), (b"x.tar/z.jpg", -1)),
+        *((b"x.tar/w.jpg", -1), (b"x.tar/x.jpg", -1), (b"x.tar/later.jpg", -1)),
+    ]
+    samples = TarSamples(files)
+    assert [samples.fetch(i) for i in (0, 1, 2, 4, 5)] == [b"old", b"old", b"plain", b"new", b"later"]
+    with pytest.raises(ValueError, match="a link to no image of this tar"):
+        samples.fetch(3)
+
+
 def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path: Path, world: World) -> None:
     first, second = (tar_of(tmp_path / f"{n}.tar", {f"{n}.jpg": JPEG}) for n in "ab")
     joined = tmp_path / "ab.tar"
@@ -393,7 +414,7 @@ def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path, world: World) 
     names = ["image", "image", "key", "key"]
     table = pa.table([pa.array([b"x"]), pa.array([b"y"]), pa.array(["k"]), pa.array(["l"])], names=names)
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match=r"^data\.column must be one column of every file, got 'image'"):
+    with pytest.raises(UsageError, match=r"^data\.column must be one column of every file, got 'image'.*Rename"):
         parquet_samples(tmp_path / "x.parquet", world)
     pq.write_table(table.select([0, 2, 3]), tmp_path / "x.parquet")
     with pytest.raises(UsageError, match=r"^data\.key_column must be one column of every file, got 'key'"):
@@ -402,7 +423,7 @@ def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path, world: World) 
 
 def test_nested_keys_and_images_in_dictionaries_or_views(tmp_path: Path, world: World) -> None:
     images = [b"one", None, b"two", b"one"]
-    for kind in (pa.dictionary(pa.int32(), pa.binary()), pa.binary_view()):
+    for kind in (pa.dictionary(pa.int32(), pa.binary()), pa.binary_view(), pa.binary(3)):
         image = pa.array(images, pa.binary()).cast(kind)
         nested = pa.array([{"a": {"b": f"k{i}"}} for i in range(4)])
         pq.write_table(pa.table({"image": image, "m": nested}), tmp_path / "x.parquet", row_group_size=3)

@@ -17,9 +17,10 @@ import torch
 
 from mgpu_ddp.config import Config, Listed, require
 from mgpu_ddp.errors import HangError, OutOfMemoryError
-from mgpu_ddp.loading import Batch, Integers, Jpegs, reason_of
+from mgpu_ddp.loading import Batch, Jpegs
 from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess import Transform, decode, imagenet
+from mgpu_ddp.workers import Integers, reason_of
 
 MAX_DECODED_PIXELS = 1 << 30
 """That are decoded at once, to bound memory: three bytes each."""

@@ -12,10 +12,11 @@ from mgpu_ddp import preprocess
 from mgpu_ddp.arrays import ArraySamples, identity, open_array
 from mgpu_ddp.config import ArrayConfig, Config, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.errors import StateError, UsageError
-from mgpu_ddp.loading import BatchMaker, Made, Order, as_batch
+from mgpu_ddp.loading import as_batch
 from mgpu_ddp.models import build_model, choose_transform
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.ring import Ring
+from mgpu_ddp.workers import BatchMaker, Made, Order
 from tests.unit.conftest import ignore_time
 
 

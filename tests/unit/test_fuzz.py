@@ -15,8 +15,9 @@ from mgpu_ddp.datasets import FileSamples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.keys import documented_keys
 from mgpu_ddp.listing import Listing
-from mgpu_ddp.loading import BatchMaker, Order, as_batch
+from mgpu_ddp.loading import as_batch
 from mgpu_ddp.ring import Ring
+from mgpu_ddp.workers import BatchMaker, Order
 from tests.unit.conftest import encoded, photo
 
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")

@@ -15,10 +15,11 @@ from mgpu_ddp import kernels, preprocess
 from mgpu_ddp.arrays import ArraySamples
 from mgpu_ddp.config import ArrayConfig, FakeConfig, LoaderConfig
 from mgpu_ddp.datasets import FakeSamples, Samples
-from mgpu_ddp.loading import BatchMaker, Order, as_batch
+from mgpu_ddp.loading import as_batch
 from mgpu_ddp.nvjpeg import Images
 from mgpu_ddp.preprocess import Layout, Transform
 from mgpu_ddp.ring import Ring
+from mgpu_ddp.workers import BatchMaker, Order
 from tests import kernel_cases as cases
 from tests.unit.conftest import ignore_time
 

@@ -23,9 +23,7 @@ from mgpu_ddp.listing import Listing
 from mgpu_ddp.loading import (
     COPYING_WORKERS,
     Batch,
-    BatchMaker,
     Jpegs,
-    Order,
     Orders,
     as_batch,
     load_batches,
@@ -35,6 +33,7 @@ from mgpu_ddp.preprocess import Pixels, StageClock, Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.spare import Share
+from mgpu_ddp.workers import BatchMaker, Order
 from mgpu_ddp.world import World
 from tests.unit.conftest import encoded, photo
 

@@ -46,8 +46,9 @@ def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
             values = rows.columns[name]
             mask = pa.array(failed) if failed is not None else None
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1], mask=mask)
-    reasons = [rows.errors.get(i) for i in rows.index.tolist()] if rows.errors else pa.nulls(len(rows), pa.string())
-    columns["error"] = pa.array(reasons, type=pa.string())
+    columns["error"] = pa.nulls(len(rows), pa.string())
+    if rows.errors:
+        columns["error"] = pa.array([rows.errors.get(i) for i in rows.index.tolist()], type=pa.string())
     return pa.table(columns)
 
 

@@ -173,22 +173,27 @@ class TarSamples(ImageSamples):
         self._urls: OpenShards[str] = OpenShards(files.shards, str, lambda url: None)
 
     def _place(self, index: int) -> tuple[int, int, int]:
-        """Which tar, the image's first byte in it, and how many there are."""
-        tar = int(np.searchsorted(self._stops, index, side="right"))
-        return tar, self._offsets[index].as_py(), self._sizes[index].as_py()
+        """Which tar, the image's first byte in it, and how many there are.
+
+        Raises:
+            ValueError: its bytes lie nowhere.
+        """
+        size = self._sizes[index].as_py()
+        if size < 0:
+            raise ValueError(NO_BYTES)
+        return int(np.searchsorted(self._stops, index, side="right")), self._offsets[index].as_py(), size
 
     def _begin(self, index: int) -> Future[bytes]:
-        tar, first, size = self._place(index)
-        if size < 0:
+        try:
+            tar, first, size = self._place(index)
+        except ValueError as error:
             nothing: Future[bytes] = Future()
-            nothing.set_exception(ValueError(NO_BYTES))
+            nothing.set_exception(error)
             return nothing
         return stores.begin(self._urls[tar], first, first + size)
 
     def fetch(self, index: int) -> bytes:
         tar, first, size = self._place(index)
-        if size < 0:
-            raise ValueError(NO_BYTES)
         data = os.pread(self._tars[tar], size, first)
         if len(data) < size:
             raise EOFError(f"the tar ends {size - len(data):,} bytes before this image does")

@@ -25,27 +25,28 @@ class Replayed:
         self._columns: Columns
 
     def __call__(self, images: torch.Tensor) -> Columns:
-        shape = images.shape, images.dtype
         if len(images) > LARGEST_BATCH:
             return self._step(images)
+        shape = images.shape, images.dtype
+        if shape != self._shape:
+            # The batches of a sweep's next job, or halves of one that did not fit.
+            if self._graph is not None:
+                # Its memory may still be worked on.
+                torch.cuda.current_stream(images.device).synchronize()
+            self._shape, self._eager_steps, self._graph = shape, 0, None
         if self._graph is None:
             self._eager_steps += 1
             if self._eager_steps <= EAGER_STEPS:
                 return self._step(images)
-            self._record(images)
-            self._shape = shape
-        if shape != self._shape:
-            # Of a batch that was split.
-            return self._step(images)
-        assert self._graph is not None
+            self._graph = self._record(images)
         self._images.copy_(images)
         self._graph.replay()
         return self._columns
 
-    def _record(self, images: torch.Tensor) -> None:
+    def _record(self, images: torch.Tensor) -> torch.cuda.CUDAGraph:
         self._images = images.clone()
         graph = torch.cuda.CUDAGraph()
         # Other threads go on to decode, and to allocate, in the meantime.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._columns = self._step(self._images)
-        self._graph = graph
+        return graph

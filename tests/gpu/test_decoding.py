@@ -209,9 +209,17 @@ def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world
     assert np.array_equal(rows.columns["logits"][others], good.columns["logits"][others])
 
 
-def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch's default is TF32, whose rounding differs between the kernels of different batch sizes.
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+@pytest.fixture
+def full_precision() -> Generator[None]:
+    """Without TF32, torch's default, whose rounding differs between the kernels of different batch sizes."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
     config = Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig())
     torch.manual_seed(0)
     module = torchvision.models.resnet50().eval().cuda().to(memory_format=torch.channels_last)

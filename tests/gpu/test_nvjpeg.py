@@ -110,14 +110,21 @@ def test_a_recorded_step_gives_the_same_bits() -> None:
         torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(14400, 9)
     )
     module = module.cuda().half().to(memory_format=torch.channels_last)
+    called = 0
 
     def step(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal called
+        called += 1
         return {"logits": module(images).float()}
 
     replayed = Replayed(step)
-    for number in range(2 * EAGER_STEPS):
-        images = torch.randn(8, 3, 32, 32, device="cuda").half().contiguous(memory_format=torch.channels_last)
-        assert torch.equal(replayed(images)["logits"], step(images)["logits"]), number
-    assert replayed._graph is not None
-    # Half of a batch that was split.
-    assert torch.equal(replayed(images[:4])["logits"], step(images[:4])["logits"])
+    # As the jobs of a sweep over batch sizes come, and then half of a batch that was split.
+    for batch_size, batches in ((8, 2 * EAGER_STEPS), (16, 2 * EAGER_STEPS), (8, 1)):
+        called = 0
+        for number in range(batches):
+            images = (
+                torch.randn(batch_size, 3, 32, 32, device="cuda").half().contiguous(memory_format=torch.channels_last)
+            )
+            expected = module(images).float()
+            assert torch.equal(replayed(images)["logits"], expected), (batch_size, number)
+        assert called == min(batches, EAGER_STEPS + 1)

@@ -69,11 +69,13 @@ def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
         if decodes:
             decoder_of(device)
         side = np.array([8], dtype=np.int64)
-        out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
-        for layout in (torch.channels_last, torch.contiguous_format):
-            images, out = Images.empty(side, side, device), out.contiguous(memory_format=layout)
-            preprocess_images(images, [1], imagenet(224), out=out, places=[0])
-        torch.cuda.synchronize(device)
+        # A new thread is on the first device of all, and what it pins there takes a context of each rank's there.
+        with torch.cuda.device(device):
+            out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
+            for layout in (torch.channels_last, torch.contiguous_format):
+                images, out = Images.empty(side, side, device), out.contiguous(memory_format=layout)
+                preprocess_images(images, [1], imagenet(224), out=out, places=[0])
+            torch.cuda.synchronize()
 
     pool = ThreadPoolExecutor(1)
     started = pool.submit(run)

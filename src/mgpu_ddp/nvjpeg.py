@@ -11,8 +11,8 @@ https://docs.nvidia.com/cuda/nvjpeg/index.html.
 
 import ctypes
 import functools
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -170,11 +170,12 @@ class _State:
 
 
 class Decoder:
-    """What decodes batches on one device, for any thread.
+    """What decodes batches on one device, for any thread, in the order in which they come.
 
     The library is asked for one batch at a time, and each batch is waited for before its state and its stream are used
     again. Otherwise batches came to wait for each other for ever: with two decoders at work side by side, and with one
-    state on several streams (H200, driver 580).
+    state on several streams (H200, driver 580). One thread asks it for all: at a lock batches would pass each other,
+    and the model wants them in order.
     """
 
     STATES = 2
@@ -183,10 +184,11 @@ class Decoder:
     def __init__(self, device: torch.device) -> None:
         found = library()
         assert found is not None
-        self._library, self._lock = found, threading.Lock()
+        self._library = found
         self._handle = ctypes.c_void_p()
         self._states: SimpleQueue[_State] = SimpleQueue()
         self._began: dict[int, float] = {}
+        self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
             self.has_engines = found.nvjpegCreateEx(HARDWARE, None, None, 0, ctypes.byref(self._handle)) == 0
@@ -205,35 +207,44 @@ class Decoder:
         Raises:
             JpegError: it refuses one of them.
         """
-        n = len(into.heights)
         # nvjpegImage_t: four addresses of planes, then the bytes of a line of each.
-        images = np.zeros((n, 8), dtype=np.uint64)
+        images = np.zeros((len(into.heights), 8), dtype=np.uint64)
         images[:, :3] = into.data.data_ptr() + into.planes
         images[:, 4:7] = into.lines
         images[:, :3][into.lines == 0] = 0
         arguments = [np.ascontiguousarray(array, dtype=np.uint64) for array in (files.addresses, files.lengths)]
-        pointers = [array.ctypes.data for array in (*arguments, images)]
-        state = self._states.get()
-        self._began[id(state)] = time.perf_counter()
+        key = id(images)
+        self._began[key] = time.perf_counter()
         try:
-            with self._lock:
-                started = time.perf_counter()
-                wanted = n, into.OUTPUT
-                if state.ready_for != wanted:
-                    _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, n, 1, into.OUTPUT))
-                # What a failure leaves behind in the state is not to be relied on.
-                state.ready_for = 0, 0
-                stream = state.stream.cuda_stream
-                _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, stream))
-                state.ready_for = wanted
-                return time.perf_counter() - started
+            state, spent_s = self._asking.submit(self._ask, [*arguments, images], into.OUTPUT).result()
+            self._give_back(state)
+            return spent_s
         finally:
-            try:
-                state.stream.synchronize()
-            finally:
-                # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
-                del self._began[id(state)]
-                self._states.put(state)
+            del self._began[key]
+
+    def _ask(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
+        """Begin to decode: the state whose stream is to be waited for, and the seconds in the library."""
+        state, wanted = self._states.get(), (len(arguments[0]), output)
+        try:
+            started = time.perf_counter()
+            if state.ready_for != wanted:
+                _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, wanted[0], 1, output))
+            # What a failure leaves behind in the state is not to be relied on.
+            state.ready_for = 0, 0
+            pointers = [array.ctypes.data for array in arguments]
+            _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, state.stream.cuda_stream))
+            state.ready_for = wanted
+            return state, time.perf_counter() - started
+        except BaseException:
+            self._give_back(state)
+            raise
+
+    def _give_back(self, state: _State) -> None:
+        try:
+            state.stream.synchronize()
+        finally:
+            # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
+            self._states.put(state)
 
     @property
     def longest_s(self) -> float:

@@ -1,9 +1,10 @@
 """JPEGs decoded on a real GPU: nothing is written before what reads there is done, and what is refused is not lost."""
 
 import itertools
+import threading
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from mgpu_ddp.decoding import GpuInput, Staging, decoder_of
 from mgpu_ddp.errors import HangError
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import Batch, load_batches
+from mgpu_ddp.nvjpeg import Decoder
 from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.rows import Rows, concatenate
@@ -166,6 +168,17 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
     assert seen == len(pixels)
 
 
+@contextmanager
+def hanging(decoder: Decoder) -> Generator[None]:
+    """What asks the library waits, as where a call of it does not come back."""
+    over = threading.Event()
+    decoder._asking.submit(over.wait)
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     root: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,14 +186,14 @@ def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     monkeypatch.setattr(decoding, "LOOK_S", 0.2)
     decoder = decoder_of(world.device)
     said = r"nvJPEG must decode a batch within 1 s, and hangs\."
-    with decoder._lock, pytest.raises(HangError, match=said):
+    with hanging(decoder), pytest.raises(HangError, match=said):
         rows_of(root, world)
     # What ends the job for another reason must not wait for the decoder either.
     samples = FileSamples(str(root), Listing.build(find_images(str(root), follow_outside=False)))
     transform = preprocess.imagenet(64)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     staging = Staging(inputs)
-    with loading(samples, transform, world, held=9, packed=True) as batches, decoder._lock:
+    with loading(samples, transform, world, held=9, packed=True) as batches, hanging(decoder):
         for batch, _ in itertools.islice(batches, 8):
             staging.submit(batch)
         staging.flush()

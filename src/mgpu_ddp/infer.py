@@ -28,7 +28,7 @@ from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.isolation import run_apart
 from mgpu_ddp.job import Claim, Job, claim_job, place_job
 from mgpu_ddp.keeping import Kept
-from mgpu_ddp.loading import load_batches, naming_dead_workers, num_workers
+from mgpu_ddp.loading import load_batches, num_workers
 from mgpu_ddp.models import choose_transform, load_model, prepare
 from mgpu_ddp.planning import Task, collecting, dry_run, refuse_bad_samples, tasks, too_many_errors
 from mgpu_ddp.predict import Clock, Predictor, held_batches, in_flight, predict
@@ -118,11 +118,7 @@ def predict_task(
         packed=predictor.decodes,
         share=None if job.config.runtime.deterministic else Share(lambda: (clock.wait_s, clock.input_s)),
     )
-    with (
-        naming_dead_workers(),
-        closing(loaded) as batches,
-        closing(predict(batches, predictor, clock, world)) as predicted,
-    ):
+    with closing(loaded) as batches, closing(predict(batches, predictor, clock, world)) as predicted:
         for rows in predicted:
             refuse_bad_samples(rows, job, task.samples)
             collector.add(rows)

@@ -1,30 +1,28 @@
 """Loader workers → batches, in order, in memory that is used again."""
 
 import ctypes
-import itertools
 import math
 import time
-import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler
 
 from mgpu_ddp.config import ArrayConfig, Config, LoaderConfig
 from mgpu_ddp.datasets import Samples
-from mgpu_ddp.errors import OutOfMemoryError, StateError
+from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.keeping import available_bytes
+from mgpu_ddp.pool import WorkerPool
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.ring import Ring
 from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.spare import Share
-from mgpu_ddp.workers import BatchMaker, Integers, Made, Order, start_worker
+from mgpu_ddp.workers import BatchMaker, Integers, Made, Order
 from mgpu_ddp.world import World
 
 COPYING_WORKERS = 4
@@ -113,28 +111,19 @@ def as_batch(made: Made, ring: Ring, *, packed: bool = False, raw: bool = False)
 
 
 class Orders:
-    """A sampler's indices in batches, each with the slot it goes to."""
+    """A sampler's indices in batches. Where workers decode a share of them, it is looked at after so many `slots`."""
 
-    def __init__(
-        self, sampler: ShardSampler, batch_size: int, slots: int, workers: int, share: Share | None = None
-    ) -> None:
-        self._batches, self._slots = BatchSampler(sampler, batch_size, drop_last=False), slots
-        self._stride, self._share = max(workers, 1), share
+    def __init__(self, sampler: ShardSampler, batch_size: int, slots: int, share: Share | None = None) -> None:
+        self._batches, self._slots, self._share = BatchSampler(sampler, batch_size, drop_last=False), slots, share
 
     def __iter__(self) -> Iterator[Order]:
-        # Workers are asked in turn.
-        batches, later = itertools.tee(self._batches)
-        ahead = itertools.chain(itertools.islice(later, self._stride, None), itertools.repeat([]))
-        for number, (indices, then) in enumerate(zip(batches, ahead, strict=False)):
+        for number, indices in enumerate(self._batches):
             decode = 0
             if self._share:
                 if number and number % self._slots == 0:
                     self._share.adjust()
                 decode = int(self._share.now * len(indices))
-            yield Order(slot=number % self._slots, indices=indices, ahead=then, decode=decode)
-
-    def __len__(self) -> int:
-        return len(self._batches)
+            yield Order(indices=indices, decode=decode)
 
 
 def num_workers(config: Config, world: World) -> int:
@@ -144,18 +133,6 @@ def num_workers(config: Config, world: World) -> int:
     # More would only make more slots, and each costs time when it is touched and pinned for the first time.
     copies = isinstance(config.data, ArrayConfig) and world.device.type == "cuda"
     return min(world.share_of_cpus, COPYING_WORKERS) if copies else world.share_of_cpus
-
-
-@contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Say in one line that a loader worker died, wherever the block is when torch's SIGCHLD handler raises."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        first = str(error).splitlines()[0].strip()
-        raise StateError(f"loader workers must live, got: {first} Look for what killed it; lack of memory?") from error
 
 
 def load_batches(
@@ -176,10 +153,8 @@ def load_batches(
     them that is for the workers. `held` is how many batches the consumer may keep.
     """
     workers = int(config.workers)
-    # A worker is asked for a batch once the one `workers * prefetch` before it was handed out.
-    slots = _multiple(workers * config.prefetch + held, max(workers, 1))
     # A short job uses none of them again.
-    slots = max(1, min(slots, -(-len(sampler) // batch_size)))
+    slots = max(1, min(workers * config.prefetch + held, -(-len(sampler) // batch_size)))
     on_gpu = world.device.type == "cuda"
     layout = samples.layout if on_gpu else None
     most, num_images = available_bytes() // world.local_size, slots * batch_size
@@ -200,43 +175,12 @@ def load_batches(
     ring = Ring(slots, batch_size, size, planar=planar, packed=packed)
     # Pillow warns from here on and refuses at twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
-    # Forked workers start at once and inherit what is imported; a spawned one would import torch again for seconds.
-    ahead: dict[str, Any] = {
-        "prefetch_factor": config.prefetch,
-        "worker_init_fn": start_worker,
-        "multiprocessing_context": "fork",
-    }
-    loader = DataLoader(
-        BatchMaker(samples, transform, ring, config, packed=packed),
-        batch_sampler=Orders(sampler, batch_size, slots, workers, share),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_made,
-        **(ahead if workers else {}),
-    )
-    with warnings.catch_warnings():
-        # Workers are forked beside the pulse thread: they use neither its store client nor CUDA nor gloo.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
-        started = time.perf_counter()
-        batches = iter(loader)
-    if on_gpu and not packed:
-        ring.pin()
-    try:
-        for made in batches:
-            if isinstance(made, StateError):
-                raise made
+    maker = BatchMaker(samples, transform, ring, config, packed=packed)
+    orders = Orders(sampler, batch_size, slots, share)
+    started = time.perf_counter()
+    with closing(ring), closing(WorkerPool(maker, workers, slots)) as pool:
+        if on_gpu and not packed:
+            ring.pin()
+        for made in pool.make(iter(orders), ahead=workers * config.prefetch, held=held):
             yield as_batch(made, ring, packed=packed, raw=layout is not None), time.perf_counter() - started
             started = time.perf_counter()
-    finally:
-        # Ends the workers now, and not when the garbage collector comes by.
-        del batches
-        ring.close()
-
-
-def _multiple(at_least: int, of: int) -> int:
-    """Slots that each worker has for itself: it touches fewer pages for the first time."""
-    return -(-at_least // of) * of
-
-
-def _as_made(made: Any) -> Made | StateError:
-    assert isinstance(made, Made | StateError)
-    return made

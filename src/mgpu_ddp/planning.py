@@ -111,8 +111,7 @@ def _plan(
     world: World,
 ) -> Plan:
     """Windows over [start, stop). Collective: every rank calls this."""
-    # Each worker knows of one batch more than it is asked for.
-    ahead = num_workers(config, world) * (config.loader.prefetch + 1) + 1
+    ahead = num_workers(config, world) * config.loader.prefetch + 1
     ahead += held_batches(config, batch_size, world)
     if config.output.commit_every == "auto":
         step = world.size * batch_size

@@ -5,9 +5,9 @@ Bad samples are kept apart. What a GPU's decoder is to have is only looked throu
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import UnidentifiedImageError
-from torch.utils.data import Dataset
 
 from mgpu_ddp import stores
 from mgpu_ddp.arrays import ArraySamples
@@ -34,10 +33,8 @@ Integers = npt.NDArray[np.int64]
 class Order:
     """What a worker is asked for: these samples, in this slot."""
 
-    slot: int
     indices: list[int]
-    ahead: list[int] = field(default_factory=list)
-    """What the same worker is asked for after these."""
+    slot: int = 0
     decode: int = 0
     """How many of them, from the first on, the worker decodes even where the GPU could."""
 
@@ -58,11 +55,8 @@ class Made:
     read_bytes: int = 0
 
 
-class BatchMaker(Dataset[Made | StateError]):
-    """What runs in a worker: an order in, its slot filled with one padded batch.
-
-    A source that is not what was listed is no matter of one sample: its error comes out in the place of a batch.
-    """
+class BatchMaker:
+    """What runs in a worker: an order in, its slot filled with one padded batch."""
 
     def __init__(
         self, samples: Samples, transform: Transform, ring: Ring, config: LoaderConfig, *, packed: bool = False
@@ -70,12 +64,17 @@ class BatchMaker(Dataset[Made | StateError]):
         self._samples, self._transform, self._ring, self._config = samples, transform, ring, config
         self._packed = packed
 
-    def __getitems__(self, order: Order) -> Made | StateError:
-        before = _bytes_read()
-        made = self._make(order)
-        return made if isinstance(made, StateError) else replace(made, read_bytes=_bytes_read() - before)
+    def make(self, order: Order, then: Sequence[int] = ()) -> Made:
+        """Fill the slot; `then` is what will be asked for next.
 
-    def _make(self, order: Order) -> Made | StateError:
+        Raises:
+            StateError: the source is not what was listed, which is no matter of one sample.
+        """
+        before = _bytes_read()
+        made = self._make(order, then)
+        return replace(made, read_bytes=_bytes_read() - before)
+
+    def _make(self, order: Order, then: Sequence[int]) -> Made:
         view, room = self._ring.array(order.slot), self._ring.room(order.slot).numpy()
         labels = np.full(len(order.indices), -1, dtype=np.int32)
         seconds: dict[str, float] = {}
@@ -95,13 +94,10 @@ class BatchMaker(Dataset[Made | StateError]):
 
         samples, indices = self._samples, order.indices
         started = time.perf_counter()
-        try:
-            if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
-                view[len(indices) :] = 0
-                return made
-            samples.expect([*indices, *order.ahead])
-        except StateError as error:
-            return error
+        if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
+            view[len(indices) :] = 0
+            return made
+        samples.expect([*indices, *then])
         limit = TimeLimit(self._config.timeout_s)
         with limit.installed():
             for place, index in enumerate(indices):
@@ -114,8 +110,8 @@ class BatchMaker(Dataset[Made | StateError]):
                         else:
                             pixels, labels[place] = self._samples.load(index, self._transform, clock, data)
                             copy_pixels(pixels, view[place])
-                except StateError as error:
-                    return error
+                except StateError:
+                    raise
                 except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                     view[place] = 0
                     labels[place] = self._samples.known_label(index)
@@ -189,6 +185,6 @@ class TimeLimit:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def start_worker(_number: int) -> None:
+def start_worker() -> None:
     leave_stopping_to_parent()
     torch.set_num_threads(1)

@@ -165,6 +165,18 @@ def test_a_killed_loader_worker_ends_the_job_with_its_cause(tmp_path: Path) -> N
         os.kill(int(children[0]), signal.SIGKILL)
         ended = finish(process, tmp_path, time.monotonic())
     assert ended.code == 1
-    assert "loader workers must live, got: DataLoader worker" in ended.err
+    assert f"loader workers must live, got: worker {children[0]} killed by SIGKILL." in ended.err
     assert "Traceback" not in ended.err
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_killed_rank_leaves_no_loader_worker(tmp_path: Path) -> None:
+    with started(python_m(*LONG), tmp_path) as process:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        give_up = time.monotonic() + 10
+        while Path(f"/proc/{worker}").exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.05)

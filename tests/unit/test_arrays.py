@@ -1,6 +1,7 @@
 """Images in one array: the same pixels as one by one, whatever the layout, and nothing but an array of images."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mgpu_ddp.loading import as_batch
 from mgpu_ddp.models import build_model, choose_transform
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.ring import Ring
-from mgpu_ddp.workers import BatchMaker, Made, Order
+from mgpu_ddp.workers import BatchMaker, Order
 from tests.unit.conftest import ignore_time
 
 
@@ -49,7 +50,7 @@ def test_a_batch_equals_its_images_one_by_one(
     ring = Ring(1, 4, transform.out_size, packed=False)
     ring.pixels(0)[:] = 99
     worker = BatchMaker(samples, transform, ring, LoaderConfig())
-    batch = as_batch(worker.__getitems__(Order(slot=0, indices=indices)), ring, packed=False)
+    batch = as_batch(worker.make(Order(slot=0, indices=indices)), ring, packed=False)
     for place, index in enumerate(indices):
         pixels, label = samples.load(index, transform, ignore_time)
         assert np.array_equal(batch.pixels[place].numpy(), pixels)
@@ -76,7 +77,7 @@ def test_whole_images_are_read_to_where_they_belong(tmp_path: Path, indices: lis
     worker = BatchMaker(samples, preprocess.imagenet(16).without_geometry((18, 20)), ring, LoaderConfig())
     assert samples._read(range(3), ring.array(0)[:3])
     assert np.array_equal(ring.array(0)[:3], array[:3])
-    batch = as_batch(worker.__getitems__(Order(slot=0, indices=indices)), ring, raw=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=indices)), ring, raw=True)
     assert np.array_equal(batch.pixels[: len(indices)].numpy(), array[indices])
 
 
@@ -85,7 +86,7 @@ def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: 
     config = saved(tmp_path / "x.npy", images(9, 18, 20, 3))
     samples, transform = ArraySamples(config), Transform(resize=(18, 20))
     worker, order = BatchMaker(samples, transform, Ring(1, 4, (18, 20)), LoaderConfig()), Order(slot=0, indices=[4, 5])
-    assert isinstance(worker.__getitems__(order), Made)
+    worker.make(order)
     if change == "cut short":
         os.truncate(config.path, 128 + 5 * 18 * 20 * 3 + 7)
     elif change == "replaced":
@@ -93,9 +94,9 @@ def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: 
         os.replace(tmp_path / "y.npy", config.path)
     else:
         os.utime(config.path, ns=(0, 0))
-    error = worker.__getitems__(order)
-    assert isinstance(error, StateError)
-    assert str(error) == f"{config.path} must stay as it is during a job, but it was changed. Restore it."
+    said = f"{config.path} must stay as it is during a job, but it was changed. Restore it."
+    with pytest.raises(StateError, match=re.escape(said)):
+        worker.make(order)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     samples = FileSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
     ring = Ring(1, 4, (16, 16), packed=False)
     worker = BatchMaker(samples, preprocess.imagenet(16), ring, LoaderConfig(timeout_s=10))
-    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1, 2])), ring, packed=False)
+    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1, 2])), ring, packed=False)
     assert set(batch.errors) <= {1}
     assert all("\n" not in reason and reason for reason in batch.errors.values())
     assert torch.equal(batch.pixels[0], batch.pixels[2])

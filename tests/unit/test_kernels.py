@@ -209,7 +209,7 @@ def test_what_a_worker_leaves_as_it_is_becomes_what_it_would_have_made_of_it(
     # A fake image fits into a slot of either kind.
     ring = Ring(1, 4, (30, 22), planar=planar)
     worker = BatchMaker(samples, left, ring, LoaderConfig())
-    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[1, 2, 4])), ring, raw=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=[1, 2, 4])), ring, raw=True)
     assert batch.pixels.shape == (4, 30, 22, 3)
     out = torch.full((4, 3, 16, 16), torch.nan)
     got = interpreter.submit(run_on_pixels, batch.pixels, transform, out).result()

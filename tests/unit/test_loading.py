@@ -1,11 +1,13 @@
 """Loader workers → batches: padded, in order, with bad samples kept apart."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def made(
     ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed)
     ring.pixels(1)[:] = 99
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(timeout_s=timeout_s), packed=packed)
-    return as_batch(worker.__getitems__(Order(slot=1, indices=indices)), ring, packed=packed)
+    return as_batch(worker.make(Order(slot=1, indices=indices)), ring, packed=packed)
 
 
 def test_a_short_batch_is_padded_with_zeros(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_workers_decode_what_an_order_says(tmp_path: Path) -> None:
     ring = Ring(1, 8, (SIZE, SIZE), packed=True)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
     order = Order(slot=0, indices=list(range(8)), decode=3)
-    batch = as_batch(worker.__getitems__(order), ring, packed=True)
+    batch = as_batch(worker.make(order), ring, packed=True)
     assert batch.jpegs is not None
     assert batch.jpegs.places.tolist() == [3, 4, 5, 6, 7]
     on_cpu = made(samples, list(range(8)), batch_size=8)
@@ -167,7 +169,7 @@ def test_orders_carry_the_share_from_the_second_turn_on() -> None:
     turns = itertools.count()
     share = Share(lambda: (0.0, float(next(turns))))
     share.now = 0.49
-    orders = list(Orders(ShardSampler(plan, 0), 4, 3, 1, share))
+    orders = list(Orders(ShardSampler(plan, 0), 4, 3, share))
     assert [order.decode for order in orders] == [1, 1, 1, *[2] * 7]
     assert next(turns) == 4
 
@@ -180,7 +182,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
     ring = Ring(1, 2, (SIZE, SIZE), packed=True)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(), packed=True)
-    batch = as_batch(worker.__getitems__(Order(slot=0, indices=[0, 1])), ring, packed=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), ring, packed=True)
     assert batch.jpegs is not None
     assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
     assert set(batch.seconds) == {"read", "pack"}, "what the worker did but read counts as well"
@@ -209,7 +211,7 @@ def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit:
     samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
     ring = Ring(1, 2, (SIZE, SIZE), packed=True)
     worker = BatchMaker(samples, preprocess.plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
-    assert len(worker.__getitems__(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
+    assert len(worker.make(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
 
 
 def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:
@@ -326,6 +328,49 @@ def test_batches_come_once_and_in_order(world: World, workers: int, start: int) 
             pixels, label = samples.load(index, transform, lambda *_: None)
             assert np.array_equal(batch.pixels[place].numpy(), pixels)
             assert batch.label[place] == label
+
+
+class Told(Odd):
+    """Samples that say when they are made, of which one waits for another."""
+
+    def __init__(self, size: int, *, waits: int, for_: int) -> None:
+        super().__init__(*[None] * size)
+        context = multiprocessing.get_context("fork")
+        self.made = [context.Event() for _ in range(size)]
+        self._waits, self._for = waits, for_
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        if index == self._waits:
+            assert self.made[self._for].wait(20)
+        self.made[index].set()
+        return super().load(index, transform, clock, data)
+
+
+def test_a_worker_that_is_slow_holds_up_no_order_but_those_it_has(world: World) -> None:
+    # In turns, the worker that waits for order 8 to be made would be given that as well.
+    samples = Told(12, waits=2, for_=8)
+    plan = Plan(start=0, stop=12, size=1, batch_size=1, contiguous=False, smallest_rows=12, largest_rows=12)
+    config, transform = LoaderConfig(workers=2, prefetch=4), preprocess.plain(8)
+    loaded = load_batches(samples, ShardSampler(plan, 0), transform, config, 1, world, held=1)
+    with closing(loaded) as batches:
+        seen = [next(batches)[0]]
+        assert samples.made[7].wait(20)
+        seen.extend(batch for batch, _ in batches)
+    assert [int(batch.index[0]) for batch in seen] == list(range(12))
+    assert not any(batch.errors for batch in seen)
+
+
+def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
+    class Broken(Odd):
+        def known_label(self, index: int) -> int:
+            raise ZeroDivisionError
+
+    plan = Plan(start=0, stop=2, size=1, batch_size=1, contiguous=False, smallest_rows=2, largest_rows=2)
+    samples, config = Broken(None, ValueError), LoaderConfig(workers=1)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"):
+        list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 1, world, held=1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

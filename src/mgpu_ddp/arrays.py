@@ -41,6 +41,8 @@ def open_array(path: str) -> Pixels:
 class ArraySamples:
     """The images of an array, in its order."""
 
+    looks_ahead = False
+
     def __init__(self, config: ArrayConfig) -> None:
         images: Any = open_array(config.path)
         self._images, self._offset = images, int(images.offset)

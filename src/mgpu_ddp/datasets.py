@@ -42,6 +42,11 @@ class Samples(Protocol):
         """Of what `load` returns without a transform, where that needs no decoding and is always the same."""
         ...
 
+    @property
+    def looks_ahead(self) -> bool:
+        """It is worth telling it what comes after the batch that is made now."""
+        ...
+
     def __len__(self) -> int: ...
 
     def expect(self, indices: Sequence[int]) -> None:
@@ -79,6 +84,8 @@ class FakeSamples:
 
     Source: torchvision.datasets.FakeData and transforms.functional.to_pil_image.
     """
+
+    looks_ahead = False
 
     def __init__(self, config: FakeConfig) -> None:
         self._config = config
@@ -126,7 +133,7 @@ class ChosenSamples:
 
     def __init__(self, samples: Samples, chosen: npt.NDArray[np.int64]) -> None:
         self._samples, self._chosen = samples, chosen
-        self.layout = samples.layout
+        self.layout, self.looks_ahead = samples.layout, samples.looks_ahead
 
     def __len__(self) -> int:
         return len(self._chosen)

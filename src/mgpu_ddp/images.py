@@ -36,6 +36,10 @@ class ImageSamples(ABC):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self._ahead is not None
+
     def expect(self, indices: Sequence[int]) -> None:
         if self._ahead is not None:
             self._ahead.expect(indices)

@@ -64,6 +64,11 @@ class BatchMaker:
         self._samples, self._transform, self._ring, self._config = samples, transform, ring, config
         self._packed = packed
 
+    @property
+    def looks_ahead(self) -> bool:
+        """It is worth telling what will be asked for next, at the price that no other worker takes it."""
+        return self._samples.looks_ahead
+
     def make(self, order: Order, then: Sequence[int] = ()) -> Made:
         """Fill the slot; `then` is what will be asked for next.
 

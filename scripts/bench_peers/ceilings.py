@@ -29,6 +29,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.datasets import FakeSamples, FileSamples
+from mgpu_ddp.interrupts import interrupted_cpus, keep_off
 from mgpu_ddp.jpeg import read_header
 from mgpu_ddp.listing import Listing, find_images
 from mgpu_ddp.loading import load_batches, num_workers
@@ -241,6 +242,8 @@ def main() -> None:
     # What forks comes before anything touches CUDA.
     found = {"generate": generate(args, workers), "read": read(args, config, world)}
     world = choose_device(config, world)
+    # As where JPEGs are decoded in earnest.
+    keep_off(interrupted_cpus(), world.cpus)
     decoded = decode(args, world.device) if world.device.type == "cuda" else {}
     found |= {name: max(rates.values()) for name, rates in decoded.items()}
     found["forward"] = max(forward(args, size, config, world) for size in (args.batch_size, 2 * args.batch_size))

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mgpu_ddp import config, keys, report
+from mgpu_ddp import config, interrupts, keys, report
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, explain, make_folder, register_resolvers, remove_empty
 from mgpu_ddp.datasets import find_listing
@@ -50,6 +50,8 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     world.pulse.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     decodes = decode_of(config, world.device) != "cpu"
+    # Before there are threads and workers, which inherit it.
+    interrupts.keep_off(interrupts.interrupted_cpus() if decodes else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decodes) if world.device.type == "cuda" else None
     job = place_job(job, world)
     # Before the images are listed, which may take minutes: a model that is not there is told in seconds.

@@ -59,8 +59,10 @@ class World:
     size: int
     local_rank: int
     local_size: int
+    cpus: frozenset[int]
+    """That this process may use."""
     share_of_cpus: int
-    """CPUs for this rank: those its process may use, shared among the ranks of its host."""
+    """How many of them are for this rank: the ranks of its host share them."""
     attempt: int
     device: torch.device
     link: Link = field(repr=False, compare=False)
@@ -246,15 +248,16 @@ def join() -> World:
     dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
     pulse.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cpus = len(os.sched_getaffinity(0))
+    cpus = frozenset(os.sched_getaffinity(0))
     # On a cluster that does not bind its jobs to CPUs, every process may use those of all jobs.
-    allowed = min(cpus, int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)))
+    allowed = min(len(cpus), int(os.environ.get("SLURM_CPUS_ON_NODE", len(cpus))))
     return World(
         rank=rank,
         size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_size=local_size,
-        share_of_cpus=max(1, allowed // local_size) if task is None else min(cpus, task.cpus),
+        cpus=cpus,
+        share_of_cpus=max(1, allowed // local_size) if task is None else min(len(cpus), task.cpus),
         attempt=attempt,
         device=torch.device("cpu"),
         link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),

@@ -14,24 +14,22 @@ FEW = 8
 
 
 def interrupted_cpus(driver: Path = NVIDIA) -> frozenset[int]:
-    """The CPU that each device of a driver interrupts most, where the kernel tells.
+    """The CPU that the first vector of each device of a driver interrupts, where the kernel tells.
 
-    Source: Documentation/ABI of Linux, sysfs-bus-pci and sysfs-kernel-irq; core-api/irq/irq-affinity.rst.
+    It is the first one that decoding keeps busy. Counts would not show it in time: before there is work, other vectors
+    may have interrupted more often.
+
+    Source: Linux, Documentation/ABI/testing/sysfs-bus-pci and core-api/irq/irq-affinity.rst.
     """
     cpus: set[int] = set()
     for device in driver.glob("*:*"):
         try:
-            numbers = [each.name for each in (device / "msi_irqs").iterdir()]
-            busiest = max(numbers, key=lambda number: sum(map(int, _read(f"/sys/kernel/irq/{number}/per_cpu_count"))))
-            cpus.update(map(int, _read(f"/proc/irq/{busiest}/effective_affinity_list")))
+            first = min(int(each.name) for each in (device / "msi_irqs").iterdir())
+            cpus.add(int(Path(f"/proc/irq/{first}/effective_affinity_list").read_text()))
         except (OSError, ValueError):
             # A container may hide any of these, and what is no single CPU is none to keep off.
             continue
     return frozenset(cpus)
-
-
-def _read(path: str) -> list[str]:
-    return Path(path).read_text().strip().split(",")
 
 
 def keep_off(interrupted: Set[int], cpus: Set[int]) -> None:

@@ -93,7 +93,7 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
 
     def steps() -> Generator[int]:
         while True:
-            batches = load_batches(
+            loaded = load_batches(
                 samples,
                 ShardSampler(plan, 0),
                 imagenet(224),
@@ -103,7 +103,7 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
                 held=held_batches(config, args.batch_size, world),
                 packed=True,
             )
-            with closing(batches):
+            with loaded as batches:
                 for batch, _ in batches:
                     yield len(batch.index)
 

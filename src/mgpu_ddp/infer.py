@@ -120,7 +120,7 @@ def predict_task(
         packed=predictor.decodes,
         share=None if job.config.runtime.deterministic else Share(lambda: (clock.wait_s, clock.input_s)),
     )
-    with closing(loaded) as batches, closing(predict(batches, predictor, clock, world)) as predicted:
+    with loaded as batches, closing(predict(batches, predictor, clock, world)) as predicted:
         for rows in predicted:
             refuse_bad_samples(rows, job, task.samples)
             collector.add(rows)

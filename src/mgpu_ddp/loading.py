@@ -3,8 +3,8 @@
 import ctypes
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -135,6 +135,7 @@ def num_workers(config: Config, world: World) -> int:
     return min(world.share_of_cpus, COPYING_WORKERS) if copies else world.share_of_cpus
 
 
+@contextmanager
 def load_batches(
     samples: Samples,
     sampler: ShardSampler,
@@ -146,9 +147,10 @@ def load_batches(
     held: int,
     packed: bool = False,
     share: Share | None = None,
-) -> Generator[tuple[Batch, float]]:
+) -> Iterator[Iterator[tuple[Batch, float]]]:
     """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited.
 
+    What made them is put away with the block, not after the last batch, which would keep those before it waiting.
     `config.workers` must be a number. With `packed`, images that a GPU can decode stay encoded, all but the `share` of
     them that is for the workers. `held` is how many batches the consumer may keep.
     """
@@ -177,10 +179,14 @@ def load_batches(
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     maker = BatchMaker(samples, transform, ring, config, packed=packed)
     orders = Orders(sampler, batch_size, slots, share)
-    started = time.perf_counter()
-    with closing(ring), closing(WorkerPool(maker, workers, slots)) as pool:
-        if on_gpu and not packed:
-            ring.pin()
+
+    def batches(pool: WorkerPool) -> Iterator[tuple[Batch, float]]:
+        started = time.perf_counter()
         for made in pool.make(iter(orders), ahead=workers * config.prefetch, held=held):
             yield as_batch(made, ring, packed=packed, raw=layout is not None), time.perf_counter() - started
             started = time.perf_counter()
+
+    with closing(ring), closing(WorkerPool(maker, workers, slots)) as pool:
+        if on_gpu and not packed:
+            ring.pin()
+        yield batches(pool)

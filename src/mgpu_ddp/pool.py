@@ -62,7 +62,8 @@ class WorkerPool:
             yield from (self._maker.make(replace(order, slot=n % self._slots)) for n, order in enumerate(orders))
         made: dict[int, Made] = {}
         given: deque[int] = deque()
-        free = [*range(self._slots)]
+        # The first ones are the first that are pinned, and what was used last is used next: it may be in a cache.
+        free = [*reversed(range(self._slots))]
         num_given = 0
         for number in itertools.count():
             if number >= held:

@@ -3,8 +3,8 @@
 import itertools
 import threading
 import time
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loading(
     samples: Samples, transform: Transform, world: World, **how: Any
-) -> closing[Generator[tuple[Batch, float]]]:
+) -> AbstractContextManager[Iterator[tuple[Batch, float]]]:
     plan = Plan(
         start=0,
         stop=len(samples),
@@ -76,7 +76,7 @@ def loading(
         largest_rows=BATCH_SIZE,
     )
     sampler, loader = ShardSampler(plan, 0), LoaderConfig(workers=2)
-    return closing(load_batches(samples, sampler, transform, loader, BATCH_SIZE, world, **how))
+    return load_batches(samples, sampler, transform, loader, BATCH_SIZE, world, **how)
 
 
 def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | None = None) -> tuple[Rows, Clock]:

@@ -7,7 +7,6 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,12 +219,14 @@ def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) ->
     config, held = LoaderConfig(workers=2), 5
     kept: deque[tuple[Batch, torch.Tensor]] = deque()
     transform = preprocess.plain(8)
-    for batch, _ in load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=held):
-        kept.append((batch, batch.pixels.clone()))
-        if len(kept) == held:
-            oldest, pixels = kept.popleft()
-            assert torch.equal(oldest.pixels, pixels)
-            assert np.array_equal(pixels[0].numpy(), samples.load(int(oldest.index[0]), transform, lambda *_: None)[0])
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=held) as batches:
+        for batch, _ in batches:
+            kept.append((batch, batch.pixels.clone()))
+            if len(kept) == held:
+                oldest, pixels = kept.popleft()
+                assert torch.equal(oldest.pixels, pixels)
+                expected, _ = samples.load(int(oldest.index[0]), transform, lambda *_: None)
+                assert np.array_equal(pixels[0].numpy(), expected)
 
 
 class Odd:
@@ -322,7 +323,8 @@ def test_batches_come_once_and_in_order(world: World, workers: int, start: int) 
     )
     config = LoaderConfig(workers=workers)
     transform = preprocess.plain(8)
-    batches = list(load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=100))
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=100) as loaded:
+        batches = list(loaded)
     assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
     assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
     for batch, _ in batches:
@@ -355,8 +357,7 @@ def test_a_worker_that_is_slow_holds_up_no_order_but_its_own(world: World) -> No
     samples = Told(12, waits=2, for_=4)
     plan = Plan(start=0, stop=12, size=1, batch_size=1, contiguous=False, smallest_rows=12, largest_rows=12)
     config, transform = LoaderConfig(workers=2, prefetch=4), preprocess.plain(8)
-    loaded = load_batches(samples, ShardSampler(plan, 0), transform, config, 1, world, held=1)
-    with closing(loaded) as batches:
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 1, world, held=1) as batches:
         seen = [batch for batch, _ in batches]
     assert [int(batch.index[0]) for batch in seen] == list(range(12))
     assert not any(batch.errors for batch in seen)
@@ -369,8 +370,11 @@ def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
 
     plan = Plan(start=0, stop=2, size=1, batch_size=1, contiguous=False, smallest_rows=2, largest_rows=2)
     samples, config = Broken(None, ValueError), LoaderConfig(workers=1)
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"):
-        list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 1, world, held=1))
+    with (
+        load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 1, world, held=1) as batches,
+        pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"),
+    ):
+        list(batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -378,7 +382,8 @@ def test_no_samples_give_no_batches(world: World, workers: int) -> None:
     plan = Plan(start=0, stop=0, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
     samples = FakeSamples(FakeConfig(size=0))
     config = LoaderConfig(workers=workers)
-    assert list(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 4, world, held=100)) == []
+    with load_batches(samples, ShardSampler(plan, 0), preprocess.plain(8), config, 4, world, held=100) as batches:
+        assert list(batches) == []
 
 
 def test_auto_workers_are_this_processes_cpus(world: World) -> None:

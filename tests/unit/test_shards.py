@@ -311,10 +311,9 @@ def batches(samples: ImageSamples, world: World, *, workers: int = 2, size: int 
     )
     found = []
     for rank in range(size):
-        loaded = load_batches(
-            samples, ShardSampler(plan, rank), preprocess.plain(8), LoaderConfig(workers=workers), 4, world, held=1
-        )
-        found += [batch for batch, _ in loaded]
+        config, transform = LoaderConfig(workers=workers), preprocess.plain(8)
+        with load_batches(samples, ShardSampler(plan, rank), transform, config, 4, world, held=1) as loaded:
+            found += [batch for batch, _ in loaded]
     return found
 
 

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -247,7 +247,7 @@ def loaded(samples: Samples, world: World, *, workers: int) -> tuple[torch.Tenso
     )
     settings: Any = (LoaderConfig(workers=workers), 4, world)
     pixels, labels, errors = [], [], {}
-    with closing(load_batches(samples, ShardSampler(plan, 0), preprocess.plain(16), *settings, held=1)) as batches:
+    with load_batches(samples, ShardSampler(plan, 0), preprocess.plain(16), *settings, held=1) as batches:
         for batch, _ in batches:
             pixels.append(batch.pixels[: len(batch.index)].clone())
             labels += batch.label.tolist()

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mgpu_ddp import config, interrupts, keys, report
+from mgpu_ddp.arrow import keep_pandas_out
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, explain, make_folder, register_resolvers, remove_empty
 from mgpu_ddp.datasets import find_listing
@@ -132,6 +133,7 @@ def main() -> None:
     """Join the world; rank 0 reads the command and leads through its jobs, the other ranks follow."""
     # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
     sys.setswitchinterval(0.0005)
+    keep_pandas_out()
     stop = StopWish()
     stop.install()
     try:

@@ -106,6 +106,16 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     assert "Traceback" not in ended.err
 
 
+def test_a_job_does_not_wait_for_pandas(tmp_path: Path, images: Path) -> None:
+    pytest.importorskip("pandas")
+    for settings in (SMALL, (*SMALL_IMAGES, "data=folder", f"data.root={images}")):
+        ended = run([sys.executable, "-X", "importtime", *python_m(*settings)[1:]], tmp_path)
+        assert ended.code == 0, ended.err
+        imported = [line.split("|")[-1].strip() for line in ended.err.splitlines() if line.startswith("import time:")]
+        assert "pyarrow.parquet" in imported
+        assert not [name for name in imported if name.startswith("pandas.")]
+
+
 def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
     from mgpu_ddp.keys import documented_keys
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 
+import numpy as np
+
 
 class _Refusal(MetaPathFinder):
     def find_spec(self, fullname: str, _path: Sequence[str] | None, _target: object = None) -> None:
@@ -23,6 +25,6 @@ def keep_pandas_out() -> None:
     refusal = _Refusal()
     sys.meta_path.insert(0, refusal)
     try:
-        pa.array([])
+        pa.array(np.empty(0))
     finally:
         sys.meta_path.remove(refusal)

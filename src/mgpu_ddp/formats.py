@@ -61,7 +61,8 @@ def _lists(values: Column, failed: npt.NDArray[np.bool_] | None) -> Any:
 
 
 class Parquet:
-    suffix = ".parquet"
+    suffix, module = ".parquet", "pyarrow.parquet"
+    """Of its files' names; what reads or writes them."""
 
     def write(self, table: Any, file: BinaryIO) -> None:
         import pyarrow.parquet as pq
@@ -80,7 +81,7 @@ class Parquet:
 
 
 class Csv:
-    suffix = ".csv"
+    suffix, module = ".csv", "pyarrow.csv"
 
     def write(self, table: Any, file: BinaryIO) -> None:
         import pyarrow as pa
@@ -118,7 +119,7 @@ class Csv:
 
 
 class JsonLines:
-    suffix = ".jsonl"
+    suffix, module = ".jsonl", "pyarrow.json"
 
     def write(self, table: Any, file: BinaryIO) -> None:
         for chunk in _chunks(table):

@@ -29,6 +29,7 @@ Lustre and GPFS do; object stores do not.
 """
 
 import hashlib
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,8 @@ def open_writer(
 
     # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
     pa.set_memory_pool(pa.system_memory_pool())
+    # Its import would have the interpreter for a tenth of a second, amid the predicting loop.
+    importlib.import_module(FORMATS[how].module)
     return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
 
 

@@ -29,6 +29,8 @@ COLLECTING, COLLECTING_AT = 0.03, 8
 """The share of rank 0's time that may go to gathering and writing, and at how many GPUs."""
 COUNTS = (1, 2, 4, 8)
 SCALINGS = ("weak", "strong")
+ROWS = {"jpegs": 400_000, "array": 200_000, "fake": 40_000}
+"""Of each GPU: ten seconds of JPEGs, lest what differs between the starts of the ranks count."""
 KINDS = {"jpegs": "JPEGs", "array": "decoded images", "fake": "FakeData"}
 COLOURS = {"jpegs": "#2a6f97", "array": "#e07a5f", "fake": "#81b29a"}
 DISTINCT = 16_000
@@ -39,7 +41,7 @@ SPENT = (
     "input",
     "predict",
     "peers",
-    "each worker",
+    "workers",
     "rank 0: gather",
     "write",
     "of its loop",
@@ -81,8 +83,8 @@ class Plan:
     """Of GPUs, ascending from 1."""
     shares: int
     """Into how many the cores are split: one for each GPU of this machine, or for each core where it has none."""
-    workers: int
-    """Loader workers of each rank: the cores of a share."""
+    cores: int
+    """Of each rank."""
     scalings: list[str]
     numa: bool
     kinds: list[Kind]
@@ -179,7 +181,7 @@ def scaling(args: argparse.Namespace) -> bool:
     print_table(report())
     print()
     print_columns([("", *SPENT), *(line for kind in plan.kinds for line in _limits(kind, plan, found))])
-    print(f"\n{describe(plan.hardware)}; cores and loader workers of each rank: {plan.workers}; {since(started)}")
+    print(f"\n{describe(plan.hardware)}; cores of each rank: {plan.cores}; {since(started)}")
     print_machine(args.out)
     _plot(plan, found, args.out / "scaling.png")
     return not any(result.problem for result in found.values())
@@ -201,7 +203,7 @@ def _plan(args: argparse.Namespace, hardware: Hardware) -> Plan:
         hardware=hardware,
         counts=counts,
         shares=shares,
-        workers=cores_each(shares),
+        cores=cores_each(shares),
         scalings=args.scalings or list(SCALINGS),
         numa=args.numa,
         kinds=_kinds(args, on_gpu=bool(hardware.gpus)),
@@ -211,12 +213,12 @@ def _plan(args: argparse.Namespace, hardware: Hardware) -> Plan:
 
 def _kinds(args: argparse.Namespace, *, on_gpu: bool) -> list[Kind]:
     if on_gpu:
-        rows = {"jpegs": 20_000, "array": 20_000, "fake": 5000} if args.quick else {"fake": 40_000}
+        rows = {"jpegs": 20_000, "array": 20_000, "fake": 5000} if args.quick else ROWS
     else:
         rows = dict.fromkeys(KINDS, 48 if args.quick else 500)
     sizes = {"array": 512} if on_gpu else dict.fromkeys(KINDS, 8 if args.quick else 32)
     return [
-        Kind(name=name, rows_each=args.images or rows.get(name, 100_000), batch_size=sizes.get(name, 256))
+        Kind(name=name, rows_each=args.images or rows[name], batch_size=sizes.get(name, 256))
         for name in KINDS
         if not args.only or name in args.only
     ]
@@ -225,7 +227,7 @@ def _kinds(args: argparse.Namespace, *, on_gpu: bool) -> list[Kind]:
 def _images(kind: Kind, plan: Plan, work: Path, *, quick: bool) -> list[str]:
     """Make the images of the largest job and say how a job names them."""
     largest = plan.counts[-1] * kind.rows_each
-    common = [f"batch_size={kind.batch_size}", f"loader.workers={plan.workers}"]
+    common = [f"batch_size={kind.batch_size}"]
     if kind.name == "fake":
         return [f"data.size={largest}", *common]
     if kind.name == "jpegs":
@@ -309,8 +311,7 @@ def _limits(kind: Kind, plan: Plan, found: dict[Turn, Found]) -> Iterator[tuple[
             continue
         runs = sorted(map(_spent, found[turn].measured), key=lambda run: run.images_per_s)
         run = runs[(len(runs) - 1) // 2]
-        each_worker_s = sum(run.workers_s.values()) / plan.workers
-        seconds = (run.loop_s, run.wait_s, run.input_s, run.predict_s, run.peers_s, each_worker_s)
+        seconds = (run.loop_s, run.wait_s, run.input_s, run.predict_s, run.peers_s, sum(run.workers_s.values()))
         of_rank_0 = (f"{run.gather_s:.2f}", f"{run.write_s:.2f}", f"{run.collecting:.2%}")
         yield (plan.title(turn), *(f"{s:.2f}" for s in seconds), *of_rank_0, run.bottleneck)
 
@@ -340,5 +341,5 @@ def _plot(plan: Plan, found: dict[Turn, Found], path: Path) -> None:
     speedups.set_yticks(plan.counts)
     speedups.legend(frameon=False)
     efficiencies.set_ylim(0, max(110, efficiencies.get_ylim()[1]))
-    figure.suptitle(f"{describe(plan.hardware)}; cores of each rank: {plan.workers}; steady images/s", fontsize=10)
+    figure.suptitle(f"{describe(plan.hardware)}; cores of each rank: {plan.cores}; steady images/s", fontsize=10)
     save(figure, path)

@@ -25,6 +25,8 @@ def keep_pandas_out() -> None:
     refusal = _Refusal()
     sys.meta_path.insert(0, refusal)
     try:
+        # Of a list, it asks for pandas, once and for all; for an ndarray, it imports what that takes.
+        pa.array([])
         pa.array(np.empty(0))
     finally:
         sys.meta_path.remove(refusal)

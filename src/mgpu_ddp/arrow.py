@@ -4,8 +4,6 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 
-import numpy as np
-
 
 class _Refusal(MetaPathFinder):
     def find_spec(self, fullname: str, _path: Sequence[str] | None, _target: object = None) -> None:
@@ -25,8 +23,7 @@ def keep_pandas_out() -> None:
     refusal = _Refusal()
     sys.meta_path.insert(0, refusal)
     try:
-        # Of a list, it asks for pandas, once and for all; for an ndarray, it imports what that takes.
+        # Of a list: of an ndarray it would ask again later.
         pa.array([])
-        pa.array(np.empty(0))
     finally:
         sys.meta_path.remove(refusal)

@@ -61,8 +61,7 @@ def _lists(values: Column, failed: npt.NDArray[np.bool_] | None) -> Any:
 
 
 class Parquet:
-    suffix, module = ".parquet", "pyarrow.parquet"
-    """Of its files' names; what reads or writes them."""
+    suffix = ".parquet"
 
     def write(self, table: Any, file: BinaryIO) -> None:
         import pyarrow.parquet as pq
@@ -81,7 +80,7 @@ class Parquet:
 
 
 class Csv:
-    suffix, module = ".csv", "pyarrow.csv"
+    suffix = ".csv"
 
     def write(self, table: Any, file: BinaryIO) -> None:
         import pyarrow as pa
@@ -119,7 +118,7 @@ class Csv:
 
 
 class JsonLines:
-    suffix, module = ".jsonl", "pyarrow.json"
+    suffix = ".jsonl"
 
     def write(self, table: Any, file: BinaryIO) -> None:
         for chunk in _chunks(table):

@@ -50,6 +50,7 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     config = job.config
     world.pulse.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
+    keep_pandas_out()
     decodes = decode_of(config, world.device) != "cpu"
     # Before there are threads and workers, which inherit it.
     interrupts.keep_off(interrupts.interrupted_cpus() if decodes else frozenset(), world.cpus)
@@ -133,7 +134,6 @@ def main() -> None:
     """Join the world; rank 0 reads the command and leads through its jobs, the other ranks follow."""
     # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
     sys.setswitchinterval(0.0005)
-    keep_pandas_out()
     stop = StopWish()
     stop.install()
     try:

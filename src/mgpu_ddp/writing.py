@@ -29,7 +29,7 @@ Lustre and GPFS do; object stores do not.
 """
 
 import hashlib
-import importlib
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,8 +179,8 @@ def open_writer(
 
     # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
     pa.set_memory_pool(pa.system_memory_pool())
-    # Its import would have the interpreter for a tenth of a second, amid the predicting loop.
-    importlib.import_module(FORMATS[how].module)
+    # What is imported for the first table would have the interpreter for a tenth of a second, amid the predicting loop.
+    FORMATS[how].write(pa.table({"index": pa.array(np.empty(0, dtype=np.int64))}), io.BytesIO())
     return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
 
 

@@ -1,11 +1,11 @@
-"""What each stage of mgpu_ddp reaches alone, by mgpu_ddp's own functions; prints one JSON line.
+"""What each stage of mgpu_ddp reaches alone, by its own functions and in each way that was tried; prints one JSON line.
 
 generate  FakeData in as many processes as the loader has workers
 read      the loader's workers pack the bytes of files into batches, and nobody decodes them
 decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, by this package's decoder
-          and by torchvision's in one and two threads, the best of all
+          and by torchvision's, in one and two threads
 exact     the same to Pillow's own pixels
-forward   the prepared model over batches that lie on the device, of --batch-size and twice as many, the best
+forward   the prepared model over batches that lie on the device, of --batch-size and twice as many
 """
 
 import argparse
@@ -240,14 +240,15 @@ def main() -> None:
     world = join()
     workers = num_workers(config, world)
     # What forks comes before anything touches CUDA.
-    found = {"generate": generate(args, workers), "read": read(args, config, world)}
+    found = {"generate": {"alone": generate(args, workers)}, "read": {"alone": read(args, config, world)}}
     world = choose_device(config, world)
     # As where JPEGs are decoded in earnest.
     keep_off(interrupted_cpus(), world.cpus)
-    decoded = decode(args, world.device) if world.device.type == "cuda" else {}
-    found |= {name: max(rates.values()) for name, rates in decoded.items()}
-    found["forward"] = max(forward(args, size, config, world) for size in (args.batch_size, 2 * args.batch_size))
-    print(json.dumps({"name": "ceilings", "images_per_s": found, "decode": decoded, "workers": workers}), flush=True)
+    if world.device.type == "cuda":
+        found |= decode(args, world.device)
+    sizes = (args.batch_size, 2 * args.batch_size)
+    found["forward"] = {f"batches of {size}": forward(args, size, config, world) for size in sizes}
+    print(json.dumps({"name": "ceilings", "images_per_s": found, "workers": workers}), flush=True)
     # The pulse and the decoder's threads are of no use to anybody any more.
     os._exit(0)
 

@@ -1,6 +1,7 @@
 """What is measured and what became of it, round by round."""
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,15 @@ class Found:
     problem: str = ""
 
     def rates(self, stage: str | None = None) -> list[float]:
+        """Of each round; a stage's are those of the way to go through it that has the best median."""
         said = [m.said["images_per_s"] for m in self.measured]
-        return [rates[stage] for rates in said if stage in rates] if stage else said
+        if stage is None:
+            return said
+        tried = [rates[stage] for rates in said if stage in rates]
+        if not tried:
+            return []
+        best = max(tried[0], key=lambda way: statistics.median(ways[way] for ways in tried))
+        return [ways[best] for ways in tried]
 
 
 def measure(

@@ -34,6 +34,9 @@ def open_array(path: str) -> Pixels:
         raise UsageError(
             f"data.path must be a readable .npy, got {path!r} ({' '.join(text.split())}). {remedy}"
         ) from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        require(False, "data.path", "one array in a .npy, which can be mapped", path, remedy)
     ok = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
     ok = ok and 0 not in array.shape[1:]
     require(ok, "data.path", "uint8 images of three channels", f"{path}: {array.dtype} {array.shape}", remedy)

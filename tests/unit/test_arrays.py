@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, array: Any, said: 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["x.npz", "missing.npy", "empty.npy", "text.npy"])
+@pytest.mark.parametrize("name", ["x.npz", "renamed.npy", "missing.npy", "empty.npy", "text.npy"])
 def test_a_file_that_is_no_array_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     np.savez(tmp_path / "x.npz", images(2, 8, 8, 3))
+    shutil.copy(tmp_path / "x.npz", tmp_path / "renamed.npy")
     (tmp_path / "empty.npy").touch()
     (tmp_path / "text.npy").write_text("not an array")
     with pytest.raises(UsageError, match=r"data\.path must be ") as raised:

@@ -393,6 +393,8 @@ class Config:
         _one_of("strategy", self.strategy, ("ddp", "data_parallel"))
         _one_of("on_error", self.on_error, ("record", "raise"))
         _at_least("max_errors", self.max_errors, 0, "0.01 or max_errors=100")
+        counts = not isinstance(self.max_errors, float) or self.max_errors < 1 or self.max_errors.is_integer()
+        require(counts, "max_errors", "a count, or a share below 1", self.max_errors, "Try max_errors=0.01.")
         _at_least("limit", self.limit, 0, 1000)
         _at_least("seed", self.seed, 0, 0)
         i, n = parse_shard(self.shard)

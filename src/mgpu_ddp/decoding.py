@@ -42,11 +42,15 @@ def decode_of(config: Config, device: torch.device) -> str:
     Raises:
         UsageError: the GPU was asked for in vain.
     """
-    may, wanted = device.type == "cuda" and isinstance(config.data, Listed), config.runtime.decode
-    rule = "cpu or auto but for image files on a CUDA device, with nvJPEG (torchvision's CUDA wheels bring it)"
-    may = may and (wanted == "cpu" or library() is not None)
-    require(may or wanted in ("auto", "cpu"), "runtime.decode", rule, wanted, "Leave it out.")
-    return ("gpu" if wanted == "auto" else wanted) if may else "cpu"
+    wanted, lacks = config.runtime.decode, ""
+    if device.type != "cuda":
+        lacks = "where there is no CUDA device"
+    elif not isinstance(config.data, Listed):
+        lacks = "where images do not come as files"
+    elif wanted != "cpu" and library() is None:
+        lacks = "without nvJPEG, which torchvision's CUDA wheels bring"
+    require(not lacks or wanted in ("auto", "cpu"), "runtime.decode", f"cpu or auto {lacks}", wanted, "Leave it out.")
+    return "cpu" if lacks else "gpu" if wanted == "auto" else wanted
 
 
 def group_of(batch_size: int) -> int:

@@ -60,6 +60,7 @@ def build(key: str, value: Any) -> Any:
         ("strategy", "one of ddp, data_parallel", ["", "dp", "DDP"]),
         ("on_error", "one of record, raise", ["ignore"]),
         ("max_errors", "at least 0", [-1, -0.5, NAN, True]),
+        ("max_errors", "a count, or a share below 1", [1.5]),
         ("limit", "at least 0", [-1]),
         ("seed", "at least 0", [-1]),
         ("shard", "i/n with 0 <= i < n", ["", "1", "1/0", "4/4", "-1/4", "a/b", "1/2/3", "0.5/1", "/", " 0/4"]),

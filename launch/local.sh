@@ -6,15 +6,22 @@
 # Knobs:
 PROCESSES=${PROCESSES:-auto}      # processes to start: a number, or auto (one per GPU, one where there is none)
 MAX_RESTARTS=${MAX_RESTARTS:-0}   # how often a crashed job starts again by itself, in the same run folder
-PYTHON=${PYTHON:-python3}         # the interpreter mgpu_ddp is installed for
+PYTHON=${PYTHON:-}                # the interpreter mgpu_ddp is installed for; default: python3, then REPO/.venv
 
 set -euo pipefail
 
+home=$(dirname "$(dirname "$0")")
+for python in ${PYTHON:+"$PYTHON"} python3 "$home/.venv/bin/python"; do
+    command -v "$python" >/dev/null && "$python" -c 'import importlib.util as u; exit(not u.find_spec("mgpu_ddp"))' && break
+    python=
+done
+[ -n "$python" ] || { echo "mgpu_ddp must be installed for PYTHON, python3 or $home/.venv. Set PYTHON." >&2; exit 2; }
+
 if [ "$PROCESSES" = auto ]; then
-    PROCESSES=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    PROCESSES=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
 # The store and the rendezvous stay on loopback: whoever reaches them can steer the job.
-exec "$PYTHON" -m torch.distributed.run \
+exec "$python" -m torch.distributed.run \
     --standalone --local-addr=127.0.0.1 --nproc_per_node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
     -m mgpu_ddp.infer "$@"

@@ -38,7 +38,9 @@ def main() -> None:
     meter = peer.Meter(args)
     # On a CPU an actor per core, and one per GPU besides the tasks that decode.
     actors = args.gpus if peer.CUDA else args.workers * args.gpus
-    ray.init(num_cpus=args.workers * args.gpus + actors, include_dashboard=False, logging_level="error")
+    ray.init(
+        num_cpus=args.workers * args.gpus + actors, include_dashboard=False, logging_level="error", log_to_driver=False
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     predictions = (
         ray.data.read_images(args.root, mode="RGB")

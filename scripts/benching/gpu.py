@@ -73,7 +73,8 @@ def gpu(args: argparse.Namespace) -> bool:
     array = work / f"array-{sizes.images}.npy"
     if not args.only or "ours-array" in args.only:
         make_array(array, sizes.images)
-    contenders = _contenders(folder, array, sizes, args.gpus, only=args.only)
+    unit = "GPU" if hardware.gpus else "process"
+    contenders = _contenders(folder, array, sizes, args.gpus, unit, only=args.only)
     found = {contender.name: Found() for contender in contenders}
     for contender in contenders:
         needs = PEER_SCRIPTS[contender.name][3] if contender.name in PEER_SCRIPTS else ()
@@ -156,7 +157,9 @@ def _folder_job(folder: Path, sizes: Sizes) -> list[str]:
     return ["data=folder", f"data.root={folder}", f"batch_size={sizes.batch_size}"]
 
 
-def _contenders(folder: Path, array: Path, sizes: Sizes, gpus: int, *, only: Sequence[str] | None) -> list[Contender]:
+def _contenders(
+    folder: Path, array: Path, sizes: Sizes, gpus: int, unit: str, *, only: Sequence[str] | None
+) -> list[Contender]:
     """Everything that is measured, in the order of its turns."""
     job = _folder_job(folder, sizes)
     ceilings = [str(PEERS / "ceilings.py"), str(folder), f"--batch-size={sizes.batch_size}"]
@@ -170,10 +173,12 @@ def _contenders(folder: Path, array: Path, sizes: Sizes, gpus: int, *, only: Seq
             gpus=1,
             command=[sys.executable, *ceilings, f"--seconds={sizes.ceiling_s:g}"],
         ),
-        Contender(name="ours", title="mgpu_ddp, JPEGs, 1 GPU", gpus=1, command=[*_ours(1), *job], rows=sizes.images),
+        Contender(
+            name="ours", title=f"mgpu_ddp, JPEGs, 1 {unit}", gpus=1, command=[*_ours(1), *job], rows=sizes.images
+        ),
     ]
     if gpus > 1:
-        title = f"mgpu_ddp, JPEGs, {gpus} GPUs"
+        title = f"mgpu_ddp, JPEGs, {gpus} × {unit}"
         contenders.append(
             Contender(name="ours-all", title=title, gpus=gpus, command=[*_ours(gpus), *job], rows=sizes.images)
         )
@@ -182,12 +187,14 @@ def _contenders(folder: Path, array: Path, sizes: Sizes, gpus: int, *, only: Seq
     contenders += [
         Contender(
             name="ours-array",
-            title="mgpu_ddp, images decoded before, 1 GPU",
+            title=f"mgpu_ddp, images decoded before, 1 {unit}",
             gpus=1,
             command=decoded,
             rows=sizes.images,
         ),
-        Contender(name="ours-fake", title="mgpu_ddp, FakeData, 1 GPU", gpus=1, command=fake, rows=sizes.fake_images),
+        Contender(
+            name="ours-fake", title=f"mgpu_ddp, FakeData, 1 {unit}", gpus=1, command=fake, rows=sizes.fake_images
+        ),
         Contender(
             name="tutorial",
             title="the tutorial's script, FakeData",

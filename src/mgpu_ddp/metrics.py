@@ -15,17 +15,19 @@ from mgpu_ddp.keeping import peaks
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
 
+MORE_CORES = "give the job more CPU cores, which loader.workers=auto takes"
 REMEDIES = {
-    "generate": "raise loader.workers: fake images are made on the CPU",
+    "generate": MORE_CORES,
     "read": "raise loader.workers or move the images to faster storage",
-    "pack": "raise loader.workers or give the job more CPU cores: they pack files for the GPU's decoder",
-    "decode": "raise loader.workers or give the job more CPU cores",
-    "resize": "raise loader.workers or give the job more CPU cores",
+    "pack": MORE_CORES,
+    "decode": MORE_CORES,
+    "resize": MORE_CORES,
     "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or runtime.decode=cpu with many CPU cores",
-    "forward": "raise batch_size, or lower runtime.precision on a GPU",
+    "forward": "raise batch_size, or lower runtime.precision",
     "collect and write": "set output.collect=shards or write fewer output.fields",
     "waiting for peers": "look at the slowest rank in metrics.json",
 }
+CPU_REMEDIES = REMEDIES | {"forward": "runtime.compile=on in a long job; else more CPU cores, or a GPU"}
 
 MAX_BINS = 60
 
@@ -119,8 +121,8 @@ def measure(world: World, clock: Clock) -> RankMetrics:
     )
 
 
-def bottleneck(ranks: Sequence[RankMetrics]) -> str:
-    """The stage that the loop waited for most, over all ranks."""
+def bottleneck(ranks: Sequence[RankMetrics]) -> tuple[str, float] | None:
+    """The stage that the loop waited for most, over all ranks, and its share of all their waiting; None without any."""
     waits = {
         "loading": sum(r.wait_s for r in ranks),
         "gpu input": sum(r.input_s for r in ranks),
@@ -128,15 +130,18 @@ def bottleneck(ranks: Sequence[RankMetrics]) -> str:
         "collect and write": sum(r.peers_s for r in ranks),
     }
     worst = max(waits, key=lambda stage: waits[stage])
+    if not waits[worst] or not any(r.rows for r in ranks):
+        return None
+    share = waits[worst] / sum(waits.values())
     if worst == "loading":
         stages: dict[str, float] = {}
         for rank in ranks:
             for stage, seconds in rank.workers_s.items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
-        return max(stages, key=lambda stage: stages[stage], default="read")
+        return max(stages, key=lambda stage: stages[stage], default="read"), share
     if worst == "collect and write" and sum(r.write_s for r in ranks) < waits[worst] / 2:
-        return "waiting for peers"
-    return worst
+        return "waiting for peers", share
+    return worst, share
 
 
 def throughput(ranks: Sequence[RankMetrics]) -> dict[str, Any]:
@@ -162,7 +167,8 @@ def write_metrics(
     """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
     wall_s = max(r.wall_s for r in ranks)
     steady_s = max(r.steady_s for r in ranks)
-    stage = bottleneck(ranks)
+    remedies = CPU_REMEDIES if ranks[0].device == "cpu" else REMEDIES
+    stage, share = bottleneck(ranks) or (None, None)
     together: dict[str, Any] = {
         "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,
         "images_per_s_with_startup": rows / wall_s,
@@ -178,7 +184,8 @@ def write_metrics(
         "peak_gpu_bytes": max(r.peak_gpu_bytes for r in ranks),
         "peak_host_bytes": max(r.peak_host_bytes for r in ranks),
         "bottleneck": stage,
-        "remedy": REMEDIES[stage],
+        "bottleneck_share": share,
+        "remedy": remedies[stage] if stage else None,
     }
     each = [{name: value for name, value in asdict(r).items() if name != "pace"} for r in ranks]
     replace_json(run_dir / "metrics.json", {**together, **accuracy, "throughput": throughput(ranks), "ranks": each})

@@ -318,6 +318,7 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     if config.runtime.compile == "on":
         # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
         torch._dynamo.config.recompile_limit = 64
+        log.info("runtime.compile=on: the first batch waits until the model is compiled")
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
 

@@ -140,9 +140,14 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
         start = f"{overall:,.1f} with {summary['startup_s']:.1f} s of start-up"
+        # A few batches say nothing of a rate: their time is that of starting up.
+        if sum(r.steady_rows for r in ranks) == sum(r.rows for r in ranks):
+            rates = f"{start}: too short for a steady rate"
+        else:
+            rates = f"{steady:,.1f} images/s steady, {start}"
         lines += [
-            f"{summary['wall_s']:.1f} s, {steady:,.1f} images/s steady, {start}",
-            f"bottleneck: {summary['bottleneck']} ({summary['remedy']})",
+            f"{summary['wall_s']:.1f} s, {rates}",
+            *_bottleneck(summary),
             *_warnings(summary),
             "",
             f"{'rank':>4}" + "".join(f"{title:>12}" for title in RANK_COLUMNS) + f"{'batch p50/p95':>18}",
@@ -155,6 +160,12 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
     print("\n".join(lines))
     print_summary(summary)
+
+
+def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:
+    if summary["bottleneck"]:
+        share = f"{summary['bottleneck_share']:.0%} of the ranks' time"
+        yield f"bottleneck: {summary['bottleneck']}, {share} ({summary['remedy']})"
 
 
 def _warnings(summary: dict[str, Any]) -> Iterator[str]:

@@ -101,7 +101,9 @@ def stages(metrics: dict[str, Any]) -> Html:
     return joined(
         [
             tag("h2", "Time per stage"),
-            tag("p", "Bottleneck: ", tag("b", metrics["bottleneck"]), f" ({metrics['remedy']})."),
+            tag("p", "Bottleneck: ", tag("b", metrics["bottleneck"]), f" ({metrics['remedy']}).")
+            if metrics["bottleneck"]
+            else "",
             legend(
                 {kind: f"{name} {_time(mean_s)}" for (kind, name), mean_s in zip(kinds.items(), means, strict=True)}
             ),

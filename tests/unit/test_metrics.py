@@ -8,6 +8,8 @@ from mgpu_ddp.metrics import REMEDIES, RankMetrics, bottleneck, measure
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
 
+WAITS = ("wait_s", "input_s", "predict_s", "peers_s")
+
 
 def metrics(world: World) -> RankMetrics:
     return measure(world, Clock(warm_up=1, began=0.0))
@@ -27,6 +29,10 @@ def metrics(world: World) -> RankMetrics:
     ],
 )
 def test_the_longest_wait_names_the_bottleneck(world: World, waits: dict[str, float], named: str) -> None:
-    rank = replace(metrics(world), **waits)
-    assert bottleneck([rank, metrics(world)]) == named
+    rank = replace(metrics(world), rows=1, **waits)
+    assert bottleneck([rank, metrics(world)]) == (named, 9.0 / sum(waits.get(name, 0.0) for name in WAITS))
     assert named in REMEDIES
+
+
+def test_a_job_that_had_nothing_to_do_has_no_bottleneck(world: World) -> None:
+    assert bottleneck([replace(metrics(world), wait_s=9.0)]) is None

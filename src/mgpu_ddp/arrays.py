@@ -27,16 +27,13 @@ def open_array(path: str) -> Pixels:
     remedy = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
     require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, remedy)
     try:
-        # allow_pickle stays off: an array of objects could run code.
-        array: Any = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        # Takes no archive of arrays, whatever its name, and no array of objects, which could run code.
+        array: Any = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(
             f"data.path must be a readable .npy, got {path!r} ({' '.join(text.split())}). {remedy}"
         ) from None
-    if not isinstance(array, np.ndarray):
-        array.close()
-        require(False, "data.path", "one array in a .npy, which can be mapped", path, remedy)
     ok = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
     ok = ok and 0 not in array.shape[1:]
     require(ok, "data.path", "uint8 images of three channels", f"{path}: {array.dtype} {array.shape}", remedy)

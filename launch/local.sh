@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-}                # the interpreter mgpu_ddp is installed for; d
 
 set -euo pipefail
 
-home=$(dirname "$(dirname "$0")")
+home=$(dirname "$0")/..
 for python in ${PYTHON:+"$PYTHON"} python3 "$home/.venv/bin/python"; do
     command -v "$python" >/dev/null && "$python" -c 'import importlib.util as u; exit(not u.find_spec("mgpu_ddp"))' && break
     python=

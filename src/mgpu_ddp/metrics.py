@@ -174,6 +174,8 @@ def write_metrics(
         "images_per_s_with_startup": rows / wall_s,
         "wall_s": wall_s,
         "steady_s": steady_s,
+        # Of a few batches alone the time is that of starting up.
+        "steady": any(r.steady_rows < r.rows for r in ranks),
         "startup_s": max(r.startup_s for r in ranks),
         "reused": list(ranks[0].reused),
         "rows_this_run": rows,

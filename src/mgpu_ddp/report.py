@@ -139,12 +139,10 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {accuracy['compared']:,} rows ({accuracy['how']})")
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
-        start = f"{overall:,.1f} with {summary['startup_s']:.1f} s of start-up"
-        # A few batches say nothing of a rate: their time is that of starting up.
-        if sum(r.steady_rows for r in ranks) == sum(r.rows for r in ranks):
-            rates = f"{start}: too short for a steady rate"
-        else:
-            rates = f"{steady:,.1f} images/s steady, {start}"
+        start = f"with {summary['startup_s']:.1f} s of start-up"
+        rates = f"{overall:,.1f} images/s {start}: too short for a steady rate"
+        if summary["steady"]:
+            rates = f"{steady:,.1f} images/s steady, {overall:,.1f} {start}"
         lines += [
             f"{summary['wall_s']:.1f} s, {rates}",
             *_bottleneck(summary),

@@ -37,7 +37,8 @@ def summary(manifest: Manifest, counted: Tally, status: dict[str, Any], metrics:
         ("errors", f"{manifest.errors:,}"),
     ]
     if "images_per_s" in metrics:
-        cards += [("images/s, steady", f"{metrics['images_per_s']:,.1f}"), ("wall time", _time(metrics["wall_s"]))]
+        rate = "images/s, steady" if metrics.get("steady", True) else "images/s"
+        cards += [(rate, f"{metrics['images_per_s']:,.1f}"), ("wall time", _time(metrics["wall_s"]))]
     shares = counted.accuracy or {}
     cards += [(name, f"{shares[key]:.2%}") for key, name in TOPS.items() if shares.get(key) is not None]
     source = job.get("data.root") or job.get("data.path") or job.get("data.name")

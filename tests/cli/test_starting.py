@@ -34,6 +34,8 @@ def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert [rank["rows"] for rank in metrics["ranks"]] == [250] * 4
     assert metrics["bottleneck"] in ("forward", "generate")
+    assert f"bottleneck: {metrics['bottleneck']}, {metrics['bottleneck_share']:.0%} of the ranks' time" in ended.out
+    assert "images/s steady" in ended.out
     assert metrics["images_per_s"] > metrics["images_per_s_with_startup"] > 0
 
 
@@ -89,6 +91,7 @@ def test_data_parallel_gives_the_same_rows_as_ddp(tmp_path: Path) -> None:
 def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path, images: Path) -> None:
     done = run(mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"), tmp_path)
     assert done.code == 0, done.err
+    assert "s of start-up: too short for a steady rate" in done.out
     assert np.load(tmp_path / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
     refused = run(mgpu_infer("batch_size=0"), tmp_path)
     assert refused.code == 2

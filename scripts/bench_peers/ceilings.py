@@ -3,7 +3,7 @@
 generate  FakeData in as many processes as the loader has workers
 read      the loader's workers pack the bytes of files into batches, and nobody decodes them
 decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, by this package's decoder
-          and by torchvision's, in one and two threads
+          and by torchvision's, in two and four threads
 exact     the same to Pillow's own pixels
 forward   the prepared model over batches that lie on the device, of --batch-size and twice as many
 """
@@ -40,7 +40,7 @@ from mgpu_ddp.preprocess import imagenet, plain
 from mgpu_ddp.sharding import Plan, ShardSampler
 from mgpu_ddp.world import World, choose_device, join
 
-DECODE_BATCHES, DECODE_THREADS = (256, 512), (1, 2)
+DECODE_BATCHES, DECODE_THREADS = (256, 512), (2, 4)
 DECODED_AHEAD = 8192
 """Different files that are decoded over and over."""
 FORWARD_BATCHES = 4

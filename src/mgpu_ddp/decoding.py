@@ -22,8 +22,8 @@ from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess import Transform, decode, imagenet
 from mgpu_ddp.workers import Integers, reason_of
 
-MAX_DECODED_PIXELS = 1 << 30
-"""That are decoded at once, to bound memory: three bytes each."""
+MAX_DECODED_PIXELS = 1 << 29
+"""That one thread decodes at once, to bound memory: three bytes each."""
 GROUP = 256
 """Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
 HANGS_S = 120
@@ -107,8 +107,8 @@ class Ready:
 class GpuInput:
     """Makes model input of batches, several at a time, each in a thread of its own and on a stream of its own."""
 
-    THREADS = 3
-    """One waits for the decoder, while the others prepare the next batch and finish the last one."""
+    THREADS = 5
+    """Two wait for the decoder, while the others prepare the next batches and finish the last ones."""
 
     def __init__(
         self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool, exact: bool

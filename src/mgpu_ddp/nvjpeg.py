@@ -11,8 +11,9 @@ https://docs.nvidia.com/cuda/nvjpeg/index.html.
 
 import ctypes
 import functools
+import itertools
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -169,35 +170,75 @@ class _State:
     ready_for: tuple[int, int] = (0, 0)
 
 
-class Decoder:
-    """What decodes batches on one device, for any thread, in the order in which they come.
+class _Lane:
+    """A decoder of the library's own, asked by one thread, which keeps batches in the order in which they come.
 
-    The library is asked for one batch at a time, and each batch is waited for before its state and its stream are used
-    again. Otherwise batches came to wait for each other for ever: with two decoders at work side by side, and with one
-    state on several streams (H200, driver 580). One thread asks it for all: at a lock batches would pass each other,
-    and the model wants them in order.
+    A batch is waited for before its state and its stream are used again: with one state on several streams, batches
+    came to wait for each other for ever (H200, driver 580).
     """
 
     STATES = 2
     """While the colours of one batch are made, the engines decode the next."""
 
+    def __init__(self, backend: int, library: ctypes.CDLL, device: torch.device) -> None:
+        self._library = library
+        self._handle = ctypes.c_void_p()
+        _check(library.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(self._handle)))
+        self._states: SimpleQueue[_State] = SimpleQueue()
+        for _ in range(self.STATES):
+            state = _State(handle=ctypes.c_void_p(), stream=torch.cuda.Stream(device))
+            _check(library.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
+            self._states.put(state)
+        self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> Future[tuple[_State, float]]:
+        """Have a batch decoded: the state to give back, and the seconds in the library."""
+        return self._asking.submit(self._ask, arguments, output)
+
+    def _ask(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
+        state, wanted = self._states.get(), (len(arguments[0]), output)
+        try:
+            started = time.perf_counter()
+            if state.ready_for != wanted:
+                _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, wanted[0], 1, output))
+            # What a failure leaves behind in the state is not to be relied on.
+            state.ready_for = 0, 0
+            pointers = [array.ctypes.data for array in arguments]
+            _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, state.stream.cuda_stream))
+            state.ready_for = wanted
+            return state, time.perf_counter() - started
+        except BaseException:
+            self.give_back(state)
+            raise
+
+    def give_back(self, state: _State) -> None:
+        """Wait until its batch is decoded, and let the next one have it."""
+        try:
+            state.stream.synchronize()
+        finally:
+            # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
+            self._states.put(state)
+
+
+class Decoder:
+    """What decodes batches on one device, for any thread, in about the order in which they come."""
+
+    LANES = 2
+    """That decode side by side: one thread that asks is too slow for the engines, and a third finds the driver busy."""
+
     def __init__(self, device: torch.device) -> None:
         found = library()
         assert found is not None
-        self._library = found
-        self._handle = ctypes.c_void_p()
-        self._states: SimpleQueue[_State] = SimpleQueue()
         self._began: dict[int, float] = {}
-        self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
-            self.has_engines = found.nvjpegCreateEx(HARDWARE, None, None, 0, ctypes.byref(self._handle)) == 0
-            if not self.has_engines:
-                _check(found.nvjpegCreateEx(GPU_HYBRID, None, None, 0, ctypes.byref(self._handle)))
-            for _ in range(self.STATES):
-                state = _State(handle=ctypes.c_void_p(), stream=torch.cuda.Stream(device))
-                _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
-                self._states.put(state)
+            self.has_engines = True
+            try:
+                self._lanes = [_Lane(HARDWARE, found, device) for _ in range(self.LANES)]
+            except JpegError:
+                self.has_engines = False
+                self._lanes = [_Lane(GPU_HYBRID, found, device)]
+        self._turns = itertools.cycle(self._lanes)
 
     def decode(self, files: Files, into: "Images | Planes") -> float:
         """Decode files on the current device, into memory that is free; returns the seconds it took.
@@ -216,35 +257,12 @@ class Decoder:
         key = id(images)
         self._began[key] = time.perf_counter()
         try:
-            state, spent_s = self._asking.submit(self._ask, [*arguments, images], into.OUTPUT).result()
-            self._give_back(state)
+            lane = next(self._turns)
+            state, spent_s = lane.submit([*arguments, images], into.OUTPUT).result()
+            lane.give_back(state)
             return spent_s
         finally:
             del self._began[key]
-
-    def _ask(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
-        """Begin to decode: the state whose stream is to be waited for, and the seconds in the library."""
-        state, wanted = self._states.get(), (len(arguments[0]), output)
-        try:
-            started = time.perf_counter()
-            if state.ready_for != wanted:
-                _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, wanted[0], 1, output))
-            # What a failure leaves behind in the state is not to be relied on.
-            state.ready_for = 0, 0
-            pointers = [array.ctypes.data for array in arguments]
-            _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, state.stream.cuda_stream))
-            state.ready_for = wanted
-            return state, time.perf_counter() - started
-        except BaseException:
-            self._give_back(state)
-            raise
-
-    def _give_back(self, state: _State) -> None:
-        try:
-            state.stream.synchronize()
-        finally:
-            # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
-            self._states.put(state)
 
     @property
     def longest_s(self) -> float:

@@ -172,7 +172,8 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
 def hanging(decoder: Decoder) -> Generator[None]:
     """What asks the library waits, as where a call of it does not come back."""
     over = threading.Event()
-    decoder._asking.submit(over.wait)
+    for lane in decoder._lanes:
+        lane._asking.submit(over.wait)
     try:
         yield
     finally:

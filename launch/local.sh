@@ -11,11 +11,16 @@ PYTHON=${PYTHON:-}                # the interpreter mgpu_ddp is installed for; d
 set -euo pipefail
 
 home=$(dirname "$0")/..
-for python in ${PYTHON:+"$PYTHON"} python3 "$home/.venv/bin/python"; do
+candidates=(python3 "$home/.venv/bin/python")
+[ -z "$PYTHON" ] || candidates=("$PYTHON")
+for python in "${candidates[@]}"; do
     command -v "$python" >/dev/null && "$python" -c 'import importlib.util as u; exit(not u.find_spec("mgpu_ddp"))' && break
     python=
 done
-[ -n "$python" ] || { echo "mgpu_ddp must be installed for PYTHON, python3 or $home/.venv. Set PYTHON." >&2; exit 2; }
+[ -n "$python" ] || {
+    echo "mgpu_ddp must be installed for ${candidates[*]}, and is not. Set PYTHON to an interpreter that has it." >&2
+    exit 2
+}
 
 if [ "$PROCESSES" = auto ]; then
     PROCESSES=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')

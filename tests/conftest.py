@@ -12,6 +12,8 @@ from PIL import Image
 
 from mgpu_ddp.formats import FORMATS
 
+LAUNCH = Path(__file__).parents[1] / "launch"
+
 
 def make_images(root: Path, count: int, *, classes: int = 3, seed: int = 0) -> list[Path]:
     """Real JPEGs and PNGs of many sizes, smooth enough to look like photographs, in class folders."""

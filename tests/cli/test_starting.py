@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
-from tests.conftest import assert_proved, read_rows
+from tests.conftest import LAUNCH, assert_proved, read_rows
 
 
 def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
@@ -108,6 +108,18 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     # What one line says, torchrun does not say once more with its stack.
     assert "x.jpg" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "python"
+    other.symlink_to("/bin/false")
+    monkeypatch.setenv("PYTHON", str(other))
+    ended = run([str(LAUNCH / "local.sh"), *SMALL], tmp_path)
+    assert ended.code == 2
+    assert f"mgpu_ddp must be installed for {other}, and is not." in ended.err
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_job_does_not_wait_for_pandas(tmp_path: Path, images: Path) -> None:

@@ -27,10 +27,9 @@ from tests.cli.starting import (
     wait_until,
     worker_pids,
 )
-from tests.conftest import assert_proved, make_images, read_rows
+from tests.conftest import LAUNCH, assert_proved, make_images, read_rows
 
 SWEEP = ("--multirun", "hydra.sweep.dir=sweep")
-LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def ledger(tmp_path: Path) -> dict[int, dict[str, Any]]:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.starting import SMALL, committed_rows, python_m, run
-from tests.conftest import assert_proved, read_rows
+from tests.conftest import LAUNCH, assert_proved, read_rows
 from tests.slurm.cluster import Cluster, status_of
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 SIZE = 12001
 LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=240")
 MERGE = [sys.executable, "-m", "mgpu_ddp.merge"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mgpu_ddp.command import check_command
+from tests.conftest import LAUNCH
 from tests.unit.conftest import registered
 
 __all__ = ["registered"]
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 GOLDEN = Path(__file__).parent / "golden"
 ACCEPT = "MGPU_DDP_ACCEPT_GOLDEN"
 HERE = {

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import itertools
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -191,9 +191,11 @@ class _Lane:
             self._states.put(state)
         self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
 
-    def submit(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> Future[tuple[_State, float]]:
-        """Have a batch decoded: the state to give back, and the seconds in the library."""
-        return self._asking.submit(self._ask, arguments, output)
+    def decode(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> float:
+        """Have a batch decoded, and wait for it; returns the seconds in the library."""
+        state, spent_s = self._asking.submit(self._ask, arguments, output).result()
+        self._give_back(state)
+        return spent_s
 
     def _ask(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
         state, wanted = self._states.get(), (len(arguments[0]), output)
@@ -208,11 +210,10 @@ class _Lane:
             state.ready_for = wanted
             return state, time.perf_counter() - started
         except BaseException:
-            self.give_back(state)
+            self._give_back(state)
             raise
 
-    def give_back(self, state: _State) -> None:
-        """Wait until its batch is decoded, and let the next one have it."""
+    def _give_back(self, state: _State) -> None:
         try:
             state.stream.synchronize()
         finally:
@@ -257,10 +258,7 @@ class Decoder:
         key = id(images)
         self._began[key] = time.perf_counter()
         try:
-            lane = next(self._turns)
-            state, spent_s = lane.submit([*arguments, images], into.OUTPUT).result()
-            lane.give_back(state)
-            return spent_s
+            return next(self._turns).decode([*arguments, images], into.OUTPUT)
         finally:
             del self._began[key]
 

@@ -107,8 +107,8 @@ class Ready:
 class GpuInput:
     """Makes model input of batches, several at a time, each in a thread of its own and on a stream of its own."""
 
-    THREADS = 5
-    """Two wait for the decoder, while the others prepare the next batches and finish the last ones."""
+    THREADS = 2 * Decoder.LANES + 1
+    """One waits for each of the decoder's lanes, while others prepare the next batches and finish the last ones."""
 
     def __init__(
         self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool, exact: bool

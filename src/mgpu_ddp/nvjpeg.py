@@ -173,21 +173,21 @@ class _State:
 class _Lane:
     """A decoder of the library's own, asked by one thread, which keeps batches in the order in which they come.
 
-    A batch is waited for before its state and its stream are used again: with one state on several streams, batches
-    came to wait for each other for ever (H200, driver 580).
+    A batch is waited for before its state and its stream are used again. Without that, batches came to wait for each
+    other for ever: with two decoders at work side by side, and with one state on several streams (H200, driver 580).
     """
 
     STATES = 2
     """While the colours of one batch are made, the engines decode the next."""
 
-    def __init__(self, backend: int, library: ctypes.CDLL, device: torch.device) -> None:
-        self._library = library
+    def __init__(self, backend: int, found: ctypes.CDLL, device: torch.device) -> None:
+        self._library = found
         self._handle = ctypes.c_void_p()
-        _check(library.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(self._handle)))
+        _check(found.nvjpegCreateEx(backend, None, None, 0, ctypes.byref(self._handle)))
         self._states: SimpleQueue[_State] = SimpleQueue()
         for _ in range(self.STATES):
             state = _State(handle=ctypes.c_void_p(), stream=torch.cuda.Stream(device))
-            _check(library.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
+            _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
             self._states.put(state)
         self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
 
@@ -225,7 +225,7 @@ class Decoder:
     """What decodes batches on one device, for any thread, in about the order in which they come."""
 
     LANES = 2
-    """That decode side by side: one thread that asks is too slow for the engines, and a third finds the driver busy."""
+    """That decode side by side: one thread that asks is too slow for the engines, and a third adds nothing."""
 
     def __init__(self, device: torch.device) -> None:
         found = library()

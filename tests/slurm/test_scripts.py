@@ -159,6 +159,12 @@ def test_an_allocation_without_nodes_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "mgpu_ddp: the allocation must have nodes, got ''. Ask for --nodes=1 or more.\n"
 
 
+def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(tmp_path: Path) -> None:
+    done, words = started(tmp_path, "slurm.sbatch", PYTHON="/bin/false")
+    assert (done.returncode, words) == (2, [])
+    assert done.stderr.startswith("mgpu_ddp: mgpu_ddp must be installed for /bin/false, and is not. ")
+
+
 def test_the_scripts_are_clean() -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:

@@ -26,6 +26,8 @@ def open_array(path: str) -> Pixels:
     """
     remedy = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
     require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, remedy)
+    # To open a pipe could last for ever.
+    require(not os.path.exists(path) or os.path.isfile(path), "data.path", "a regular file", path, remedy)
     try:
         # Takes no archive of arrays, whatever its name, and no array of objects, which could run code.
         array: Any = np.lib.format.open_memmap(path, mode="r")

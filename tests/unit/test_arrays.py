@@ -118,13 +118,16 @@ def test_anything_else_is_refused_in_one_line(tmp_path: Path, array: Any, said: 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["x.npz", "renamed.npy", "torn.npy", "missing.npy", "empty.npy", "text.npy"])
+@pytest.mark.parametrize(
+    "name", ["x.npz", "renamed.npy", "torn.npy", "missing.npy", "empty.npy", "text.npy", "pipe.npy"]
+)
 def test_a_file_that_is_no_array_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     np.savez(tmp_path / "x.npz", images(2, 8, 8, 3))
     shutil.copy(tmp_path / "x.npz", tmp_path / "renamed.npy")
     (tmp_path / "torn.npy").write_bytes((tmp_path / "x.npz").read_bytes()[:200])
     (tmp_path / "empty.npy").touch()
     (tmp_path / "text.npy").write_text("not an array")
+    os.mkfifo(tmp_path / "pipe.npy")
     with pytest.raises(UsageError, match=r"data\.path must be ") as raised:
         open_array(str(tmp_path / name))
     assert "\n" not in str(raised.value)

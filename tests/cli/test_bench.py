@@ -28,6 +28,14 @@ def test_an_unknown_name_is_one_line() -> None:
     assert ended.stderr.splitlines()[-1].endswith("--only must name any of jpegs, array, fake, got 'png'.")
 
 
+@pytest.mark.parametrize("arguments", [("gpu", "--images", "0"), ("startup", "--rounds", "-1")])
+def test_a_count_of_none_is_not_the_default(arguments: Sequence[str]) -> None:
+    ended = bench(*arguments)
+    assert ended.returncode == 2
+    said = f"argument {arguments[1]}: must be a whole number of at least 1, got '{arguments[2]}'"
+    assert ended.stderr.splitlines()[-1].endswith(said)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each of 2 ranks")
 def test_scaling_compares_each_number_of_ranks_with_one(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Measurement:
     others_cores: float | None
     """CPU cores that the rest of the machine kept busy meanwhile: noise. None where /proc/stat is missing."""
     said: dict[str, Any]
-    """The JSON object on its last line, empty where there is none."""
+    """The last JSON object that stands on a line of its output, empty where there is none."""
 
 
 def run_child(command: list[str], folder: Path, *, timeout_s: float = CHILD_TIMEOUT_S) -> Measurement:
@@ -94,7 +94,8 @@ def check_exit(command: list[str], folder: Path, code: int) -> None:
 
 def last_json(folder: Path) -> dict[str, Any]:
     lines = (folder / "stdout").read_text(errors="replace").splitlines()
-    return dict(json.loads(lines[-1])) if lines and lines[-1].startswith("{") else {}
+    # A library's other processes may speak last.
+    return next((dict(json.loads(line)) for line in reversed(lines) if line.startswith("{")), {})
 
 
 def _children_cpu_s() -> float:

@@ -58,7 +58,7 @@ def measure(
         if contender.rows is not None and (said.get("samples"), said.get("ok")) != (contender.rows, contender.rows):
             raise ChildFailedError(f"{folder}: {contender.rows} rows must be ok, got {json.dumps(said)}")
         if "images_per_s" not in said:
-            raise ChildFailedError(f"{folder}: the last line must say images_per_s, got {json.dumps(said)}")
+            raise ChildFailedError(f"{folder}: a line of JSON must say images_per_s, got {json.dumps(said)}")
     except ChildFailedError as error:
         say(str(error))
         found.problem = f"FAILED, see {folder}"

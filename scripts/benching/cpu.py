@@ -184,14 +184,17 @@ def cpu(args: argparse.Namespace) -> bool:
     def steady(competitor: Competitor) -> list[float]:
         return [m.said["images_per_s"] for m in measured[competitor.name]]
 
+    def bar(value: float) -> float | None:
+        return None if args.quick else value
+
     rows = [
         Row(name=tutorial.name, wall_s=walls(tutorial), value=f"{statistics.median(rates(tutorial)):.1f} images/s"),
-        compare(one.name, rates(one), rates(tutorial), bar=1.0, wall_s=walls(one)),
-        compare(two.name, rates(two), rates(tutorial), bar=0.9, wall_s=walls(two)),
-        compare("one process, steady, of the tutorial's", steady(one), steady(tutorial), bar=1.4),
-        compare("one process, compiled, of the same", steady(compiled), steady(tutorial), bar=1.6),
+        compare(one.name, rates(one), rates(tutorial), bar=bar(1.0), wall_s=walls(one)),
+        compare(two.name, rates(two), rates(tutorial), bar=bar(0.9), wall_s=walls(two)),
+        compare("one process, steady, of the tutorial's", steady(one), steady(tutorial), bar=bar(1.4)),
+        compare("one process, compiled, of the same", steady(compiled), steady(tutorial), bar=bar(1.6)),
         Row(name=loop.name, value=f"{statistics.median(steady(loop)):.1f} images/s"),
-        compare("one process, steady, of that", steady(one), steady(loop), bar=0.95),
+        compare("one process, steady, of that", steady(one), steady(loop), bar=bar(0.95)),
         Row(name=ceiling.name, value=f"{statistics.median(steady(ceiling)):.1f} images/s"),
         compare("one process, steady, of that", steady(one), steady(ceiling)),
         compare("2 processes, steady, of that", steady(two), steady(ceiling)),

@@ -233,14 +233,6 @@ def _rows(
             if ceilings.rates(stage):
                 limit = bar(OF_DECODE) if stage == "decode" else None
                 rows.append(_versus(f"  of {stage} alone", ours.rates(), ceilings.rates(stage), limit))
-    decoded = found.get("ours-array", Found())
-    if decoded.rates():
-        rate = statistics.median(decoded.rates())
-        row = _plain(titles["ours-array"], decoded)
-        rows.append(replace(row, bar=f">= {ARRAY_RATE}/s", met=rate >= ARRAY_RATE) if judged else row)
-        if ceilings.rates("forward"):
-            # What each reached with its own batch size.
-            rows.append(_versus("  of forward alone", decoded.rates(), ceilings.rates("forward"), bar(OF_FORWARD)))
     if gpus > 1 and everything.rates():
         rows.append(_plain(titles["ours-all"], everything))
         if ours.rates():
@@ -255,6 +247,14 @@ def _rows(
     for name in PEER_SCRIPTS:
         if name in found:
             rows.append(_peer(titles[name], found[name], everything))
+    decoded = found.get("ours-array", Found())
+    if decoded.rates():
+        rate = statistics.median(decoded.rates())
+        row = _plain(titles["ours-array"], decoded)
+        rows.append(replace(row, bar=f">= {ARRAY_RATE}/s", met=rate >= ARRAY_RATE) if judged else row)
+        if ceilings.rates("forward"):
+            # What each reached with its own batch size.
+            rows.append(_versus("  of forward alone", decoded.rates(), ceilings.rates("forward"), bar(OF_FORWARD)))
     if fake.rates():
         rows.append(_plain(titles["ours-fake"], fake))
         if ceilings.rates("generate"):

@@ -36,6 +36,16 @@ def test_a_count_of_none_is_not_the_default(arguments: Sequence[str]) -> None:
     assert ended.stderr.splitlines()[-1].endswith(said)
 
 
+def test_what_a_library_says_last_hides_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    from benching.children import last_json
+
+    (tmp_path / "stdout").write_text('{"rows": 1}\n{"rows": 2}\nraylet: submit failed\n')
+    assert last_json(tmp_path) == {"rows": 2}
+    (tmp_path / "stdout").write_text("nothing\n")
+    assert last_json(tmp_path) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each of 2 ranks")
 def test_scaling_compares_each_number_of_ranks_with_one(tmp_path: Path) -> None:

@@ -38,7 +38,13 @@ def open_array(path: str) -> Pixels:
         ) from None
     ok = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
     ok = ok and 0 not in array.shape[1:]
-    require(ok, "data.path", "uint8 images of three channels", f"{path}: {array.dtype} {array.shape}", remedy)
+    require(
+        ok,
+        "data.path",
+        "uint8 images of three channels and at least one pixel",
+        f"{path}: {array.dtype} {array.shape}",
+        remedy,
+    )
     images: Pixels = array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
     return images
 

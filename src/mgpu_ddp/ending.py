@@ -15,7 +15,7 @@ from mgpu_ddp.collect import Ending
 from mgpu_ddp.errors import Exit, ProofError, UsageError
 from mgpu_ddp.job import Claim, Job, array_columns
 from mgpu_ddp.manifest import Manifest, write_status
-from mgpu_ddp.models import Model
+from mgpu_ddp.models import Model, compile_of
 from mgpu_ddp.page import THUMBNAILS, write_page
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.proof import prove, write_errors
@@ -136,7 +136,12 @@ def _conclude(
     if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
         accuracy = {"accuracy": counted.accuracy, "accuracy_per_class": counted.per_class(classes)}
         summary |= metrics.write_metrics(
-            run_dir, ranks, rows=rows, deterministic=job.config.runtime.deterministic, accuracy=accuracy
+            run_dir,
+            ranks,
+            rows=rows,
+            deterministic=job.config.runtime.deterministic,
+            compiled=compile_of(job.config.runtime) == "on",
+            accuracy=accuracy,
         )
     else:
         ranks = []

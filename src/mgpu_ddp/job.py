@@ -29,7 +29,7 @@ from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest, versions, write_status
-from mgpu_ddp.models import Model, embedding_dim, precision_of, weights_digest
+from mgpu_ddp.models import Model, compile_of, embedding_dim, precision_of, weights_digest
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.replacing import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.world import World
@@ -123,7 +123,7 @@ def fingerprint(config: Config, model: Model, transform: Transform, world: World
         "runtime.decode": decode_of(config, world.device),
         "runtime.fold": runtime.fold,
         "runtime.deterministic": runtime.deterministic,
-        "runtime.compile": runtime.compile == "on",
+        "runtime.compile": compile_of(runtime),
         "output.format": config.output.format,
         "output.fields": sorted(config.output.fields),
         "output.topk": config.output.topk,

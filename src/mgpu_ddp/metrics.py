@@ -27,7 +27,8 @@ REMEDIES = {
     "collect and write": "set output.collect=shards or write fewer output.fields",
     "waiting for peers": "look at the slowest rank in metrics.json",
 }
-CPU_REMEDIES = REMEDIES | {"forward": "runtime.compile=on in a long job; else more CPU cores, or a GPU"}
+ON_CPU, COMPILED = "runtime.compile=on in a long job; else more CPU cores, or a GPU", "more CPU cores, or a GPU"
+"""Of the forward pass."""
 
 MAX_BINS = 60
 
@@ -162,12 +163,20 @@ def throughput(ranks: Sequence[RankMetrics]) -> dict[str, Any]:
 
 
 def write_metrics(
-    run_dir: Path, ranks: Sequence[RankMetrics], *, rows: int, deterministic: bool, accuracy: dict[str, Any]
+    run_dir: Path,
+    ranks: Sequence[RankMetrics],
+    *,
+    rows: int,
+    deterministic: bool,
+    compiled: bool,
+    accuracy: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
     wall_s = max(r.wall_s for r in ranks)
     steady_s = max(r.steady_s for r in ranks)
-    remedies = CPU_REMEDIES if ranks[0].device == "cpu" else REMEDIES
+    remedies = REMEDIES
+    if ranks[0].device == "cpu":
+        remedies = REMEDIES | {"forward": COMPILED if compiled else ON_CPU}
     stage, share = bottleneck(ranks) or (None, None)
     together: dict[str, Any] = {
         "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,

@@ -106,6 +106,7 @@ def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: 
         (np.zeros((2, 8, 8, 3), np.float32), "float32 (2, 8, 8, 3)"),
         (np.zeros((2, 8, 8), np.uint8), "uint8 (2, 8, 8)"),
         (np.zeros((2, 8, 8, 4), np.uint8), "uint8 (2, 8, 8, 4)"),
+        (np.zeros((2, 0, 8, 3), np.uint8), "at least one pixel"),
         (np.array([{}], dtype=object), "Array can't be memory-mapped"),
     ],
 )

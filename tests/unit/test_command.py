@@ -130,6 +130,7 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
         ("batch_size=4,8", "batch_size must be one value, got 'batch_size=4,8'. Add --multirun"),
         ("batch_size", "override must be key=value in Hydra's grammar, got 'batch_size'"),
         ("output.dir={", "override must be key=value in Hydra's grammar, got 'output.dir={'"),
+        ("data.root=~/photos", "got 'data.root=~/photos'. Quote values that hold , = ~ or braces"),
         ("=4", "override must be key=value"),
         ("", "override must be key=value"),
         ("batch_size=a\nb", "batch_size=a\\nb"),

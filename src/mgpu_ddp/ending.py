@@ -15,7 +15,7 @@ from mgpu_ddp.collect import Ending
 from mgpu_ddp.errors import Exit, ProofError, UsageError
 from mgpu_ddp.job import Claim, Job, array_columns
 from mgpu_ddp.manifest import Manifest, write_status
-from mgpu_ddp.models import Model, compile_of
+from mgpu_ddp.models import Model
 from mgpu_ddp.page import THUMBNAILS, write_page
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.proof import prove, write_errors
@@ -140,7 +140,6 @@ def _conclude(
             ranks,
             rows=rows,
             deterministic=job.config.runtime.deterministic,
-            compiled=compile_of(job.config.runtime) == "on",
             accuracy=accuracy,
         )
     else:

@@ -87,11 +87,10 @@ def parse(words: list[str]) -> list[Override]:
         try:
             override = parser.parse_override(word)
         except HydraException:
-            text = (
-                f"override must be key=value in Hydra's grammar, got {word!r}. Quote values that hold , = ~ or braces"
-            )
-            text += ", also for the shell: 'key=\"value\"'."
-            raise UsageError(text) from None
+            raise UsageError(
+                f"override must be key=value in Hydra's grammar, got {word!r}. Quote values that hold , = ~ or braces,"
+                " also for the shell: 'key=\"value\"'."
+            ) from None
         _refuse_key(override)
         overrides.append(override)
     return overrides

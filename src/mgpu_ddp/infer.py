@@ -22,6 +22,7 @@ from mgpu_ddp import config, interrupts, keys, report
 from mgpu_ddp.arrow import keep_pandas_out
 from mgpu_ddp.collect import Collector, Ending
 from mgpu_ddp.command import Command, check_command, explain, make_folder, register_resolvers, remove_empty
+from mgpu_ddp.config import Config
 from mgpu_ddp.datasets import find_listing
 from mgpu_ddp.decoding import decode_of, warm_up
 from mgpu_ddp.ending import finish_job, holding
@@ -40,7 +41,7 @@ from mgpu_ddp.sharding import ShardSampler
 from mgpu_ddp.signals import StopWish
 from mgpu_ddp.spare import Share
 from mgpu_ddp.sweep import Sweep, point_of
-from mgpu_ddp.tuning import find_batch_size
+from mgpu_ddp.tuning import choose_compile, find_batch_size
 from mgpu_ddp.world import World, choose_device, join
 
 
@@ -63,22 +64,22 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
         return dry_run(job, model, files, world)
     transform = choose_transform(config, model)
 
-    def ready() -> Predictor:
-        keep = job.in_sweep or config.batch_size == "auto"
-        return Predictor(prepare(model, config, world, keep=keep), transform, config, world.device)
+    def warmed(chosen: Config, *, keep: bool = True) -> Predictor:
+        def ready() -> Predictor:
+            return Predictor(prepare(model, chosen, world, keep=keep), transform, chosen, world.device)
 
-    def warmed() -> Predictor:
-        predictor = kept.get("predictor", Predictor.depends_on(config, transform, world.device), ready)
+        predictor = kept.get("predictor", Predictor.depends_on(chosen, transform, world.device), ready)
         if warm is not None:
             # Before a graph is recorded, which another thread's work would spoil, and before the loader forks: a
             # thread amid its imports would leave their locks held in the workers.
             warm.result()
         return predictor
 
+    job = choose_compile(job, model, files, transform, world, warmed)
     batch_size = find_batch_size(job, transform, world, warmed)
     claim = claim_job(job, batch_size, model, transform, files, world)
     with holding(claim):
-        predictor = warmed()
+        predictor = warmed(job.config, keep=job.in_sweep)
         clock = Clock(warm_up=in_flight(world), began=kept.began, reused=tuple(kept.reused))
         ending: Ending = "too many errors" if too_many_errors(job, claim) else "complete"
         left = tasks(job, claim, model, world)

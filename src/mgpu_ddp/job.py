@@ -29,7 +29,7 @@ from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.listing import FILE_NAME, Listing
 from mgpu_ddp.manifest import Manifest, versions, write_status
-from mgpu_ddp.models import Model, compile_of, embedding_dim, precision_of, weights_digest
+from mgpu_ddp.models import Model, embedding_dim, precision_of, weights_digest
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.replacing import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.world import World
@@ -105,6 +105,11 @@ def dataset_range(config: Config, length: int) -> tuple[int, int]:
     return total * i // n, total * (i + 1) // n
 
 
+def batch_size_of(config: Config, batch_size: int, length: int) -> int:
+    """Every batch is padded to its size: more than there are samples would be padding alone."""
+    return max(1, min(batch_size, length, length if config.limit is None else config.limit))
+
+
 def fingerprint(config: Config, model: Model, transform: Transform, world: World) -> dict[str, Any]:
     """The keys that decide what the rows say, resolved. Rank 0 only."""
     runtime = config.runtime
@@ -123,7 +128,7 @@ def fingerprint(config: Config, model: Model, transform: Transform, world: World
         "runtime.decode": decode_of(config, world.device),
         "runtime.fold": runtime.fold,
         "runtime.deterministic": runtime.deterministic,
-        "runtime.compile": compile_of(runtime),
+        "runtime.compile": runtime.compile,
         "output.format": config.output.format,
         "output.fields": sorted(config.output.fields),
         "output.topk": config.output.topk,
@@ -197,8 +202,7 @@ def claim_job(
                 fingerprint=fingerprint(config, model, transform, world),
                 start=start,
                 stop=stop,
-                # Every batch is padded to this: more than there are samples would be padding alone.
-                batch_size=max(1, min(batch_size, length, length if config.limit is None else config.limit)),
+                batch_size=batch_size_of(config, batch_size, length),
                 world_sizes=[world.size],
                 versions=versions(),
                 slurm_job=slurm.job_id(),

@@ -27,8 +27,7 @@ REMEDIES = {
     "collect and write": "set output.collect=shards or write fewer output.fields",
     "waiting for peers": "look at the slowest rank in metrics.json",
 }
-ON_CPU, COMPILED = "runtime.compile=on in a long job; else more CPU cores, or a GPU", "more CPU cores, or a GPU"
-"""Of the forward pass."""
+FORWARD_ON_CPU = "more CPU cores, or a GPU"
 
 MAX_BINS = 60
 
@@ -168,7 +167,6 @@ def write_metrics(
     *,
     rows: int,
     deterministic: bool,
-    compiled: bool,
     accuracy: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
@@ -176,7 +174,7 @@ def write_metrics(
     steady_s = max(r.steady_s for r in ranks)
     remedies = REMEDIES
     if ranks[0].device == "cpu":
-        remedies = REMEDIES | {"forward": COMPILED if compiled else ON_CPU}
+        remedies = REMEDIES | {"forward": FORWARD_ON_CPU}
     stage, share = bottleneck(ranks) or (None, None)
     together: dict[str, Any] = {
         "images_per_s": sum(r.steady_rows for r in ranks) / steady_s if steady_s else 0.0,

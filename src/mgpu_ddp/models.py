@@ -256,11 +256,6 @@ def precision_of(config: RuntimeConfig, device: torch.device) -> str:
     return ("fp16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
 
 
-def compile_of(config: RuntimeConfig) -> str:
-    """`runtime.compile` with auto decided: off."""
-    return "off" if config.compile == "auto" else config.compile
-
-
 def choose_transform(config: Config, model: Model) -> Transform:
     """`transform` with auto decided: see `TransformConfig`."""
     name, size = config.transform.name, config.transform.size
@@ -303,7 +298,7 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
             and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
         ):
             module = fuse_activations(module, head_of(module, config.model.num_classes))
-    if device.type == "cuda" and compile_of(config.runtime) == "off" and config.strategy == "ddp":
+    if device.type == "cuda" and config.runtime.compile != "on" and config.strategy == "ddp":
         from mgpu_ddp.pooling import replace_max_pools
 
         replace_max_pools(module)
@@ -320,12 +315,24 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
             tensor.data = tensor.data.contiguous(memory_format=layout)
     if config.strategy == "data_parallel":
         module = nn.DataParallel(module)
-    if compile_of(config.runtime) == "on":
+    if config.runtime.compile == "on":
         # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
         torch._dynamo.config.recompile_limit = 64
-        log.info("runtime.compile=on: the first batch waits until the model is compiled")
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
+
+
+def operations(module: nn.Module, transform: Transform) -> int:
+    """Floating-point operations of one image's forward pass: convolutions, matrix products and attention.
+
+    A multiplication and the addition after it are two.
+    """
+    # Costs a second, which most jobs do not need.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.eval()(torch.zeros(1, 3, *transform.out_size))
+    return int(counter.get_total_flops())
 
 
 def embedding_dim(module: nn.Module, num_classes: int) -> int:

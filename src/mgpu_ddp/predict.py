@@ -19,7 +19,7 @@ from mgpu_ddp.decoding import GpuInput, Ready, Staging, decode_of, group_of
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.graphs import Columns, Replayed
 from mgpu_ddp.loading import Batch
-from mgpu_ddp.models import DTYPES, compile_of, head_of, precision_of
+from mgpu_ddp.models import DTYPES, head_of, precision_of
 from mgpu_ddp.preprocess import Transform
 from mgpu_ddp.profiling import named_range
 from mgpu_ddp.rows import Rows
@@ -50,7 +50,7 @@ class Predictor:
         self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
         # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
-        graphs = device.type == "cuda" and compile_of(runtime) == "off" and config.strategy == "ddp"
+        graphs = device.type == "cuda" and runtime.compile != "on" and config.strategy == "ddp"
         self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
         self._kept = threading.local()
         if "embedding" in self._fields:

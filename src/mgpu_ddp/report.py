@@ -18,7 +18,7 @@ import torch
 from mgpu_ddp.config import Config
 from mgpu_ddp.decoding import decode_of
 from mgpu_ddp.metrics import RankMetrics
-from mgpu_ddp.models import compile_of, precision_of
+from mgpu_ddp.models import precision_of
 from mgpu_ddp.world import World
 from mgpu_ddp.writing import write_error
 
@@ -65,7 +65,7 @@ def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -
     """Say which devices there are, what `auto` chose and whether model and batch fit."""
     runtime = config.runtime
     chose = f"precision {precision_of(runtime, world.device)}, decode {decode_of(config, world.device)}"
-    chose += f", compile {compile_of(runtime)}"
+    chose += f", compile {runtime.compile}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)

@@ -1,21 +1,26 @@
-"""`batch_size=auto`: one answer for all ranks, measured before the job's first start."""
+"""What `auto` finds before a job's first start, one answer for all ranks: `runtime.compile` and `batch_size`."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from mgpu_ddp.errors import OutOfMemoryError
-from mgpu_ddp.job import Job
+from mgpu_ddp.config import Config
+from mgpu_ddp.datasets import open_samples
+from mgpu_ddp.errors import OutOfMemoryError, UsageError
+from mgpu_ddp.job import Job, batch_size_of, dataset_range
 from mgpu_ddp.keeping import available_bytes, peaks, reset_peaks
+from mgpu_ddp.listing import Listing
 from mgpu_ddp.loading import Batch
 from mgpu_ddp.manifest import Manifest
+from mgpu_ddp.models import Model, operations
 from mgpu_ddp.predict import Clock, Predictor, in_flight, predict
 from mgpu_ddp.preprocess import Transform
-from mgpu_ddp.world import World
+from mgpu_ddp.world import World, reason_of
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -25,20 +30,117 @@ GAIN = 1.03
 MEASURED_S = 1.0
 SHARE_OF_MEMORY = 0.5
 """What a batch may take of what is free: its encoded and decoded images come on top of it."""
+WORTH_COMPILING = 1e15
+"""Floating-point operations from which a job on CPUs is compiled: ResNet18 over 280,000 images. Compiling gains 5 to
+17 % of the two hours that they take two cores, and is worth its while up to about sixty-four of them."""
 
 
-def find_batch_size(job: Job, transform: Transform, world: World, ready: Callable[[], Predictor]) -> int:
+def choose_compile(
+    job: Job,
+    model: Model,
+    files: Listing | None,
+    transform: Transform,
+    world: World,
+    ready: Callable[[Config], Predictor],
+) -> Job:
+    """The job with `runtime.compile` on or off, tried where it is on. Collective: every rank calls this.
+
+    The job's work decides, and nothing that differs between worlds: a compiled model's last bits are its own.
+
+    Raises:
+        UsageError: the model does not compile, and is to be.
+    """
+    asked = job.config.runtime.compile
+    if asked == "off":
+        return job
+    settled: tuple[bool, bool, int | None] | None = None
+    with world.together("choose whether to compile"):
+        if world.rank == 0:
+            settled = _settle_compile(job, model, files, transform, world)
+    compiled, is_free, batch_size = world.share("compile", settled)
+    if compiled and batch_size is not None:
+        log.info("runtime.compile=%s: the model is compiled now, which takes half a minute or more", asked)
+        failures = _try_on_all(ready(_with_compile(job, "on").config), batch_size, transform, world)
+        if failures and not is_free:
+            raise UsageError(
+                f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
+                " what it needs, or start another folder with runtime.compile=off."
+            )
+        if failures and world.rank == 0:
+            log.warning("runtime.compile=auto is off, for the model cannot be compiled: %s", failures[0])
+        compiled = not failures
+    return _with_compile(job, "on" if compiled else "off")
+
+
+def _settle_compile(
+    job: Job, model: Model, files: Listing | None, transform: Transform, world: World
+) -> tuple[bool, bool, int | None]:
+    """(whether to compile, whether a failure may change that, the batch size to try, if any). Rank 0 only."""
+    config, before = job.config, _before(job)
+    asked_on = config.runtime.compile == "on"
+    length = len(open_samples(config, files))
+    wanted = SMALLEST if config.batch_size == "auto" else int(config.batch_size)
+    batch_size = batch_size_of(config, wanted, length)
+    if before:
+        if not job.batch_size_given:
+            batch_size = before.batch_size
+        compiled = asked_on or before.fingerprint.get("runtime.compile") == "on"
+        return compiled, False, None if before.complete else batch_size
+    if asked_on:
+        return True, False, batch_size
+    # On a GPU the folded, fused model is no slower. One shard of several must have the bits of the others.
+    if world.device.type != "cpu" or config.strategy != "ddp" or config.shard or config.batch_size == "auto":
+        return False, True, None
+    start, stop = dataset_range(config, length)
+    return (stop - start) * operations(model.module, transform) >= WORTH_COMPILING, True, batch_size
+
+
+def _with_compile(job: Job, choice: str) -> Job:
+    return replace(job, config=replace(job.config, runtime=replace(job.config.runtime, compile=choice)))
+
+
+def _before(job: Job) -> Manifest | None:
+    """What the folder was begun with, where the job goes on with it. Rank 0 only."""
+    return None if job.starts_over else Manifest.read(job.run_dir)
+
+
+def _try_on_all(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> list[str]:
+    """Why ranks cannot predict a batch, for each that cannot. Collective: every rank calls this."""
+    # What the first rank of a host compiles, the others find in Inductor's cache.
+    failures = []
+    for is_turn in (world.local_rank == 0, world.local_rank > 0):
+        failure = _failure(predictor, batch_size, transform, world) if is_turn else None
+        failures += [text for text in world.exchange("compile", failure) if text]
+    return failures
+
+
+def _failure(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> str | None:
+    """Why this rank cannot predict a batch, None where it can."""
+    batch = _noise(batch_size, transform, world)
+    try:
+        _predict_all([(batch, 0.0)], predictor, Clock(warm_up=1, began=time.perf_counter()), world)
+    except OutOfMemoryError:
+        # The job has its own ways with that.
+        return None
+    except Exception as error:
+        # A compiler has much to say, and the cause in its last words.
+        reason = reason_of(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]
+        return reason if len(reason) < 400 else f"{reason[:150]} ... {reason[-250:]}"
+    return None
+
+
+def find_batch_size(job: Job, transform: Transform, world: World, ready: Callable[[Config], Predictor]) -> int:
     """The batch size to start the job with. Collective: every rank calls this; all get the same."""
     if job.config.batch_size != "auto":
         return int(job.config.batch_size)
-    before: int | None = None
+    settled: int | None = None
     with world.together("look for the batch size"):
-        manifest = Manifest.read(job.run_dir) if world.rank == 0 and not job.starts_over else None
-        before = manifest.batch_size if manifest else None
-    before = world.share("batch size", before)
-    if before is not None:
-        return before
-    predictor = ready()
+        before = _before(job) if world.rank == 0 else None
+        settled = before.batch_size if before else None
+    settled = world.share("batch size", settled)
+    if settled is not None:
+        return settled
+    predictor = ready(job.config)
     rates: dict[int, float] = {}
     for batch_size in _doubling():
         rate, room = None, False
@@ -76,21 +178,12 @@ def _flat(rates: Sequence[float]) -> bool:
 
 def _measure(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> tuple[float | None, bool]:
     """Images/s of this rank's model with batches of one size, None where they do not fit; whether twice as many may."""
-    height, width = transform.out_size
     on_gpu = world.device.type == "cuda"
     free = torch.cuda.mem_get_info(world.device)[0] if on_gpu else available_bytes() // world.local_size
     kind = "peak_gpu_bytes" if on_gpu else "peak_host_bytes"
     reset_peaks()
     before = peaks()[kind]
-    pixels = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8, pin_memory=on_gpu)
-    batch = Batch(
-        index=np.arange(batch_size),
-        label=np.zeros(batch_size, dtype=np.int32),
-        pixels=pixels,
-        jpegs=None,
-        errors={},
-        seconds={},
-    )
+    batch = _noise(batch_size, transform, world)
     clock = Clock(warm_up=in_flight(world), began=time.perf_counter())
 
     def batches() -> Iterator[tuple[Batch, float]]:
@@ -98,9 +191,7 @@ def _measure(predictor: Predictor, batch_size: int, transform: Transform, world:
             yield batch, 0.0
 
     try:
-        with closing(predict(batches(), predictor, clock, world)) as predicted:
-            for _ in predicted:
-                pass
+        _predict_all(batches(), predictor, clock, world)
     except OutOfMemoryError:
         return None, False
     used = peaks()[kind] - before
@@ -108,3 +199,21 @@ def _measure(predictor: Predictor, batch_size: int, transform: Transform, world:
         return None, False
     rows, seconds = clock.steady
     return rows / seconds, 2 * used < SHARE_OF_MEMORY * free
+
+
+def _noise(batch_size: int, transform: Transform, world: World) -> Batch:
+    shape = (batch_size, *transform.out_size, 3)
+    return Batch(
+        index=np.arange(batch_size),
+        label=np.zeros(batch_size, dtype=np.int32),
+        pixels=torch.randint(0, 256, shape, dtype=torch.uint8, pin_memory=world.device.type == "cuda"),
+        jpegs=None,
+        errors={},
+        seconds={},
+    )
+
+
+def _predict_all(batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World) -> None:
+    with closing(predict(batches, predictor, clock, world)) as predicted:
+        for _ in predicted:
+            pass

@@ -12,11 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from mgpu_ddp.errors import PeerFailedError
+from mgpu_ddp import tuning
+from mgpu_ddp.config import Config
+from mgpu_ddp.errors import PeerFailedError, UsageError
 from mgpu_ddp.job import Job
 from mgpu_ddp.keeping import Kept
+from mgpu_ddp.models import Model
+from mgpu_ddp.predict import Predictor
+from mgpu_ddp.preprocess import plain
 from mgpu_ddp.session import Session
 from mgpu_ddp.signals import StopWish
+from mgpu_ddp.tuning import choose_compile
 from mgpu_ddp.world import World, share_weights
 from tests.conftest import assert_proved, make_images, read_rows
 from tests.multirank.worlds import Case, ended, folder, run_world, tiny
@@ -73,6 +79,27 @@ def sweep_with_a_failing_rank(world: World) -> list[str]:
     else:
         session.follow()
     return [outcome.get("ran") or outcome["reason"] for outcome in session.outcomes]
+
+
+def fails_to_compile_on_rank_1(world: World) -> list[str]:
+    """What `runtime.compile` auto and on come to where one rank cannot predict with the compiled model."""
+    tuning.WORTH_COMPILING = 0
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 12))
+    model = Model(module=module, num_classes=12, origin="", class_names=None, preset=None)
+
+    def ready(config: Config) -> Predictor:
+        # One that takes no images of this size stands for one that does not compile.
+        mine = nn.Sequential(nn.Flatten(), nn.Linear(5, 12)) if world.rank == 1 else module
+        return Predictor(mine, plain(4), config, world.device)
+
+    def choose(compile_: str) -> str:
+        job = Job(name="0", config=tiny(runtime={"compile": compile_}), run_dir=Path("nowhere"))
+        try:
+            return choose_compile(job, model, None, plain(4), world, ready).config.runtime.compile
+        except UsageError as error:
+            return str(error)
+
+    return [choose("auto"), choose("on")]
 
 
 def mend(path: Path, world: World) -> None:
@@ -164,6 +191,11 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         Case(name="grown", config=tiny(data=folder(growing)), run_dir=str(root / "growing")),
         *retries(root, bad),
         Case(name="last", config=tiny()),
+        Case(name="one-cannot", call=fails_to_compile_on_rank_1),
+        # Now any work is worth compiling.
+        Case(name="begun-before", config=tiny(data={"size": MANY}), run_dir=str(root / "whole")),
+        Case(name="worth-it", config=tiny()),
+        Case(name="complete-before", config=tiny(), run_dir=str(root / "worth-it")),
     ]
 
 
@@ -320,3 +352,20 @@ def test_retried_rows_of_an_array_equal_those_of_a_run_without_errors(out: Path,
 
 def test_a_job_of_a_sweep_fails_on_all_ranks_or_on_none(out: Path) -> None:
     assert ended(out, "sweep", SIZE) == [["0", "rank 1 of 3: ValueError: only here", "2"]] * SIZE
+
+
+def test_a_job_that_is_worth_it_is_compiled(out: Path, end_of: Ends) -> None:
+    assert_proved(out / "worth-it", 97)
+    for case, compiled in {"last": "off", "worth-it": "on"}.items():
+        manifest = json.loads((out / case / "manifest.json").read_text())
+        assert manifest["fingerprint"]["runtime.compile"] == compiled, case
+    for row, eager in zip(read_rows(out / "worth-it"), read_rows(out / "last"), strict=True):
+        assert row["prob"] == pytest.approx(eager["prob"], abs=1e-6)
+    for case in ("begun-before", "complete-before"):
+        assert {end["status"] for end in end_of(case)} == {"complete"}, case
+
+
+def test_a_model_is_compiled_on_all_ranks_or_on_none(end_of: Ends) -> None:
+    for auto, on in end_of("one-cannot"):
+        assert auto == "off"
+        assert on.startswith("runtime.compile must be off where the model cannot be compiled, got 'on' (RuntimeError: ")

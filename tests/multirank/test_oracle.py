@@ -61,6 +61,13 @@ def grid(images: Path) -> list[Case]:
     return cases
 
 
+COMPILED = Case(
+    name="compiled",
+    config=tiny(runtime={"compile": "on"}, output={"commit_every": 24, "fields": ["topk", "logits", "embedding"]}),
+)
+"""Takes half a minute: two worlds run it."""
+
+
 def array(images: Path) -> ArrayConfig:
     """An array beside a folder of images."""
     return ArrayConfig(path=f"{images}.npy")
@@ -82,7 +89,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory, broken_images: Path) -> dic
     """The output folder of every world, each having run the whole grid."""
     out = tmp_path_factory.mktemp("worlds")
     for size in SIZES:
-        run_world(size, grid(broken_images), out / str(size))
+        run_world(size, [*grid(broken_images), *([COMPILED] if size <= 2 else [])], out / str(size))
     return {size: out / str(size) for size in SIZES}
 
 
@@ -98,6 +105,15 @@ def test_worlds_equal_one_rank(worlds: dict[int, Path], broken_images: Path, siz
             assert np.array_equal(first, second, equal_nan=True), case.name
         else:
             assert read_rows(one) == read_rows(many), case.name
+
+
+def test_compiled_worlds_equal_one_compiled_rank(worlds: dict[int, Path]) -> None:
+    one, two = (worlds[size] / COMPILED.name for size in (1, 2))
+    assert_proved(one, 97)
+    assert json.loads((one / "manifest.json").read_text())["fingerprint"]["runtime.compile"] == "on"
+    assert read_rows(one) == read_rows(two)
+    eager = read_table(worlds[1] / "out-parquet-gather-1")["logits"].to_numpy()
+    assert np.allclose(np.stack(read_table(one)["logits"].to_numpy()), np.stack(eager), atol=1e-5)
 
 
 def test_every_run_proves_itself(worlds: dict[int, Path]) -> None:

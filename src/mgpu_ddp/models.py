@@ -318,6 +318,8 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
     if config.runtime.compile == "on":
         # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
         torch._dynamo.config.recompile_limit = 64
+        # Otherwise each process times kernels that add up in other orders, and takes the fastest.
+        torch._inductor.config.deterministic = config.runtime.deterministic
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
 

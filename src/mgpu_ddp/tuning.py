@@ -88,7 +88,7 @@ def _settle_compile(
         return compiled, False, None if before.complete else batch_size
     if asked_on:
         return True, False, batch_size
-    # On a GPU the folded, fused model is no slower. One shard of several must have the bits of the others.
+    # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
     if world.device.type != "cpu" or config.strategy != "ddp" or config.shard or config.batch_size == "auto":
         return False, True, None
     start, stop = dataset_range(config, length)
@@ -118,7 +118,7 @@ def _failure(predictor: Predictor, batch_size: int, transform: Transform, world:
     """Why this rank cannot predict a batch, None where it can."""
     batch = _noise(batch_size, transform, world)
     try:
-        _predict_all([(batch, 0.0)], predictor, Clock(warm_up=1, began=time.perf_counter()), world)
+        _predict_one(batch, predictor, world)
     except OutOfMemoryError:
         # The job has its own ways with that.
         return None
@@ -191,6 +191,9 @@ def _measure(predictor: Predictor, batch_size: int, transform: Transform, world:
             yield batch, 0.0
 
     try:
+        # The model may have to be compiled for it.
+        _predict_one(batch, predictor, world)
+        clock.started = time.perf_counter()
         _predict_all(batches(), predictor, clock, world)
     except OutOfMemoryError:
         return None, False
@@ -211,6 +214,10 @@ def _noise(batch_size: int, transform: Transform, world: World) -> Batch:
         errors={},
         seconds={},
     )
+
+
+def _predict_one(batch: Batch, predictor: Predictor, world: World) -> None:
+    _predict_all([(batch, 0.0)], predictor, Clock(warm_up=1, began=time.perf_counter()), world)
 
 
 def _predict_all(batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World) -> None:

@@ -64,7 +64,7 @@ def may_mount() -> None:
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.parametrize("how", ["parquet", "npy"])
 def test_a_full_disk_ends_the_job_in_one_line_and_it_resumes_with_more(tmp_path: Path, how: str) -> None:
-    size, disk = (16000, "400k") if how == "parquet" else (30000, "1m")
+    size, disk = 10_000, "400k"
     settings = (*SMALL, f"data.size={size}", "output.commit_every=400", "output.topk=12", f"output.format={how}")
     command = python_m(*settings, "output.dir=disk/out")
     ended = run([*own_mounts(), "bash", "-c", ON_A_SMALL_DISK, "bash", disk, *command], tmp_path)

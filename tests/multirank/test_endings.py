@@ -192,10 +192,8 @@ def jobs(root: Path, bad: Path) -> list[Case]:
         *retries(root, bad),
         Case(name="last", config=tiny()),
         Case(name="one-cannot", call=fails_to_compile_on_rank_1),
-        # Now any work is worth compiling.
-        Case(name="begun-before", config=tiny(data={"size": MANY}), run_dir=str(root / "whole")),
-        Case(name="worth-it", config=tiny()),
-        Case(name="complete-before", config=tiny(), run_dir=str(root / "worth-it")),
+        # Now any work is worth compiling, but what was begun stays as it was.
+        Case(name="begun-before", config=tiny(), run_dir=str(root / "last")),
     ]
 
 
@@ -354,18 +352,9 @@ def test_a_job_of_a_sweep_fails_on_all_ranks_or_on_none(out: Path) -> None:
     assert ended(out, "sweep", SIZE) == [["0", "rank 1 of 3: ValueError: only here", "2"]] * SIZE
 
 
-def test_a_job_that_is_worth_it_is_compiled(out: Path, end_of: Ends) -> None:
-    assert_proved(out / "worth-it", 97)
-    for case, compiled in {"last": "off", "worth-it": "on"}.items():
-        manifest = json.loads((out / case / "manifest.json").read_text())
-        assert manifest["fingerprint"]["runtime.compile"] == compiled, case
-    for row, eager in zip(read_rows(out / "worth-it"), read_rows(out / "last"), strict=True):
-        assert row["prob"] == pytest.approx(eager["prob"], abs=1e-6)
-    for case in ("begun-before", "complete-before"):
-        assert {end["status"] for end in end_of(case)} == {"complete"}, case
-
-
-def test_a_model_is_compiled_on_all_ranks_or_on_none(end_of: Ends) -> None:
+def test_a_model_is_compiled_on_all_ranks_or_on_none(out: Path, end_of: Ends) -> None:
     for auto, on in end_of("one-cannot"):
         assert auto == "off"
         assert on.startswith("runtime.compile must be off where the model cannot be compiled, got 'on' (RuntimeError: ")
+    assert {end["status"] for end in end_of("begun-before")} == {"complete"}
+    assert json.loads((out / "last" / "manifest.json").read_text())["fingerprint"]["runtime.compile"] == "off"

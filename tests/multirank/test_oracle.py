@@ -12,11 +12,13 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
+from mgpu_ddp import tuning
 from mgpu_ddp.config import ArrayConfig
+from mgpu_ddp.world import World
 from tests.conftest import assert_proved, make_images, read_rows, read_table
 from tests.multirank.worlds import Case, ended, folder, run_world, tiny
 
-SIZES = (1, 2, 3, 4)
+SIZES = (1, 2, 3)
 COUNTS = (0, 1, 2, 3, 4, 5, 97)
 """Samples: none, fewer than ranks, W-1, W and W+1 for each W, and a ragged many."""
 
@@ -61,11 +63,16 @@ def grid(images: Path) -> list[Case]:
     return cases
 
 
-COMPILED = Case(
-    name="compiled",
-    config=tiny(runtime={"compile": "on"}, output={"commit_every": 24, "fields": ["topk", "logits", "embedding"]}),
-)
-"""Takes half a minute: two worlds run it."""
+def compile_always(_world: World) -> None:
+    """From here on, any work is worth compiling."""
+    tuning.WORTH_COMPILING = 0
+
+
+COMPILED = [
+    Case(name="always", call=compile_always),
+    Case(name="compiled", config=tiny(output={"commit_every": 24, "fields": ["topk", "logits", "embedding"]})),
+]
+"""They take half a minute: two worlds run them."""
 
 
 def array(images: Path) -> ArrayConfig:
@@ -84,18 +91,26 @@ def broken_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Worlds(dict[int, Path]):
+    """The output folder of a world by its size, each having run the whole grid when it is first asked for."""
+
+    def __init__(self, out: Path, images: Path) -> None:
+        self._out, self._images = out, images
+
+    def __missing__(self, size: int) -> Path:
+        self[size] = self._out / str(size)
+        run_world(size, [*grid(self._images), *(COMPILED if size <= 2 else [])], self[size])
+        return self[size]
+
+
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory, broken_images: Path) -> dict[int, Path]:
-    """The output folder of every world, each having run the whole grid."""
-    out = tmp_path_factory.mktemp("worlds")
-    for size in SIZES:
-        run_world(size, [*grid(broken_images), *([COMPILED] if size <= 2 else [])], out / str(size))
-    return {size: out / str(size) for size in SIZES}
+def worlds(tmp_path_factory: pytest.TempPathFactory, broken_images: Path) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("worlds"), broken_images)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("size", SIZES[1:])
-def test_worlds_equal_one_rank(worlds: dict[int, Path], broken_images: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [*SIZES[1:], pytest.param(4, marks=pytest.mark.slow)])
+def test_worlds_equal_one_rank(worlds: Worlds, broken_images: Path, size: int) -> None:
     for case in grid(broken_images):
         one, many = worlds[1] / case.name, worlds[size] / case.name
         assert ended(worlds[size], case.name, size)[0]["status"] == "complete", case.name
@@ -107,8 +122,8 @@ def test_worlds_equal_one_rank(worlds: dict[int, Path], broken_images: Path, siz
             assert read_rows(one) == read_rows(many), case.name
 
 
-def test_compiled_worlds_equal_one_compiled_rank(worlds: dict[int, Path]) -> None:
-    one, two = (worlds[size] / COMPILED.name for size in (1, 2))
+def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds) -> None:
+    one, two = (worlds[size] / "compiled" for size in (1, 2))
     assert_proved(one, 97)
     assert json.loads((one / "manifest.json").read_text())["fingerprint"]["runtime.compile"] == "on"
     assert read_rows(one) == read_rows(two)
@@ -116,7 +131,7 @@ def test_compiled_worlds_equal_one_compiled_rank(worlds: dict[int, Path]) -> Non
     assert np.allclose(np.stack(read_table(one)["logits"].to_numpy()), np.stack(eager), atol=1e-5)
 
 
-def test_every_run_proves_itself(worlds: dict[int, Path]) -> None:
+def test_every_run_proves_itself(worlds: Worlds) -> None:
     for size in SIZES:
         for n in COUNTS:
             for collect in ("gather", "shards"):
@@ -128,7 +143,7 @@ def test_every_run_proves_itself(worlds: dict[int, Path]) -> None:
         assert index == list(range(45, 90))
 
 
-def test_bad_images_cost_one_row_each(worlds: dict[int, Path]) -> None:
+def test_bad_images_cost_one_row_each(worlds: Worlds) -> None:
     rows = read_rows(worlds[3] / "images")
     bad = [row for row in rows if row["error"]]
     assert len(bad) == 2
@@ -138,7 +153,7 @@ def test_bad_images_cost_one_row_each(worlds: dict[int, Path]) -> None:
     assert "not an image" in " ".join(row["error"] for row in bad)
 
 
-def test_one_rank_equals_a_plain_loop_over_fake_data(worlds: dict[int, Path]) -> None:
+def test_one_rank_equals_a_plain_loop_over_fake_data(worlds: Worlds) -> None:
     """The tutorial's loop: FakeData, Resize, ToTensor, model, np.concatenate."""
     torch.manual_seed(0)
     model = torchvision.models.squeezenet1_1(num_classes=12).eval()
@@ -153,7 +168,7 @@ def test_one_rank_equals_a_plain_loop_over_fake_data(worlds: dict[int, Path]) ->
     _assert_top_k(table, logits, 5)
 
 
-def test_one_rank_equals_a_plain_loop_over_images(worlds: dict[int, Path], broken_images: Path) -> None:
+def test_one_rank_equals_a_plain_loop_over_images(worlds: Worlds, broken_images: Path) -> None:
     torch.manual_seed(0)
     model = torchvision.models.squeezenet1_1(num_classes=12).eval()
     transform = transforms.Compose(

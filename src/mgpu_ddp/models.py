@@ -325,11 +325,11 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
 
 
 def operations(module: nn.Module, transform: Transform) -> int:
-    """Floating-point operations of one image's forward pass: convolutions, matrix products and attention.
+    """Floating-point operations of one image's forward pass, in convolutions and matrix products.
 
-    A multiplication and the addition after it are two.
+    A multiplication and the addition after it are two. Attention that torch has fused is left out.
     """
-    # Costs a second, which most jobs do not need.
+    # Takes half a second, which jobs on GPUs need not wait.
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -231,9 +231,9 @@ class RuntimeConfig:
     loader workers that would wait for the GPU's JPEG decoder decode some of the images, to slightly other pixels."""
     compile: str = "auto"
     """auto, on or off: torch.compile. auto is on for jobs on CPUs of 10^15 floating-point operations (ResNet18 over
-    280,000 images), which gain up to a sixth by it; off on a GPU, with shard, with batch_size=auto and where compiling
-    fails. On a GPU with large batches ConvNeXts gain a quarter, ResNets next to nothing, and ViTs lose a tenth. A run
-    folder keeps what was chosen."""
+    280,000 images), which gain up to a sixth by it; off on a GPU, with shard, with batch_size=auto, with
+    strategy=data_parallel and where compiling fails. On a GPU with large batches ConvNeXts gain a quarter, ResNets
+    next to nothing, and ViTs lose a tenth. A run folder keeps what was chosen."""
     decode: str = "auto"
     """Where JPEGs are decoded: gpu (fastest; what it cannot decode goes to the CPU), exact (on the GPU, to the very
     pixels that the CPU yields; takes one with JPEG engines, such as an H200), cpu (Pillow). auto: gpu on CUDA."""

@@ -59,12 +59,12 @@ def choose_compile(
             settled = _settle_compile(job, model, files, transform, world)
     compiled, is_free, batch_size = world.share("compile", settled)
     if compiled and batch_size is not None:
-        log.info("runtime.compile=%s: the model is compiled now, which takes half a minute or more", asked)
+        log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
         failures = _try_on_all(ready(_with_compile(job, "on").config), batch_size, transform, world)
         if failures and not is_free:
             raise UsageError(
                 f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
-                " what it needs, or start another folder with runtime.compile=off."
+                " what it needs, or set runtime.compile=off, in another folder if this one was begun with on."
             )
         if failures and world.rank == 0:
             log.warning("runtime.compile=auto is off, for the model cannot be compiled: %s", failures[0])
@@ -79,19 +79,20 @@ def _settle_compile(
     config, before = job.config, _before(job)
     asked_on = config.runtime.compile == "on"
     length = len(open_samples(config, files))
+    start, stop = dataset_range(config, length)
     wanted = SMALLEST if config.batch_size == "auto" else int(config.batch_size)
     batch_size = batch_size_of(config, wanted, length)
     if before:
-        if not job.batch_size_given:
-            batch_size = before.batch_size
-        compiled = asked_on or before.fingerprint.get("runtime.compile") == "on"
-        return compiled, False, None if before.complete else batch_size
+        was_on = before.fingerprint.get("runtime.compile") == "on"
+        is_left = not before.complete or stop > before.stop or config.retry_failed
+        tried = batch_size if job.batch_size_given else before.batch_size
+        # A folder that was begun without is refused when it is claimed.
+        return asked_on or was_on, False, tried if was_on and is_left else None
     if asked_on:
         return True, False, batch_size
     # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
     if world.device.type != "cpu" or config.strategy != "ddp" or config.shard or config.batch_size == "auto":
         return False, True, None
-    start, stop = dataset_range(config, length)
     return (stop - start) * operations(model.module, transform) >= WORTH_COMPILING, True, batch_size
 
 
@@ -110,7 +111,8 @@ def _try_on_all(predictor: Predictor, batch_size: int, transform: Transform, wor
     failures = []
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
         failure = _failure(predictor, batch_size, transform, world) if is_turn else None
-        failures += [text for text in world.exchange("compile", failure) if text]
+        found = enumerate(world.exchange("compile", failure))
+        failures += [f"rank {rank} of {world.size}: {text}" for rank, text in found if text]
     return failures
 
 

@@ -355,6 +355,6 @@ def test_a_job_of_a_sweep_fails_on_all_ranks_or_on_none(out: Path) -> None:
 def test_a_model_is_compiled_on_all_ranks_or_on_none(out: Path, end_of: Ends) -> None:
     for auto, on in end_of("one-cannot"):
         assert auto == "off"
-        assert on.startswith("runtime.compile must be off where the model cannot be compiled, got 'on' (RuntimeError: ")
+        assert on.startswith("runtime.compile must be off where the model cannot be compiled, got 'on' (rank 1 of 3: ")
     assert {end["status"] for end in end_of("begun-before")} == {"complete"}
     assert json.loads((out / "last" / "manifest.json").read_text())["fingerprint"]["runtime.compile"] == "off"

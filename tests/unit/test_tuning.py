@@ -153,6 +153,15 @@ def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: st
     assert choose(replace(again, starts_over=True), world) == ("off", [])
     replace(manifest, complete=True).write(tmp_path)
     assert choose(again, world) == (was, []), "nothing is left to do"
+    grown = replace(again, config=replace(again.config, limit=10))
+    assert choose(grown, world) == (was, [48] if was == "on" else [])
+    retried = replace(again, config=replace(again.config, retry_failed=True))
+    assert choose(retried, world) == (was, [48] if was == "on" else [])
+
+
+def test_a_folder_begun_otherwise_is_refused_before_anything_is_compiled(tmp_path: Path, world: World) -> None:
+    Manifest(fingerprint={"runtime.compile": "off"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
+    assert choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world) == ("on", [])
 
 
 @pytest.mark.usefixtures("worth")
@@ -162,10 +171,12 @@ def test_what_cannot_be_compiled_is_not_or_is_told(
     monkeypatch.setattr(logging.getLogger("mgpu_ddp"), "propagate", True)
     assert choose(job(tmp_path, batch_size=16), world, Broken()) == ("off", [])
     assert caplog.messages[-1].startswith(
-        "runtime.compile=auto is off, for the model cannot be compiled: ValueError: no compiler no compiler"
+        "runtime.compile=auto is off, for the model cannot be compiled: rank 0 of 1: ValueError: no compiler"
     )
     assert len(caplog.messages[-1]) < 500
-    with pytest.raises(UsageError, match=r"runtime.compile must be off where .*, got 'on' \(ValueError: no compiler"):
+    with pytest.raises(
+        UsageError, match=r"runtime.compile must be off where .*, got 'on' \(rank 0 of 1: ValueError: no"
+    ):
         choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world, Broken())
     Manifest(fingerprint={"runtime.compile": "on"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
     with pytest.raises(UsageError, match=r"runtime.compile must be off"):

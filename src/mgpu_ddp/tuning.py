@@ -78,22 +78,26 @@ def _settle_compile(
     """(whether to compile, whether a failure may change that, the batch size to try, if any). Rank 0 only."""
     config, before = job.config, _before(job)
     asked_on = config.runtime.compile == "on"
+    if before and before.fingerprint.get("runtime.compile") != "on":
+        # Where it is asked for nevertheless, the folder is refused when it is claimed.
+        return asked_on, False, None
+    if not before and not asked_on and not _may_be_compiled(config, world):
+        return False, True, None
     length = len(open_samples(config, files))
     start, stop = dataset_range(config, length)
-    wanted = SMALLEST if config.batch_size == "auto" else int(config.batch_size)
-    batch_size = batch_size_of(config, wanted, length)
+    batch_size = batch_size_of(config, SMALLEST if config.batch_size == "auto" else int(config.batch_size), length)
     if before:
-        was_on = before.fingerprint.get("runtime.compile") == "on"
         is_left = not before.complete or stop > before.stop or config.retry_failed
         tried = batch_size if job.batch_size_given else before.batch_size
-        # A folder that was begun without is refused when it is claimed.
-        return asked_on or was_on, False, tried if was_on and is_left else None
-    if asked_on:
-        return True, False, batch_size
+        return True, False, tried if is_left else None
+    worth_it = asked_on or (stop - start) * operations(model.module, transform) >= WORTH_COMPILING
+    return worth_it, not asked_on, batch_size
+
+
+def _may_be_compiled(config: Config, world: World) -> bool:
+    """Whether auto leaves it to the job's work."""
     # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
-    if world.device.type != "cpu" or config.strategy != "ddp" or config.shard or config.batch_size == "auto":
-        return False, True, None
-    return (stop - start) * operations(model.module, transform) >= WORTH_COMPILING, True, batch_size
+    return world.device.type == "cpu" and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
 
 
 def _with_compile(job: Job, choice: str) -> Job:

@@ -1,10 +1,11 @@
 """What the report names as the bottleneck."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mgpu_ddp.metrics import REMEDIES, RankMetrics, bottleneck, measure
+from mgpu_ddp.metrics import FORWARD_ON_CPU, REMEDIES, RankMetrics, bottleneck, measure, write_metrics
 from mgpu_ddp.predict import Clock
 from mgpu_ddp.world import World
 
@@ -36,3 +37,12 @@ def test_the_longest_wait_names_the_bottleneck(world: World, waits: dict[str, fl
 
 def test_a_job_that_had_nothing_to_do_has_no_bottleneck(world: World) -> None:
     assert bottleneck([replace(metrics(world), wait_s=9.0)]) is None
+
+
+def test_a_forward_pass_on_cpus_is_not_sped_up_by_what_helps_a_gpu(world: World, tmp_path: Path) -> None:
+    rank = replace(metrics(world), rows=1, predict_s=9.0, wall_s=9.0)
+    remedies = [
+        write_metrics(tmp_path, [replace(rank, device=device)], rows=1, deterministic=True, accuracy={})["remedy"]
+        for device in ("cpu", "NVIDIA H200")
+    ]
+    assert remedies == [FORWARD_ON_CPU, REMEDIES["forward"]]

@@ -27,18 +27,21 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from mgpu_ddp.config import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.datasets import FakeSamples, FileSamples
-from mgpu_ddp.interrupts import interrupted_cpus, keep_off
-from mgpu_ddp.jpeg import read_header
-from mgpu_ddp.listing import Listing, find_images
-from mgpu_ddp.loading import load_batches, num_workers
-from mgpu_ddp.models import DTYPES, build_model, precision_of, prepare
-from mgpu_ddp.nvjpeg import Decoder, Files, Images, Planes
-from mgpu_ddp.predict import held_batches
-from mgpu_ddp.preprocess import imagenet, plain
-from mgpu_ddp.sharding import Plan, ShardSampler
-from mgpu_ddp.world import World, choose_device, join
+from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.data.datasets import FakeSamples, FileSamples
+from mgpu_ddp.data.files import find_images
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.devices import choose_device
+from mgpu_ddp.distributed.host import interrupted_cpus, keep_off
+from mgpu_ddp.distributed.sharding import Plan, ShardSampler
+from mgpu_ddp.distributed.world import World, join
+from mgpu_ddp.inference.pipeline import held_batches
+from mgpu_ddp.loader.loader import load_batches, num_workers
+from mgpu_ddp.models.build import build_model
+from mgpu_ddp.models.prepare import DTYPES, precision_of, prepare
+from mgpu_ddp.preprocess.jpeg_header import read_header
+from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, Planes
+from mgpu_ddp.preprocess.transform import imagenet, plain
 
 DECODE_BATCHES, DECODE_THREADS = (256, 512), (2, 4)
 DECODED_AHEAD = 8192
@@ -112,7 +115,7 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
 
 def decode(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """Files per second, to any RGB and to Pillow's, by decoder and batch size."""
-    from mgpu_ddp.colours import to_rgb
+    from mgpu_ddp.preprocess.ycbcr_kernel import to_rgb
 
     paths = sorted(Path(args.root).rglob("*.jpg"))[:DECODED_AHEAD]
     data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]

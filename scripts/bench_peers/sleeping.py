@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mgpu_ddp import infer
-from mgpu_ddp.models import Model
-from mgpu_ddp.predict import Predictor
-from mgpu_ddp.world import Channel
+from mgpu_ddp import cli, infer
+from mgpu_ddp.distributed.channel import Channel
+from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.models.build import Model
 
 FOLDER, SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 CLASSES = 1000
@@ -76,6 +76,6 @@ if __name__ == "__main__":
     infer.load_model = no_model
     infer.prepare = lambda model, *_args, **_options: model.module
     infer.Predictor = Sleeping
-    sys.modules["mgpu_ddp.planning"].Channel = Timed
+    sys.modules["mgpu_ddp.job.tasks"].Channel = Timed
     del sys.argv[1:3]
-    infer.main()
+    cli.main(infer.infer)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mgpu_ddp.config import Config
+from mgpu_ddp.config.schema import Config
 from soaking.disk import Death, Journal, WatchedDisk
 from soaking.jobs import LOST_AFTER_S
 from soaking.processes import children, living
@@ -263,13 +263,13 @@ class _Rank:
         self._disk = WatchedDisk(journal, death)
 
     def live(self, config: Config, run_dir: Path, port: int) -> None:
-        from mgpu_ddp import report
+        from mgpu_ddp.distributed.signals import StopWish, die_with_parent
+        from mgpu_ddp.distributed.world import join, leave
         from mgpu_ddp.infer import infer
-        from mgpu_ddp.job import Job
-        from mgpu_ddp.keeping import Kept
-        from mgpu_ddp.session import Session
-        from mgpu_ddp.signals import StopWish, die_with_parent
-        from mgpu_ddp.world import join, leave
+        from mgpu_ddp.job.cache import Kept
+        from mgpu_ddp.job.job import Job
+        from mgpu_ddp.job.session import Session
+        from mgpu_ddp.reporting import console
 
         self._redirect()
         place = {"RANK": self._rank, "WORLD_SIZE": self._size, "LOCAL_RANK": self._rank, "LOCAL_WORLD_SIZE": self._size}
@@ -281,7 +281,7 @@ class _Rank:
             world = join()
             self._notes.put(self._rank, "joined", 1)
             self._enter("claiming")
-            report.start_logging(world)
+            console.start_logging(world)
             stop = StopWish()
             stop.install()
             kept = Kept()
@@ -302,9 +302,9 @@ class _Rank:
 
     def _mark_phases(self) -> None:
         from mgpu_ddp import infer
-        from mgpu_ddp.collect import Collector
-        from mgpu_ddp.world import Channel
-        from mgpu_ddp.writing import ArrayWriter, Table, TableWriter
+        from mgpu_ddp.distributed.channel import Channel
+        from mgpu_ddp.job.collector import Collector
+        from mgpu_ddp.output.parts import ArrayWriter, Table, TableWriter
 
         for owner, name, phase in (
             (Channel, "gather", "gathering"),

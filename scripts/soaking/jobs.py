@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.config import (
+from mgpu_ddp.config.schema import (
     Config,
     DistConfig,
     FakeConfig,
@@ -24,8 +24,8 @@ from mgpu_ddp.config import (
     RuntimeConfig,
     TransformConfig,
 )
-from mgpu_ddp.manifest import Manifest, Part
-from mgpu_ddp.writing import array_digest
+from mgpu_ddp.output.manifest import Manifest, Part
+from mgpu_ddp.output.parts import array_digest
 
 CLASSES = 12
 PIXELS = 32

@@ -375,7 +375,7 @@ def _listens(port: int) -> bool:
 
 
 def _world_sizes(run_dir: Path) -> list[int]:
-    from mgpu_ddp.manifest import Manifest
+    from mgpu_ddp.output.manifest import Manifest
 
     manifest = Manifest.read(run_dir)
     return manifest.world_sizes if manifest is not None else []

@@ -2,7 +2,7 @@
 
 import os
 
-from mgpu_ddp.signals import die_with_parent
+from mgpu_ddp.distributed.signals import die_with_parent
 
 __version__ = "0.1.0"
 

@@ -70,3 +70,11 @@ class ProofError(StateError):
 
 class WriteError(StateError):
     """The output folder could not be written to; what was committed before stays valid."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that names an error."""
+    text = " ".join(str(error).split())
+    return (
+        text if isinstance(error, MgpuError) and not isinstance(error, PeerError) else f"{type(error).__name__}: {text}"
+    )

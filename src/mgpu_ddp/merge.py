@@ -15,15 +15,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mgpu_ddp.claiming import hold_folder
-from mgpu_ddp.classes import CLASSES
-from mgpu_ddp.config import parse_shard, require
-from mgpu_ddp.durable import add_folder, replace_bytes, replace_file, replace_json, sync_folder
+from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.schema import parse_shard
+from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.errors import Exit, MgpuError, ProofError, StateError, UsageError
-from mgpu_ddp.listing import FILE_NAME, Listing
-from mgpu_ddp.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
-from mgpu_ddp.page import rebuild
-from mgpu_ddp.proof import prove
+from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
+from mgpu_ddp.output.run_folder import hold_folder
+from mgpu_ddp.output.verify import prove
+from mgpu_ddp.report import rebuild
+from mgpu_ddp.reporting.class_table import CLASSES
 
 COPIED_ROWS = 4096
 

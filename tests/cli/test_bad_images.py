@@ -16,9 +16,9 @@ import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from mgpu_ddp.preprocess import FORMATS, MEAN, STD
-from tests.cli.starting import SMALL_IMAGES, run, torchrun
-from tests.conftest import assert_proved, read_rows
+from mgpu_ddp.preprocess.transform import FORMATS, MEAN, STD
+from tests.support.runs import assert_proved, read_rows
+from tests.support.starting import SMALL_IMAGES, run, torchrun
 
 CORPUS = "MGPU_DDP_BAD_IMAGES"
 """Environment variable that names a folder of odd and broken images."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import read_table
+from tests.support.runs import read_table
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import s3
-from tests.cli.starting import BIN, SMALL_IMAGES, TIMEOUT_S, python_m, run
-from tests.conftest import assert_proved, make_images, read_rows
-from tests.sources import write_tar
+from tests.support import s3
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.sources import write_tar
+from tests.support.starting import BIN, SMALL_IMAGES, TIMEOUT_S, python_m, run
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 RUNS = {"from-list": "photos/", "from-tars": "train-0", "from-parquet": "photos/", "from-bucket": "s3://photos/"}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.starting import (
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.starting import (
     SMALL,
     SMALL_IMAGES,
     Ended,
@@ -23,7 +24,6 @@ from tests.cli.starting import (
     wait_until,
     worker_pids,
 )
-from tests.conftest import assert_proved, make_images, read_rows
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
 SHORT = 4000

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.starting import (
+from tests.support.runs import assert_proved, read_rows
+from tests.support.starting import (
     SMALL,
     Process,
     committed_rows,
@@ -22,7 +23,6 @@ from tests.cli.starting import (
     wait_until,
     worker_pids,
 )
-from tests.conftest import assert_proved, read_rows
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
 SLOW_BATCH = (

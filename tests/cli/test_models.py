@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from tests.cli.starting import BIN, TIMEOUT_S, python_m, run, torchrun
-from tests.conftest import assert_proved, make_images, read_rows
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.starting import BIN, TIMEOUT_S, python_m, run, torchrun
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 

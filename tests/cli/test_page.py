@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mgpu_ddp.page import main, rebuild
-from tests.cli.starting import BIN, SMALL_IMAGES, committed_rows, python_m, run, started, torchrun, wait_until
-from tests.conftest import assert_proved, make_images, read_rows
+from mgpu_ddp.report import main, rebuild
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.starting import BIN, SMALL_IMAGES, committed_rows, python_m, run, started, torchrun, wait_until
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 SCRIPT = "<script>alert(1)<"

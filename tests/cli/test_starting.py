@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
-from tests.conftest import LAUNCH, assert_proved, read_rows
+from tests.support.runs import LAUNCH, assert_proved, read_rows
+from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
 
 
 def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_job_does_not_wait_for_pandas(tmp_path: Path, images: Path) -> None:
 
 
 def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
-    from mgpu_ddp.keys import documented_keys
+    from mgpu_ddp.config.help import documented_keys
 
     ended = run(torchrun(2, "--help"), tmp_path)
     assert ended.code == 0

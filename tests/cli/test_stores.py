@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import s3
-from tests.cli.starting import SMALL_IMAGES, committed_rows, finish, run, started, torchrun, wait_until, worker_pids
-from tests.conftest import assert_proved, make_images, read_rows
-from tests.sources import sources
+from tests.support import s3
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.sources import sources
+from tests.support.starting import SMALL_IMAGES, committed_rows, finish, run, started, torchrun, wait_until, worker_pids
 
 COUNT = 400
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.cli.starting import (
+from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
+from tests.support.starting import (
     SMALL,
     SMALL_IMAGES,
     Ended,
@@ -27,7 +28,6 @@ from tests.cli.starting import (
     wait_until,
     worker_pids,
 )
-from tests.conftest import LAUNCH, assert_proved, make_images, read_rows
 
 SWEEP = ("--multirun", "hydra.sweep.dir=sweep")
 

@@ -18,9 +18,7 @@ if not torch.cuda.is_available():
 import torchvision
 from PIL import Image
 
-from mgpu_ddp import decoding, kernels, preprocess
-from mgpu_ddp.arrays import ArraySamples
-from mgpu_ddp.config import (
+from mgpu_ddp.config.schema import (
     ArrayConfig,
     Config,
     FolderConfig,
@@ -30,19 +28,27 @@ from mgpu_ddp.config import (
     RuntimeConfig,
     TransformConfig,
 )
-from mgpu_ddp.datasets import FileSamples, Samples
-from mgpu_ddp.decoding import GpuInput, Staging, decoder_of
+from mgpu_ddp.data.array import ArraySamples
+from mgpu_ddp.data.datasets import FileSamples, Samples
+from mgpu_ddp.data.files import find_images
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.devices import choose_device
+from mgpu_ddp.distributed.sharding import Plan, ShardSampler
+from mgpu_ddp.distributed.world import World, join, leave
 from mgpu_ddp.errors import HangError
-from mgpu_ddp.listing import Listing, find_images
-from mgpu_ddp.loading import Batch, load_batches
-from mgpu_ddp.nvjpeg import Decoder
-from mgpu_ddp.predict import Clock, Predictor, held_batches, predict
-from mgpu_ddp.preprocess import Transform
-from mgpu_ddp.rows import Rows, concatenate
-from mgpu_ddp.sharding import Plan, ShardSampler
-from mgpu_ddp.spare import Share
-from mgpu_ddp.world import World, choose_device, join, leave
-from tests.conftest import make_images
+from mgpu_ddp.inference import gpu_input
+from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.gpu_input import GpuInput, Staging, decoder_of
+from mgpu_ddp.inference.pipeline import held_batches, predict
+from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.loader.batch import Batch
+from mgpu_ddp.loader.loader import load_batches
+from mgpu_ddp.loader.spare import Share
+from mgpu_ddp.output.rows import Rows, concatenate
+from mgpu_ddp.preprocess import resize_kernel
+from mgpu_ddp.preprocess.nvjpeg import Decoder
+from mgpu_ddp.preprocess.transform import Transform, imagenet
+from tests.support.runs import make_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 COUNT, BATCH_SIZE = 900, 16
@@ -91,7 +97,7 @@ def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | No
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
-    transform = preprocess.imagenet(64)
+    transform = imagenet(64)
     predictor = Predictor(module, transform, config, world.device)
     assert predictor.decodes == (decode != "cpu")
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
@@ -104,13 +110,13 @@ def test_a_late_kernel_reads_what_was_decoded_for_it(root: Path, world: World, m
     calm, clock = rows_of(root, world)
     assert clock.errors == 0
     assert clock.decode_s > 0
-    launch = kernels.preprocess_images
+    launch = resize_kernel.preprocess_images
 
     def late(*args: Any, **kwargs: Any) -> None:
         torch.cuda._sleep(DELAY_CYCLES)
         launch(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, "preprocess_images", late)
+    monkeypatch.setattr(resize_kernel, "preprocess_images", late)
     delayed, _ = rows_of(root, world)
     assert np.array_equal(calm.columns["logits"], delayed.columns["logits"])
 
@@ -148,9 +154,9 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, *size, 3), dtype=np.uint8)
     np.save(tmp_path / "x.npy", pixels.transpose(0, 3, 1, 2) if planar else pixels)
-    samples, transform = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy"))), preprocess.imagenet(224)
+    samples, transform = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy"))), imagenet(224)
     # Five images at once, the last one alone.
-    monkeypatch.setattr(decoding, "COPIED_BYTES", 5 * pixels[0].nbytes)
+    monkeypatch.setattr(gpu_input, "COPIED_BYTES", 5 * pixels[0].nbytes)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     seen = 0
     with loading(samples, transform, world, held=1) as batches:
@@ -183,15 +189,15 @@ def hanging(decoder: Decoder) -> Generator[None]:
 def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     root: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "HANGS_S", 1)
-    monkeypatch.setattr(decoding, "LOOK_S", 0.2)
+    monkeypatch.setattr(gpu_input, "HANGS_S", 1)
+    monkeypatch.setattr(gpu_input, "LOOK_S", 0.2)
     decoder = decoder_of(world.device)
     said = r"nvJPEG must decode a batch within 1 s, and hangs\."
     with hanging(decoder), pytest.raises(HangError, match=said):
         rows_of(root, world)
     # What ends the job for another reason must not wait for the decoder either.
     samples = FileSamples(str(root), Listing.build(find_images(str(root), follow_outside=False)))
-    transform = preprocess.imagenet(64)
+    transform = imagenet(64)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     staging = Staging(inputs)
     with loading(samples, transform, world, held=9, packed=True) as batches, hanging(decoder):
@@ -237,7 +243,7 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
     config = Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig())
     torch.manual_seed(0)
     module = torchvision.models.resnet50().eval().cuda().to(memory_format=torch.channels_last)
-    predictor = Predictor(module, preprocess.imagenet(224), config, world.device)
+    predictor = Predictor(module, imagenet(224), config, world.device)
     images = torch.randn(128, 3, 224, 224, device=world.device).contiguous(memory_format=torch.channels_last)
     whole = predictor(images)
     assert "split" not in whole

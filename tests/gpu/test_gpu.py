@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.cli.starting import committed_rows, finish, python_m, run, started, torchrun, wait_until, worker_pids
-from tests.conftest import assert_proved, make_images, read_table
+from tests.support.runs import assert_proved, make_images, read_table
+from tests.support.starting import committed_rows, finish, python_m, run, started, torchrun, wait_until, worker_pids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 GPUS = torch.cuda.device_count()

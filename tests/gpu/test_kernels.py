@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from mgpu_ddp import preprocess
-from mgpu_ddp.kernels import preprocess_images
-from tests import kernel_cases as cases
+from mgpu_ddp.preprocess.resize_kernel import preprocess_images
+from mgpu_ddp.preprocess.transform import Transform, imagenet, plain
+from tests.support import resize_cases as cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 if not torch.cuda.is_available():
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def run(
     images: list[torch.Tensor],
     orientations: list[int],
-    transform: preprocess.Transform,
+    transform: Transform,
     *,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
@@ -51,7 +51,7 @@ def test_the_kernel_yields_the_levels_of_the_cpu_path(name: str, channels_last: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_are_those_of_normalising_on_the_gpu(dtype: torch.dtype) -> None:
-    transform = preprocess.imagenet(224)
+    transform = imagenet(224)
     images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES[5:12])]
     pixels = torch.stack([cases.oracle(image, 1, transform) for image in images]).cuda()
     want = transform.normalise(pixels, dtype=dtype, channels_last=True)
@@ -60,23 +60,23 @@ def test_the_bits_are_those_of_normalising_on_the_gpu(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_turned_upright(orientation: int) -> None:
-    transform, images = preprocess.imagenet(224), [cases.picture(375, 500, seed=0)]
+    transform, images = imagenet(224), [cases.picture(375, 500, seed=0)]
     want = cases.expected(images, [orientation], transform)
     assert cases.difference(run(images, [orientation], transform).cpu(), want, transform)[0] < 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 5000), (5000, 1)])
 def test_a_strip_is_stretched(height: int, width: int) -> None:
-    transform, images = preprocess.plain(224), [cases.picture(height, width, seed=0)]
+    transform, images = plain(224), [cases.picture(height, width, seed=0)]
     want = cases.expected(images, [1], transform)
     assert cases.difference(run(images, [1], transform).cpu(), want, transform)[0] < 1e-3
     # The CPU path refuses to blow one up to its shorter side; the kernel needs no memory for it.
-    assert run(images, [1], preprocess.imagenet(224)).isfinite().all()
+    assert run(images, [1], imagenet(224)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
-    transform = preprocess.imagenet(224)
+    transform = imagenet(224)
     images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES)]
     orientations = [i % 8 + 1 for i in range(len(images))]
     rows = run(images, orientations, transform, dtype=dtype)
@@ -87,7 +87,7 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> 
 
 
 def test_a_side_stream_gives_the_same_bits() -> None:
-    transform, images = preprocess.imagenet(224), [cases.picture(375, 500, seed=i) for i in range(8)]
+    transform, images = imagenet(224), [cases.picture(375, 500, seed=i) for i in range(8)]
     want = run(images, [1] * 8, transform)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

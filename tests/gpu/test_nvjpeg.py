@@ -11,13 +11,13 @@ from PIL import Image
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from mgpu_ddp.colours import to_rgb
-from mgpu_ddp.graphs import EAGER_STEPS, Replayed
-from mgpu_ddp.jpeg import read_header
-from mgpu_ddp.nvjpeg import Decoder, Files, Images, JpegError, Planes
-from mgpu_ddp.pooling import max_pool
-from tests import colour_cases as cases
-from tests import kernel_cases
+from mgpu_ddp.inference.cuda_graph import EAGER_STEPS, Replayed
+from mgpu_ddp.models.max_pool_kernel import max_pool
+from mgpu_ddp.preprocess.jpeg_header import read_header
+from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes
+from mgpu_ddp.preprocess.ycbcr_kernel import to_rgb
+from tests.support import resize_cases
+from tests.support import ycbcr_cases as cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 SIZES = [(1, 1), (2, 2), (2, 3), (3, 4), (5, 5), (9, 17), (1, 64), (64, 1), (251, 333), (375, 500), (767, 1023)]
@@ -30,7 +30,7 @@ def decoder() -> Decoder:
 
 
 def encoded(height: int, width: int, sampling: str, quality: int) -> bytes:
-    picture = Image.fromarray(kernel_cases.picture(height, width, seed=quality).permute(1, 2, 0).numpy())
+    picture = Image.fromarray(resize_cases.picture(height, width, seed=quality).permute(1, 2, 0).numpy())
     file = io.BytesIO()
     if sampling == "grey":
         picture.convert("L").save(file, "JPEG", quality=quality)

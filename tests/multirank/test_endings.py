@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from mgpu_ddp import tuning
-from mgpu_ddp.config import Config
+from mgpu_ddp.config.schema import Config
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World, share_weights
 from mgpu_ddp.errors import PeerFailedError, UsageError
-from mgpu_ddp.job import Job
-from mgpu_ddp.keeping import Kept
-from mgpu_ddp.models import Model
-from mgpu_ddp.predict import Predictor
-from mgpu_ddp.preprocess import plain
-from mgpu_ddp.session import Session
-from mgpu_ddp.signals import StopWish
-from mgpu_ddp.tuning import choose_compile
-from mgpu_ddp.world import World, share_weights
-from tests.conftest import assert_proved, make_images, read_rows
-from tests.multirank.worlds import Case, ended, folder, run_world, tiny
+from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.job import autotune
+from mgpu_ddp.job.autotune import choose_compile
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.job.session import Session
+from mgpu_ddp.models.build import Model
+from mgpu_ddp.preprocess.transform import plain
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.worlds import Case, ended, folder, run_world, tiny
 
 SIZE = 3
 MANY = 4000
@@ -83,7 +83,7 @@ def sweep_with_a_failing_rank(world: World) -> list[str]:
 
 def fails_to_compile_on_rank_1(world: World) -> list[str]:
     """What `runtime.compile` auto and on come to where one rank cannot predict with the compiled model."""
-    tuning.WORTH_COMPILING = 0
+    autotune.WORTH_COMPILING = 0
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 12))
     model = Model(module=module, num_classes=12, origin="", class_names=None, preset=None)
 

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
-from mgpu_ddp import tuning
-from mgpu_ddp.config import ArrayConfig
-from mgpu_ddp.world import World
-from tests.conftest import assert_proved, make_images, read_rows, read_table
-from tests.multirank.worlds import Case, ended, folder, run_world, tiny
+from mgpu_ddp.config.schema import ArrayConfig
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.job import autotune
+from tests.support.runs import assert_proved, make_images, read_rows, read_table
+from tests.support.worlds import Case, ended, folder, run_world, tiny
 
 SIZES = (1, 2, 3)
 COUNTS = (0, 1, 2, 3, 4, 5, 97)
@@ -65,7 +65,7 @@ def grid(images: Path) -> list[Case]:
 
 def compile_always(_world: World) -> None:
     """From here on, any work is worth compiling."""
-    tuning.WORTH_COMPILING = 0
+    autotune.WORTH_COMPILING = 0
 
 
 COMPILED = [

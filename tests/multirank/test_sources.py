@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from mgpu_ddp.config import Config, TransformConfig
-from mgpu_ddp.world import World
-from tests.cli.starting import SMALL_IMAGES, committed_rows, python_m, started, wait_until
-from tests.conftest import assert_proved, make_images, read_rows
-from tests.multirank.worlds import Case, ended, folder, run_world, tiny
-from tests.sources import Source, sources
+from mgpu_ddp.config.schema import Config, TransformConfig
+from mgpu_ddp.distributed.world import World
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.sources import Source, sources
+from tests.support.starting import SMALL_IMAGES, committed_rows, python_m, started, wait_until
+from tests.support.worlds import Case, ended, folder, run_world, tiny
 
 # Three rounds of worlds over every source; tests/cli/test_data.py runs each of them once.
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, running
+from tests.support.cluster import Cluster, missing, running
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.starting import SMALL, committed_rows, python_m, run
-from tests.conftest import LAUNCH, assert_proved, read_rows
-from tests.slurm.cluster import Cluster, status_of
+from tests.support.cluster import Cluster, status_of
+from tests.support.runs import LAUNCH, assert_proved, read_rows
+from tests.support.starting import SMALL, committed_rows, python_m, run
 
 SIZE = 12001
 LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=240")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mgpu_ddp.command import check_command
-from tests.conftest import LAUNCH
-from tests.unit.conftest import registered
+from mgpu_ddp.config.command_line import check_command
+from tests.conftest import registered
+from tests.support.runs import LAUNCH
 
 __all__ = ["registered"]
 

@@ -1,7 +1,7 @@
 """`hydra/launcher=torchrun` and `hydra/launcher=slurm`: each job of a sweep in processes of its own.
 
 Hydra finds this package by its place. It imports it at every start, so nothing costly belongs here: what starts the
-processes is `mgpu_ddp.isolation`.
+processes is `mgpu_ddp.sweep.isolated`.
 """
 
 from dataclasses import dataclass

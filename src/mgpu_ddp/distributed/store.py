@@ -1,0 +1,35 @@
+"""The launcher's store: waiting for keys of it while every rank lives."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from mgpu_ddp.distributed.heartbeat import Pulse
+from mgpu_ddp.errors import PeerLostError
+
+POLL_S = 0.05
+
+
+RANKS_PER_POLL = 256
+"""That may ask a store so often: beyond, each asks less often, or the store would do nothing but answer."""
+
+
+def wait_for_keys(store: Store, keys: list[str], pulse: Pulse) -> None:
+    """Wait until the keys are there, as long as every rank lives."""
+    # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
+    pause_s, longest_s = 0.001, POLL_S * max(1, pulse.size / RANKS_PER_POLL)
+    while not store.check(keys):
+        pulse.check()
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, longest_s)
+
+
+@contextmanager
+def store_must_answer() -> Iterator[None]:
+    """Take a store that is gone for what it is: the process that hosts it died, rank 0 or the launcher."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,207 @@
+"""Ranks, their devices and how they talk: the only caller of torch.distributed.
+
+One process group per process, opened by `join()` outside Hydra for all jobs of a sweep. Two ways to talk:
+small JSON values through the launcher's store (`exchange`, `share`, `together`), and windows through
+`all_gather_object` on a gloo group of their own (`Channel`). Neither ever waits for a rank that is
+dead: each rank's `Pulse` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from mgpu_ddp.distributed import slurm
+from mgpu_ddp.distributed.heartbeat import Pulse
+from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
+from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError
+
+CONNECTIONS = 32
+"""Of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and nvJPEG has
+many of its own: with 8, CUDA's default, it decodes a fifth less while a model runs, with 1, as containers for training
+have it, four fifths. Source: CUDA C++ Programming Guide, CUDA_DEVICE_MAX_CONNECTIONS."""
+
+
+@dataclass(slots=True)
+class Link:
+    """What a world holds open: its stores, its pulse, and how many exchanges it has had."""
+
+    launch: Store
+    """Lives as long as the launcher: across restarts of the workers."""
+    store: Store
+    """Of this attempt alone: a restarted worker must not read what a dead attempt wrote."""
+    pulse: Pulse
+    turn: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Where this process stands among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cpus: frozenset[int]
+    """That this process may use."""
+    share_of_cpus: int
+    """How many of them are for this rank: the ranks of its host share them."""
+    attempt: int
+    device: torch.device
+    link: Link = field(repr=False, compare=False)
+
+    @property
+    def pulse(self) -> Pulse:
+        return self.link.pulse
+
+    def exchange(self, topic: str, value: Any) -> list[Any]:
+        """Give every rank the JSON values of all ranks. Collective: every rank calls this.
+
+        Rank 0 reads all and publishes the list, so the store carries O(size) messages; equal neighbours count once.
+
+        Raises:
+            PeerLostError: a rank fell silent.
+            ProtocolError: ranks are at different topics.
+        """
+        key, self.link.turn = f"exchange/{self.link.turn}", self.link.turn + 1
+        store = self.link.store
+        with store_must_answer():
+            store.set(f"{key}/{self.rank}", json.dumps([topic, value]))
+            if self.rank == 0:
+                parts = [f"{key}/{rank}" for rank in range(self.size)]
+                wait_for_keys(store, parts, self.pulse)
+                equal = [(len(list(run)), part.decode()) for part, run in itertools.groupby(store.multi_get(parts))]
+                store.set(f"{key}/all", "[" + ",".join(f"[{count},{part}]" for count, part in equal) + "]")
+            wait_for_keys(store, [f"{key}/all"], self.pulse)
+            heard = [part for count, part in json.loads(store.get(f"{key}/all")) for _ in range(count)]
+        topics = sorted({other for other, _ in heard})
+        if topics != [topic]:
+            raise ProtocolError(f"all ranks must be at {topic!r}, got {topics} on rank {self.rank} of {self.size}.")
+        return [value for _, value in heard]
+
+    def share(self, topic: str, value: Any) -> Any:
+        """Give every rank rank 0's JSON value. Collective: every rank calls this."""
+        return self.exchange(topic, value if self.rank == 0 else None)[0]
+
+    @contextmanager
+    def together(self, topic: str) -> Iterator[None]:
+        """Make a block succeed on all ranks or raise on all. Collective: every rank calls this.
+
+        A rank that raised raises again; the others raise `PeerFailedError` that names it, or the same
+        `UsageError` where the mistake was the user's.
+        """
+        self.pulse.progress["at"] = topic
+        error: Exception | None = None
+        try:
+            yield
+        except PeerLostError:
+            raise
+        except Exception as raised:
+            error = raised
+        mine = None if error is None else [type(error).__name__, str(error), isinstance(error, UsageError)]
+        outcomes = self.exchange(topic, mine)
+        if error is not None:
+            raise error
+        for rank, outcome in enumerate(outcomes):
+            if outcome is not None:
+                name, text, is_usage = outcome
+                raise (
+                    UsageError(text)
+                    if is_usage
+                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {text}")
+                )
+
+    def raise_alarm(self, job: str, text: str) -> None:
+        """Have every rank see within a beat that this job cannot go on."""
+        with store_must_answer():
+            self.link.store.set(f"alarm/{job}", text)
+
+    def first_of_launch(self, key: str, value: str) -> str:
+        """What this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
+        return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
+
+    def is_done(self, key: str) -> bool:
+        """Whether this launch, or an attempt of it that is dead by now, has marked a key. Rank 0 only."""
+        return bool(self.link.launch.add(f"done/{key}", 0) > 0)
+
+    def mark_done(self, key: str) -> None:
+        """Mark a key for the rest of this launch. Rank 0 only."""
+        self.link.launch.add(f"done/{key}", 1)
+
+
+def join() -> World:
+    """Enter the world: torchrun's, srun's, or one process alone. Collective: every rank calls this, once per process.
+
+    Raises:
+        UsageError: SLURM does not say where the first task runs.
+    """
+    # Before the first thread: it changes what others may be reading.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(CONNECTIONS)
+    task = slurm.read_task()
+    if task is not None:
+        address, port = task.master
+        found = {"RANK": task.rank, "WORLD_SIZE": task.size, "MASTER_ADDR": address, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in found.items()}
+        os.environ |= {"LOCAL_RANK": str(task.local_rank), "LOCAL_WORLD_SIZE": str(task.local_size)}
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    launch: Store
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launch, rank, size = next(iter(rendezvous("env://")))
+    else:
+        launch, rank, size = HashStore(), 0, 1
+    # A restarted worker would read the dead attempt's addresses from the agent's store: one prefix per attempt.
+    store = PrefixStore(f"mgpu_ddp/attempt/{attempt}", launch)
+    pulse = Pulse(store.clone(), rank, size)
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
+    pulse.start()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpus = frozenset(os.sched_getaffinity(0))
+    # On a cluster that does not bind its jobs to CPUs, every process may use those of all jobs.
+    allowed = min(len(cpus), int(os.environ.get("SLURM_CPUS_ON_NODE", len(cpus))))
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=local_size,
+        cpus=cpus,
+        share_of_cpus=max(1, allowed // local_size) if task is None else min(len(cpus), task.cpus),
+        attempt=attempt,
+        device=torch.device("cpu"),
+        link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),
+    )
+
+
+def leave(world: World) -> None:
+    """End the process group. Collective: every rank calls this, on the success path only."""
+    world.exchange("leave", None)
+    if world.rank != 0:
+        world.pulse.end()
+    # Without torchrun rank 0 hosts the store, in which the others have yet to read that all leave: it goes last.
+    with store_must_answer():
+        world.link.store.set(f"left/{world.rank}", "")
+        if world.rank == 0:
+            wait_for_keys(world.link.store, [f"left/{rank}" for rank in range(world.size)], world.pulse)
+    world.pulse.end()
+    dist.destroy_process_group()
+
+
+def share_weights(module: nn.Module) -> nn.Module:
+    """Give every rank rank 0's parameters and buffers, by DDP's construction. Collective: every rank calls this.
+
+    DDP's defaults matter: `broadcast_buffers=False` would leave the BatchNorm statistics of the other ranks as
+    they were. The bare module comes back because DDP's own forward broadcasts buffers at every step, which
+    hangs ranks with uneven shards.
+    """
+    module.requires_grad_(True)
+    shared: nn.Module = DistributedDataParallel(module).module
+    return shared.requires_grad_(False)

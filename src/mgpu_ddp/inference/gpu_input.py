@@ -1,0 +1,335 @@
+"""Batches → model input on a GPU, on streams and in threads of their own, while the model runs the batch before.
+
+nvJPEG decodes whole batches, and one kernel makes model input of them. What nvJPEG refuses, Pillow decodes here, as
+the loader's workers do with all that is no plain JPEG.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+
+from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.schema import Config, Listed
+from mgpu_ddp.errors import HangError, OutOfMemoryError
+from mgpu_ddp.loader.batch import Batch, Jpegs
+from mgpu_ddp.loader.worker import Integers, reason_of
+from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
+from mgpu_ddp.preprocess.transform import Transform, decode, imagenet
+
+MAX_DECODED_PIXELS = 1 << 29
+"""That one thread decodes at once, to bound memory: three bytes each."""
+GROUP = 256
+"""Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
+HANGS_S = 120
+"""A batch takes the decoder milliseconds; one that takes so long never ends."""
+LOOK_S = 5.0
+"""How often a batch that does not come is asked after."""
+COPIED_BYTES = 256 << 20
+"""That raw images of a batch take on the GPU at once."""
+ALIGNMENT = 512
+"""Of the memory of a tensor of its own, in bytes."""
+
+
+def decode_of(config: Config, device: torch.device) -> str:
+    """`runtime.decode` with auto decided: gpu where there is one and images come as files. gpu, exact or cpu.
+
+    Raises:
+        UsageError: the GPU was asked for in vain.
+    """
+    wanted, lacks = config.runtime.decode, ""
+    if device.type != "cuda":
+        lacks = "where there is no CUDA device"
+    elif not isinstance(config.data, Listed):
+        lacks = "where images do not come as files"
+    elif wanted != "cpu" and library() is None:
+        lacks = "without nvJPEG, which torchvision's CUDA wheels bring"
+    require(not lacks or wanted in ("auto", "cpu"), "runtime.decode", f"cpu or auto {lacks}", wanted, "Leave it out.")
+    return "cpu" if lacks else "gpu" if wanted == "auto" else wanted
+
+
+def group_of(batch_size: int) -> int:
+    """How many batches are decoded at once."""
+    return max(1, GROUP // batch_size)
+
+
+@functools.cache
+def decoder_of(device: torch.device) -> Decoder:
+    """The decoder of a device: made once per process, for that takes a while."""
+    return Decoder(device)
+
+
+def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
+    """Start what the first batch would wait for, beside other work: the device, the decoder and the kernel."""
+
+    def run() -> None:
+        from mgpu_ddp.preprocess.resize_kernel import preprocess_images
+
+        if decodes:
+            decoder_of(device)
+        side = np.array([8], dtype=np.int64)
+        # A new thread is on the first device of all, and what it pins there takes a context of each rank's there.
+        with torch.cuda.device(device):
+            out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
+            for layout in (torch.channels_last, torch.contiguous_format):
+                images, out = Images.empty(side, side, device), out.contiguous(memory_format=layout)
+                preprocess_images(images, [1], imagenet(224), out=out, places=[0])
+            torch.cuda.synchronize()
+
+    pool = ThreadPoolExecutor(1)
+    started = pool.submit(run)
+    pool.shutdown(wait=False)
+    return started
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """Model input that is ready once `made` has happened on its device."""
+
+    images: torch.Tensor
+    made: torch.cuda.Event
+    decode_s: float
+    """Inside nvJPEG's calls, for the batches that were decoded together: with the first of them."""
+
+    def on_current_stream(self) -> torch.Tensor:
+        """The images (batch_size, 3, height, width) for work that is queued from now on."""
+        current = torch.cuda.current_stream(self.images.device)
+        current.wait_event(self.made)
+        self.images.record_stream(current)
+        return self.images
+
+
+class GpuInput:
+    """Makes model input of batches, several at a time, each in a thread of its own and on a stream of its own."""
+
+    THREADS = 2 * Decoder.LANES + 1
+    """One waits for each of the decoder's lanes, while others prepare the next batches and finish the last ones."""
+
+    def __init__(
+        self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool, exact: bool
+    ) -> None:
+        self._transform, self._device, self._dtype = transform, device, dtype
+        self._channels_last, self._exact = channels_last, exact
+        self._finish = transform.without_geometry(transform.out_size)
+        """What is left to do with pixels that a loader's worker has brought to size."""
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        for _ in range(self.THREADS):
+            self._streams.put(torch.cuda.Stream(device))
+        rule = "gpu or cpu on a GPU without JPEG engines"
+        has_engines = not exact or decoder_of(device).has_engines
+        require(has_engines, "runtime.decode", rule, "exact", "Pillow's pixels take engines, or the CPU.")
+
+    def check(self) -> None:
+        """Raise HangError if the decoder hangs."""
+        if decoder_of.cache_info().currsize and decoder_of(self._device).longest_s > HANGS_S:
+            raise HangError(
+                f"nvJPEG must decode a batch within {HANGS_S} s, and hangs. Start again, which resumes; if it comes"
+                " back, runtime.decode=cpu goes without it."
+            )
+
+    @torch.inference_mode()
+    def make(self, batches: Sequence[Batch]) -> list[Ready]:
+        """Decode what is encoded and preprocess; bad samples that show up are added to their batch's errors."""
+        stream, decode_s = self._streams.get(), [0.0] * len(batches)
+
+        def clock(spent_s: float) -> None:
+            decode_s[0] += spent_s
+
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                jpegs = [batch.jpegs for batch in batches if batch.jpegs is not None]
+                if jpegs:
+                    images = self._decode_all(batches, Jpegs.joined(jpegs, len(batches[0].pixels)), clock)
+                else:
+                    images = [self._preprocess(batch) for batch in batches]
+                made = torch.cuda.Event()
+                made.record()
+        finally:
+            self._streams.put(stream)
+        return [Ready(images=each, made=made, decode_s=spent_s) for each, spent_s in zip(images, decode_s, strict=True)]
+
+    def _empty(self, rows: int) -> torch.Tensor:
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        shape = (rows, 3, *self._transform.out_size)
+        return torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout)
+
+    def _preprocess(self, batch: Batch) -> torch.Tensor:
+        out = self._empty(len(batch.pixels))
+        self._fill(out, batch.pixels, np.arange(len(out)), self._transform if batch.raw else self._finish)
+        return out
+
+    def _fill(self, out: torch.Tensor, pixels: torch.Tensor, places: Integers, transform: Transform) -> None:
+        """Turn pixels of the host into these rows."""
+        from mgpu_ddp.preprocess.resize_kernel import preprocess_images
+
+        step = max(1, COPIED_BYTES // pixels[0].numel())
+        for part, where in zip(pixels.split(step), np.split(places, range(step, len(places), step)), strict=True):
+            images = Images.of(part.to(self._device, non_blocking=True))
+            preprocess_images(images, np.ones_like(where), transform, out=out, places=where)
+
+    def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: Callable[[float], None]) -> list[torch.Tensor]:
+        from mgpu_ddp.preprocess.resize_kernel import preprocess_images
+
+        size = len(batches[0].pixels)
+        images = self._empty(len(batches) * size).zero_()
+        by_pixels = np.arange(len(images)) % size < np.repeat([len(batch.index) for batch in batches], size)
+        by_pixels[jpegs.places] = False
+        # Pinned, so that the decoder need not copy them while it keeps others waiting.
+        pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
+        files = copied(jpegs, pinned)
+        for portion in _portions(jpegs.heights * jpegs.widths):
+            for numbers, decoded in self._decode(jpegs, files, portion, clock):
+                places = jpegs.places[numbers]
+                if decoded is None:
+                    self._decode_on_cpu(batches[places[0] // size], jpegs, int(numbers[0]))
+                    by_pixels[places] = True
+                else:
+                    orientations = jpegs.orientations[numbers]
+                    preprocess_images(decoded, orientations, self._transform, out=images, places=places)
+        for number, (batch, chosen) in enumerate(zip(batches, by_pixels.reshape(-1, size), strict=True)):
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                self._fill(images, batch.pixels[torch.from_numpy(rows)], number * size + rows, self._finish)
+        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
+        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in images.split(size)]
+
+    def _decode(
+        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]
+    ) -> Iterator[tuple[Integers, Images | None]]:
+        """Decode images, with these numbers, in as few calls as the decoder lets: None for one that it refuses."""
+        sizes = jpegs.heights[numbers], jpegs.widths[numbers]
+        into: Images | Planes = Images.empty(*sizes, self._device)
+        if self._exact:
+            into = Planes.empty(*sizes, jpegs.across[numbers], jpegs.down[numbers], self._device)
+        # What memory this was before, kernels on this stream may still be reading.
+        torch.cuda.current_stream(self._device).synchronize()
+        try:
+            clock(decoder_of(self._device).decode(files[numbers], into))
+        except JpegError:
+            # One refused image fails the call: halve until it stands alone.
+            if len(numbers) == 1:
+                yield numbers, None
+            else:
+                for half in np.array_split(numbers, 2):
+                    yield from self._decode(jpegs, files, half, clock)
+        else:
+            yield numbers, _as_rgb(into)
+
+    def _decode_on_cpu(self, batch: Batch, jpegs: Jpegs, number: int) -> None:
+        place = int(jpegs.places[number]) % len(batch.pixels)
+        batch.pixels[place] = 0
+        try:
+            pixels = self._transform.geometry(decode(jpegs.content(number)))
+            batch.pixels[place] = torch.from_numpy(np.ascontiguousarray(pixels))
+        except Exception as error:  # decoders raise all kinds; each bad image is one row
+            batch.errors[int(batch.index[place])] = reason_of(error)
+
+
+def _as_rgb(decoded: Images | Planes) -> Images:
+    if isinstance(decoded, Images):
+        return decoded
+    from mgpu_ddp.preprocess.ycbcr_kernel import to_rgb
+
+    return to_rgb(decoded)
+
+
+def copied(jpegs: Jpegs, into: torch.Tensor) -> Files:
+    """Copy the files, one after the other; those that lie like that already in one go."""
+    ends = np.cumsum(jpegs.lengths)
+    addresses = into.data_ptr() + ends - jpegs.lengths
+    breaks = np.flatnonzero(np.diff(jpegs.addresses - addresses)) + 1
+    for run in np.split(np.arange(len(jpegs)), breaks):
+        if len(run):
+            ctypes.memmove(int(addresses[run[0]]), int(jpegs.addresses[run[0]]), int(jpegs.lengths[run].sum()))
+    return Files(addresses=addresses, lengths=jpegs.lengths)
+
+
+def _portions(sizes: Integers) -> list[Integers]:
+    """Numbers of images in runs that together stay within `MAX_DECODED_PIXELS`, or hold one image."""
+    cuts, left = [], MAX_DECODED_PIXELS
+    for number, size in enumerate(sizes.tolist()):
+        if size > left and number > 0:
+            cuts.append(number)
+            left = MAX_DECODED_PIXELS
+        left -= size
+    return [portion for portion in np.split(np.arange(len(sizes)), cuts) if len(portion)]
+
+
+class Staging:
+    """Batches on their way through a `GpuInput`, the small ones in groups; encoded ones in its threads."""
+
+    def __init__(self, inputs: GpuInput) -> None:
+        self._inputs = inputs
+        self._threads = ThreadPoolExecutor(inputs.THREADS)
+        self._begun: set[Future[None]] = set()
+        self._looks = 0
+        """At what is waited for, in vain."""
+        self._group: list[tuple[Batch, Future[Ready]]] = []
+
+    def submit(self, batch: Batch) -> Future[Ready]:
+        """Take a batch, and begin with it once its group is full or flushed."""
+        future: Future[Ready] = Future()
+        self._group.append((batch, future))
+        if batch.jpegs is None:
+            # Nothing to wait for: another thread would only cost time.
+            self._make(self._taken())
+        elif len(self._group) == group_of(len(batch.pixels)):
+            self.flush()
+        return future
+
+    def wait(self, future: Future[Ready]) -> Ready:
+        """What became of a batch.
+
+        Raises:
+            HangError: nothing will, because the decoder hangs.
+            OutOfMemoryError: there is no room for it on the GPU.
+        """
+        self._await({future})
+        return future.result()
+
+    def _await(self, futures: set[Future[Any]]) -> None:
+        while wait(futures, timeout=LOOK_S).not_done:
+            self._looks += 1
+            # Time alone would not do: it goes on for a process that is stopped.
+            if self._looks * LOOK_S >= HANGS_S:
+                self._inputs.check()
+        self._looks = 0
+
+    def flush(self) -> None:
+        """Begin with what is there: no more batches come."""
+        if self._group:
+            self._begun = {future for future in self._begun if not future.done()}
+            self._begun.add(self._threads.submit(self._make, self._taken()))
+
+    def _taken(self) -> list[tuple[Batch, Future[Ready]]]:
+        group, self._group = self._group, []
+        return group
+
+    def _make(self, group: list[tuple[Batch, Future[Ready]]]) -> None:
+        try:
+            made = self._inputs.make([batch for batch, _ in group])
+        except torch.OutOfMemoryError as error:
+            for batch, future in group:
+                future.set_exception(OutOfMemoryError.of(len(batch.pixels), error))
+        except BaseException as error:
+            for _, future in group:
+                future.set_exception(error)
+        else:
+            for (_, future), ready in zip(group, made, strict=True):
+                future.set_result(ready)
+
+    def close(self) -> None:
+        """Wait for what was begun, and begin with nothing else.
+
+        Raises:
+            HangError: it never ends, because the decoder hangs.
+        """
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        # `wait` does not count what was cancelled as done.
+        self._await({future for future in self._begun if not future.done()})

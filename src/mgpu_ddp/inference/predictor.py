@@ -1,0 +1,121 @@
+"""Model input → columns of rows, on the model's device."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgpu_ddp.config.schema import Config
+from mgpu_ddp.errors import OutOfMemoryError
+from mgpu_ddp.inference.cuda_graph import Columns, Replayed
+from mgpu_ddp.inference.gpu_input import GpuInput, decode_of
+from mgpu_ddp.models.prepare import DTYPES, head_of, precision_of
+from mgpu_ddp.preprocess.transform import Transform
+
+log = logging.getLogger("mgpu_ddp")
+
+NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
+
+
+class Predictor:
+    """Normalise, run the model and keep only what the rows need, all on the model's device."""
+
+    def __init__(self, module: nn.Module, transform: Transform, config: Config, device: torch.device) -> None:
+        runtime, output = config.runtime, config.output
+        self._module, self._transform, self._device = module, transform, device
+        self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
+        decode = decode_of(config, device)
+        self.decodes = decode != "cpu"
+        """Whether encoded images may come in."""
+        self.inputs = (
+            GpuInput(transform, device, self._dtype, channels_last=self._channels_last, exact=decode == "exact")
+            if device.type == "cuda"
+            else None
+        )
+        self._fields, self._topk = set(output.computed), output.topk
+        self._wide_dtype = DTYPES[output.dtype]
+        self._splits = runtime.on_oom != "raise"
+        # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
+        graphs = device.type == "cuda" and runtime.compile != "on" and config.strategy == "ddp"
+        self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
+        self._kept = threading.local()
+        if "embedding" in self._fields:
+            head_of(module, config.model.num_classes).register_forward_pre_hook(self._keep_embedding)
+
+    @staticmethod
+    def depends_on(config: Config, transform: Transform, device: torch.device) -> Any:
+        """What makes one predictor differ from another."""
+        output = config.output
+        return [
+            *(config.model, config.seed, config.runtime, config.strategy, transform, device),
+            *(config.data.name, output.format, output.fields, output.topk, output.dtype),
+        ]
+
+    def _keep_embedding(self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        features = inputs[0]
+        self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
+
+    def __call__(self, pixels: torch.Tensor) -> Columns:
+        """Predict uint8 (batch_size, height, width, 3), or what `GpuInput` made: columns as `Rows` has them.
+
+        Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, maybe more
+        than once, because the device lacked the memory for it.
+
+        Raises:
+            OutOfMemoryError: it did, and batches are not to be split.
+        """
+        columns = self._attempt(pixels)
+        if columns is None:
+            log.warning("a batch of %d did not fit in memory and was split: lower batch_size", len(pixels))
+            columns = self._in_halves(pixels)
+            columns["split"] = torch.ones(len(pixels), dtype=torch.bool)
+        return columns
+
+    def _attempt(self, pixels: torch.Tensor) -> Columns | None:
+        try:
+            with torch.inference_mode():
+                return self._step(pixels)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(pixels) == 1 or not self._splits:
+                raise OutOfMemoryError.of(len(pixels), error) from None
+        return None
+
+    def _in_halves(self, pixels: torch.Tensor) -> Columns:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = pixels.split(-(-len(pixels) // 2))
+        parts = [self._attempt(half) or self._in_halves(half) for half in halves]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _predict(self, pixels: torch.Tensor) -> Columns:
+        images = pixels
+        if pixels.dtype == torch.uint8:
+            images = self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
+        logits = self._module(images).float()
+        probs = logits.softmax(dim=1)
+        top = probs.topk(min(self._topk, probs.shape[1]), dim=1)
+        columns = {
+            "pred": top.indices[:, 0].int(),
+            "prob": top.values[:, 0],
+            "finite": logits.isfinite().all(dim=1),
+        }
+        if "topk" in self._fields:
+            columns |= {"topk_index": top.indices.int(), "topk_prob": top.values}
+        wide = {"logits": logits, "probs": probs}
+        if "embedding" in self._fields:
+            wide["embedding"] = self._kept.embedding
+        for name in self._fields & wide.keys():
+            columns[name] = wide[name].to(self._wide_dtype)
+            # What is too large for half precision becomes infinite.
+            columns["finite"] &= columns[name].isfinite().all(dim=1)
+        return columns
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU torch has no class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

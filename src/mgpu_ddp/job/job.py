@@ -1,0 +1,47 @@
+"""One job: a validated configuration with the place and the name it runs under."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mgpu_ddp.config.schema import Config, pack, unpack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A validated configuration with the place and the name it runs under."""
+
+    name: str
+    """Unique in this process; payloads carry it."""
+    config: Config
+    run_dir: Path
+    """Where it works."""
+    replaces: Path | None = None
+    """The folder with an older result whose place `run_dir` takes once it is complete."""
+    starts_over: bool = False
+    """Whether what `run_dir` holds is discarded."""
+    batch_size_given: bool = True
+    in_sweep: bool = False
+    """Whether other jobs may come before and after it."""
+    hydra_files: dict[str, Any] | None = None
+    """What goes into RUN/.hydra, by file name. On rank 0."""
+
+    @property
+    def home(self) -> Path:
+        """The run folder as the user knows it."""
+        return self.replaces or self.run_dir
+
+    def order(self) -> dict[str, Any]:
+        """What the other ranks need to run it, as JSON values."""
+        return {
+            "name": self.name,
+            "config": pack(self.config),
+            "run_dir": str(self.run_dir),
+            "batch_size_given": self.batch_size_given,
+            "in_sweep": self.in_sweep,
+        }
+
+    @classmethod
+    def ordered(cls, order: dict[str, Any]) -> "Job":
+        """The job that rank 0 asks for."""
+        return cls(**order | {"config": unpack(order["config"]), "run_dir": Path(order["run_dir"])})

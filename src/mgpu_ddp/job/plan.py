@@ -1,0 +1,139 @@
+"""Which windows a job has, and what `dry_run` prints of them."""
+
+import logging
+from typing import Any
+
+from mgpu_ddp.config.schema import Config, parse_shard
+from mgpu_ddp.data.datasets import open_samples
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.sharding import Plan
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import Exit
+from mgpu_ddp.inference.pipeline import held_batches
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.loader.loader import num_workers
+from mgpu_ddp.models.build import Model
+from mgpu_ddp.reporting import console
+
+log = logging.getLogger("mgpu_ddp")
+
+
+def dataset_range(config: Config, length: int) -> tuple[int, int]:
+    """The contiguous range of indices that `limit` and `shard` leave."""
+    total = length if config.limit is None else min(length, config.limit)
+    i, n = parse_shard(config.shard)
+    return total * i // n, total * (i + 1) // n
+
+
+def batch_size_of(config: Config, batch_size: int, length: int) -> int:
+    """Every batch is padded to its size: more than there are samples would be padding alone."""
+    return max(1, min(batch_size, length, length if config.limit is None else config.limit))
+
+
+WINDOW_BYTES = 64 << 20
+"""Of the rows that travel to rank 0 in one window, from all ranks together."""
+
+
+MUCH = 8
+"""Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
+
+
+STRETCH_BYTES = 8 << 20
+"""Of the rows that one rank writes itself in one window."""
+
+
+EMBEDDING_DIM = 2048
+"""Assumed where the width of an embedding only sizes buffers."""
+
+
+def row_bytes(config: Config, num_classes: int) -> int:
+    """About how many bytes one row takes on its way."""
+    fields = config.output.fields
+    logits = "logits" in fields or (config.output.format == "npy" and "embedding" not in fields)
+    numbers = num_classes * (logits + ("probs" in fields)) + EMBEDDING_DIM * ("embedding" in fields)
+    return 64 + (2 if config.output.dtype == "fp16" else 4) * numbers + 8 * config.output.topk
+
+
+def make_plan(
+    config: Config,
+    start: int,
+    stop: int,
+    *,
+    contiguous: bool,
+    block: int,
+    batch_size: int,
+    num_classes: int,
+    world: World,
+) -> Plan:
+    """Windows over [start, stop). Collective: every rank calls this."""
+    ahead = num_workers(config, world) * config.loader.prefetch + 1
+    ahead += held_batches(config, batch_size, world)
+    if config.output.commit_every == "auto":
+        step = world.size * batch_size
+        smallest = max(world.exchange("batches read ahead", ahead)) * step
+        budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
+        largest = budget // row_bytes(config, num_classes)
+        if not contiguous and smallest > MUCH * largest:
+            log.warning(
+                "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
+                world.size,
+                f"{smallest:,}",
+            )
+    else:
+        smallest = largest = int(config.output.commit_every)
+    return Plan(
+        start=start,
+        stop=stop,
+        size=world.size,
+        batch_size=batch_size,
+        contiguous=contiguous,
+        smallest_rows=smallest,
+        largest_rows=largest,
+        block=block,
+    )
+
+
+def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict[str, Any]:
+    """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
+    start, stop = world.share(
+        "samples",
+        dataset_range(job.config, len(open_samples(job.config, files))) if world.rank == 0 else None,
+    )
+    contiguous = job.config.collect == "shards"
+    # auto is found when the job starts, and needs the device for it.
+    batch_size = 32 if job.config.batch_size == "auto" else int(job.config.batch_size)
+    plan = make_plan(
+        job.config,
+        start,
+        stop,
+        contiguous=contiguous,
+        block=job.config.loader.block,
+        batch_size=batch_size,
+        num_classes=model.num_classes,
+        world=world,
+    )
+    summary = {
+        "status": "planned",
+        "exit_code": int(Exit.COMPLETE),
+        "samples": stop - start,
+        "run_dir": str(job.run_dir),
+    }
+    if world.rank == 0:
+        print(describe_plan(job, plan, model.num_classes))
+        console.print_summary(summary)
+    return summary
+
+
+def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
+    rows = plan.stop - plan.start
+    windows = "about " if plan.smallest != plan.largest else ""
+    num_bytes = rows * row_bytes(job.config, num_classes)
+    return "\n".join(
+        [
+            f"run folder     {job.run_dir}",
+            f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
+            f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
+            f"windows        {windows}{-(-rows // plan.smallest):,} of at least {plan.smallest:,} rows",
+            f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
+        ]
+    )

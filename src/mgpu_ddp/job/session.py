@@ -1,0 +1,214 @@
+"""One process's jobs, one after another; each ends alike on all ranks before the next begins.
+
+Rank 0 alone runs Hydra. What Hydra composes is a job; the other ranks are told of it and of nothing else.
+"""
+
+import ctypes
+import errno
+import gc
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from mgpu_ddp.distributed.host import peaks
+from mgpu_ddp.distributed.launcher import OUTCOME_FILE
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World, leave
+from mgpu_ddp.errors import (
+    Exit,
+    HangError,
+    OutOfMemoryError,
+    PeerError,
+    PeerFailedError,
+    PeerLostError,
+    StateError,
+    UsageError,
+    reason_of,
+)
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.output.run_folder import remove_empty
+from mgpu_ddp.reporting import console
+
+log = logging.getLogger("mgpu_ddp")
+
+LINGER_S = 3.0
+
+
+class Session:
+    """What happened so far, and how the process will leave."""
+
+    def __init__(self, world: World, stop: StopWish, kept: Kept, act: Callable[[Job], dict[str, Any]]) -> None:
+        self.world, self.stop = world, stop
+        self._kept = kept
+        self.outcomes: list[dict[str, Any]] = []
+        self.made: list[Path] = []
+        """Folders this launch made, deepest first."""
+        self._act = act
+        self._heard = True
+        """Whether the other ranks wait for another job."""
+
+    def lead(self, make: Callable[[], Job], apart: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`.
+
+        With `apart` it runs elsewhere, once its configuration has been found good.
+        """
+        try:
+            job = make()
+        except UsageError as error:
+            self.world.share("next job", {"refused": str(error)})
+            return self._refuse(error)
+        if apart is not None:
+            self.outcomes.append(apart())
+            return self.outcomes[-1]
+        self.world.share("next job", {"job": job.order()})
+        return self.run_job(job)
+
+    def end(self, error: BaseException | None) -> None:
+        """Tell the other ranks that there are no more jobs. Rank 0 only."""
+        if self._heard and not isinstance(error, PeerLostError):
+            usage = str(error) if isinstance(error, UsageError) else None
+            self.world.share("next job", {"usage": usage, "failed": None if error is None else reason_of(error)})
+
+    def follow(self) -> UsageError | None:
+        """Run the jobs that rank 0 makes, and return the user's mistake that ended them, if any. All but rank 0."""
+        while True:
+            order = self.world.share("next job", None)
+            if "job" in order:
+                self.run_job(Job.ordered(order["job"]))
+            elif "refused" in order:
+                self._refuse(UsageError(order["refused"]))
+            elif order["usage"] is not None:
+                return UsageError(order["usage"])
+            elif order["failed"] is not None:
+                raise PeerFailedError(f"rank 0 of {self.world.size} raised {order['failed']}")
+            else:
+                return None
+
+    def run_job(self, job: Job) -> dict[str, Any]:
+        """Run one job to an end that all ranks agree on, and return its outcome. Collective: every rank calls this.
+
+        A user's mistake is told once, by rank 0. Anything else that fails raises, but in a sweep only the loss of
+        a rank or a device does: what failed alike on all ranks leaves the next job unharmed.
+        """
+        self.world.pulse.check()
+        self.world.pulse.watch_alarm(f"alarm/{job.name}")
+        try:
+            with self.world.together(f"job {job.name}"):
+                outcome = self._act(job)
+        except UsageError as error:
+            self._kept.forget()
+            return self._refuse(error)
+        except Exception as error:
+            self._kept.forget()
+            outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
+            raised = not job.in_sweep or isinstance(error, PeerLostError | HangError)
+            if not raised:
+                _say(error)
+                outcome |= self._what_failed(error)
+            if self.world.rank == 0:
+                outcome |= {"run_dir": str(job.home)}
+                console.print_summary(outcome)
+            self.outcomes.append(outcome)
+            if raised:
+                self._heard = False
+                raise
+            forget_frames(error)
+        else:
+            self.outcomes.append(outcome)
+        if job.in_sweep:
+            _let_go()
+        return outcome
+
+    def _what_failed(self, error: Exception) -> dict[str, Any]:
+        """Why a job failed, by the rank that first could not go on, and the most memory that any used. Collective."""
+        # torch's own error for a lack of memory has the same name as ours.
+        oom = type(error).__name__ == OutOfMemoryError.__name__ or isinstance(error, MemoryError)
+        oom = oom or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        mine = {"oom": oom, "peer": isinstance(error, PeerError), "reason": reason_of(error)}
+        told = self.world.exchange("what failed", mine | peaks())
+        rank = next((rank for rank, other in enumerate(told) if not other["peer"]), 0)
+        where = f"rank {rank} of {self.world.size}: " if self.world.size > 1 else ""
+        return {
+            "status": "oom" if told[rank]["oom"] else "failed",
+            "reason": where + told[rank]["reason"],
+            **{name: max(other[name] for other in told) for name in peaks()},
+        }
+
+    def _refuse(self, error: UsageError) -> dict[str, Any]:
+        """Print a user's mistake as the outcome of a job. Collective."""
+        self.tell(error)
+        self.outcomes.append({"status": "failed", "exit_code": int(error.exit_code), "reason": str(error)})
+        return self.outcomes[-1]
+
+    def tell(self, error: UsageError) -> None:
+        """Print a user's mistake once; the other ranks go on only when it is out. Collective."""
+        if self.world.rank == 0:
+            print(f"mgpu_ddp: {error}", file=sys.stderr, flush=True)
+        self.world.exchange("told", None)
+
+    @property
+    def exit_code(self) -> int:
+        """The worst ending of all jobs; that a batch size does not fit is an answer where another one did."""
+        outcomes = [outcome for outcome in self.outcomes if outcome["status"] != "oom"] or self.outcomes
+        codes = {int(outcome["exit_code"]) for outcome in outcomes}
+        order = [Exit.FAILED, Exit.USAGE, Exit.TOO_MANY_ERRORS, Exit.PREEMPTED]
+        return next((int(code) for code in order if code in codes), int(Exit.COMPLETE))
+
+    def depart(self, error: BaseException | None) -> NoReturn:
+        """Leave the process with the exit code that says how it went; after a failure, with its cause."""
+        code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
+        if error is not None and not isinstance(error, UsageError):
+            _say(error)
+        if self.world.rank == 0 and OUTCOME_FILE in os.environ:
+            refused = {"status": "failed", "reason": str(error)} if isinstance(error, UsageError) else {}
+            last = {**(self.outcomes[-1] if self.outcomes else refused), "exit_code": int(code)}
+            Path(os.environ[OUTCOME_FILE]).write_text(json.dumps(last))
+        if isinstance(error, UsageError):
+            self.tell(error)
+        # What was refused, or only planned, leaves no trace.
+        remove_empty(self.made)
+        if error is None or isinstance(error, UsageError):
+            leave(self.world)
+        elif isinstance(error, PeerError):
+            # The launcher names the rank that leaves first as the root cause: that must not be this one.
+            self.stop.wait(LINGER_S)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Finalising would wait for threads inside a collective that lost its peer, and for stuck loader workers.
+        os._exit(int(code))
+
+
+def _say(error: BaseException) -> None:
+    """What went wrong, with no more words than it needs."""
+    if isinstance(error, PeerError):
+        log.warning("%s: %s", type(error).__name__, error)
+    elif isinstance(error, StateError):
+        log.error("%s", error)
+    else:
+        traceback.print_exception(error)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Clear what the frames of an error, and of those that led to it, hold: the job's tensors among it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _let_go() -> None:
+    """Give back the memory of a job that is over."""
+    gc.collect()
+    # What the C library holds of it would count as the next job's.
+    ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,4 @@
+"""Samples → padded batches, read ahead by worker processes.
+
+Knows nothing of models.
+"""

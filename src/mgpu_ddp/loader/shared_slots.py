@@ -1,0 +1,99 @@
+"""Shared memory that loader workers fill and their rank reads: slots that are used again and again.
+
+A batch made anew would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
+slots are made once, before the workers fork, and pinned once, beside the work on the first batches.
+"""
+
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mgpu_ddp.data.shared_memory import MAP_NORESERVE
+from mgpu_ddp.preprocess.transform import Pixels
+
+JPEG_BYTES = 1 << 20
+"""Room for the encoded images of a slot, per image. Pages that nothing was written to take no memory."""
+TOUCHING_THREADS = 4
+"""To touch pages for the first time takes one thread longer than the model takes for what is on them."""
+
+
+class Ring:
+    """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images.
+
+    Where `planar`, the channels of an image lie apart in memory.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        batch_size: int,
+        size: tuple[int, int],
+        *,
+        planar: bool = False,
+        packed: bool = False,
+    ) -> None:
+        self._shape = (batch_size, 3, *size) if planar else (batch_size, *size, 3)
+        self._planar = planar
+        self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
+        self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
+        self._slot_bytes = self._pixel_bytes + self._room
+        # Anonymous, so that it does not depend on the size of /dev/shm, which containers keep small.
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._memory = torch.frombuffer(mmap.mmap(-1, slots * self._slot_bytes, flags), dtype=torch.uint8)
+        self._slots = slots
+        self._pinned: list[Future[None]] = []
+
+    def pin(self) -> None:
+        """Begin to pin the pixels of all slots, for their rank. Workers must have been forked."""
+        register = torch.cuda.cudart().cudaHostRegister
+
+        def pin(slot: int) -> None:
+            first = slot * self._slot_bytes
+            # Read before, because the driver would do so nine times slower, and keep the model waiting meanwhile.
+            self._memory[first : first + self._pixel_bytes : mmap.PAGESIZE].sum()
+            _check(register(self._view(slot).data_ptr(), self._pixel_bytes, 0))
+
+        threads = ThreadPoolExecutor(TOUCHING_THREADS)
+        self._pinned = [threads.submit(pin, slot) for slot in range(self._slots)]
+        threads.shutdown(wait=False)
+
+    def pixels(self, slot: int) -> torch.Tensor:
+        """The pixels of a slot, pinned once that was begun."""
+        if self._pinned:
+            self._pinned[slot].result()
+        return self._view(slot)
+
+    def array(self, slot: int) -> Pixels:
+        """The pixels of a slot for a worker, which must not touch CUDA."""
+        pixels: Pixels = self._view(slot).numpy()
+        return pixels
+
+    def _view(self, slot: int) -> torch.Tensor:
+        first = slot * self._slot_bytes
+        stored = self._memory[first : first + int(np.prod(self._shape))].view(self._shape)
+        return stored.permute(0, 2, 3, 1) if self._planar else stored
+
+    def room(self, slot: int) -> torch.Tensor:
+        """The bytes of a slot for encoded images, uint8 (room,)."""
+        first = slot * self._slot_bytes + self._pixel_bytes
+        return self._memory[first : first + self._room]
+
+    def close(self) -> None:
+        """Unpin; the memory goes with its last reader."""
+        if self._pinned:
+            # Copies to the GPU of batches that nobody waited for.
+            torch.cuda.synchronize()
+        for slot, pinned in enumerate(self._pinned):
+            if not pinned.cancel() and pinned.exception() is None:
+                torch.cuda.cudart().cudaHostUnregister(self._view(slot).data_ptr())
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _check(error: object) -> None:
+    if int(error) != 0:  # type: ignore[call-overload]
+        raise RuntimeError(f"cudaHostRegister must pin the loader's memory, got error {error}")

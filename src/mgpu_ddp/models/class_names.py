@@ -1,0 +1,37 @@
+"""Names of a model's classes, read from a file."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from mgpu_ddp.config.checks import require
+from mgpu_ddp.errors import UsageError
+
+
+def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
+    """The names in a file: one a line, or a JSON list.
+
+    Raises:
+        UsageError: the file cannot be read, or does not hold one name for each class.
+    """
+    key, remedy = "model.class_names", "Give one name a line, in the order of the model's classes."
+    require(path.is_file(), key, "an existing file", str(path), "Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{key} must be a readable text, got {str(path)!r} ({type(error).__name__}).") from None
+    ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    require(ok, key, "a list of names", str(path), remedy)
+    found = f"{len(names)} in {str(path)!r}"
+    require(len(names) == num_classes, key, f"a file of {num_classes} names for this model", found, remedy)
+    names = tuple(name.strip() for name in names)
+    for number, name in enumerate(names):
+        # A lone surrogate, which JSON may spell, is no text that a table could hold.
+        ok = bool(name) and name.isprintable()
+        require(ok, key, "printable names", f"{name!r} for class {number}", remedy)
+    return names
+
+
+def names_digest(names: tuple[str, ...] | None) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()

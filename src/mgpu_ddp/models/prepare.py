@@ -1,0 +1,103 @@
+"""A model made ready to predict: shared by rank 0, folded, fused, moved to its device, compiled."""
+
+import copy
+import itertools
+
+import torch
+from torch import nn
+
+from mgpu_ddp.config.schema import Config, RuntimeConfig
+from mgpu_ddp.distributed.world import World, share_weights
+from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.fusion import fold_batch_norms, fuse_activations
+from mgpu_ddp.preprocess.transform import Transform
+
+FUSED = ("resnet", "resnext", "densenet")
+"""Models whose rows keep their bits when cuDNN fuses, wherever they stand in a batch, as `tests/gpu` checks in half
+precision. Others (vgg, squeezenet), and fp32, do not."""
+
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision_of(config: RuntimeConfig, device: torch.device) -> str:
+    """`runtime.precision` with auto decided: fp32 on the CPU, fp16 on CUDA."""
+    return ("fp16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+
+
+def prepare(model: Model, config: Config, world: World, *, keep: bool = False) -> nn.Module:
+    """Share, fold, move and compile the module. Collective: every rank calls this.
+
+    Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes). With
+    `keep` it is a copy, and the model can be prepared again.
+    """
+    with world.together("prepare the model"):
+        module = share_weights(model.module.eval())
+        return _place(copy.deepcopy(module) if keep else module, config, world.device)
+
+
+def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    precision = precision_of(config.runtime, device)
+    if config.runtime.fold:
+        folded, classes = fold_batch_norms(module), config.model.num_classes
+        # Tracing may dissolve the head, and embeddings are what goes into it.
+        if embedding_dim(folded, classes) == embedding_dim(module, classes):
+            module = folded
+        if (
+            device.type == "cuda"
+            and precision in ("fp16", "bf16")
+            and config.runtime.channels_last
+            and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
+        ):
+            module = fuse_activations(module, head_of(module, config.model.num_classes))
+    if device.type == "cuda" and config.runtime.compile != "on" and config.strategy == "ddp":
+        from mgpu_ddp.models.max_pool_kernel import replace_max_pools
+
+        replace_max_pools(module)
+    # One process may run jobs of several precisions: set both ways. Where cuDNN chooses kernels by timing them,
+    # bitwise equality between processes is gone.
+    torch.backends.cudnn.benchmark = not config.runtime.deterministic
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+    module = module.to(device=device, dtype=DTYPES[precision])
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        # What has more dimensions (a constant that tracing has found) has no such layout.
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    if config.strategy == "data_parallel":
+        module = nn.DataParallel(module)
+    if config.runtime.compile == "on":
+        # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
+        torch._dynamo.config.recompile_limit = 64
+        # Otherwise each process times kernels that add up in other orders, and takes the fastest.
+        torch._inductor.config.deterministic = config.runtime.deterministic
+        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+    return module
+
+
+def operations(module: nn.Module, transform: Transform) -> int:
+    """Floating-point operations of one image's forward pass, in convolutions and matrix products.
+
+    A multiplication and the addition after it are two. Attention that torch has fused is left out.
+    """
+    # Takes half a second, which jobs on GPUs need not wait.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.eval()(torch.zeros(1, 3, *transform.out_size))
+    return int(counter.get_total_flops())
+
+
+def embedding_dim(module: nn.Module, num_classes: int) -> int:
+    """How many features the head sees."""
+    head = head_of(module, num_classes)
+    return head.in_features if isinstance(head, nn.Linear) else head.in_channels
+
+
+def head_of(module: nn.Module, num_classes: int) -> nn.Linear | nn.Conv2d:
+    """The layer that turns pooled features into logits: the last linear one of that width, or the last of all."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    # Tracing may change the order of modules.
+    fitting = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == num_classes]
+    return (fitting or layers)[-1]

@@ -1,0 +1,261 @@
+"""Rows become durable parts, and how a crash at any moment leaves the run folder.
+
+The commit protocol
+-------------------
+1. A part is written to a hidden temporary file beside its place, flushed and fsynced.
+2. It is linked to its name, which nobody may have yet, the temporary name is unlinked, the folder is fsynced.
+3. Then, and only then, rank 0 lists it in `manifest.json`, which is written the same way but renamed over the
+   one before.
+
+So, at any moment:
+
+- A part that the manifest lists is durable and whole. Its entry carries row count, size and sha256, so that a
+  torn or foreign file cannot pass for it: a start compares the sizes, the final proof every byte.
+- A file that the manifest does not list counts for nothing. Whoever starts next deletes it before any rank
+  writes, and so does the final proof. Its name carries the token of the attempt that wrote it, and a link never
+  replaces anything, so a writer of a dead attempt that wakes up late cannot harm a part of a living one.
+- What is done is one number: the committed prefix. Listed parts cover [start, prefix) without a gap, in
+  dataset order, whatever the number of ranks; a restart begins at the prefix.
+- Rows that take the place of error rows (`retry_failed`) make a new part: written, then listed instead of the
+  old one, which is unlinked last.
+- A reader may trust the manifest at any moment, and the whole folder once `status.json` says complete.
+
+`predictions.npy` is one file allocated whole. Its windows are written in place and fsynced before they are
+listed, so the same holds for the rows that the manifest lists. Rows that it lists as errors are left out of the
+checksum (as NaN), so that writing over them in place is no risk either.
+
+This relies on a file system that honours fsync, renames atomically and knows hard links, as local ones, NFS,
+Lustre and GPFS do; object stores do not.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mgpu_ddp.errors import ProofError, WriteError
+from mgpu_ddp.output.atomic_files import create_file
+from mgpu_ddp.output.formats import FORMATS, Format, to_table
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
+from mgpu_ddp.output.rows import Rows
+
+NamesOf = Callable[[npt.NDArray[np.int64]], Any]
+"""Dataset indices → the names that their rows carry, an Arrow array of strings. A call for each would take the
+interpreter from the predicting loop for longer than all else that is done here."""
+
+
+class PartWriter(Protocol):
+    def write(self, rows: Rows) -> Part:
+        """Make rows of one contiguous stretch durable; they count only once the manifest lists the part.
+
+        Raises:
+            WriteError: the file system refused.
+        """
+        ...
+
+    def rewrite(self, part: Part, rows: Rows) -> Part:
+        """Make the part durable with these rows in the place of its error rows; counts only once it is listed.
+
+        Raises:
+            WriteError: the file system refused.
+        """
+        ...
+
+
+class TableWriter:
+    """Writes each part as a file of its own."""
+
+    def __init__(
+        self, run_dir: Path, how: Format, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str
+    ) -> None:
+        self._run_dir, self._format, self._token = run_dir, how, token
+        self._names_of, self._class_names = names_of, class_names
+        self._rewritten = 0
+
+    def write(self, rows: Rows) -> Part:
+        return self._create(self._table(rows), self._token, len(rows.split))
+
+    def rewrite(self, part: Part, rows: Rows) -> Part:
+        import pyarrow as pa
+        from pyarrow import compute
+
+        new = self._table(rows)
+        old = self._format.read(self._run_dir / part.file, new.schema)
+        kept = old.filter(compute.invert(compute.is_in(old["index"], value_set=new["index"])))
+        self._rewritten += 1
+        merged = pa.concat_tables([kept, new]).sort_by("index").combine_chunks()
+        return self._create(merged, f"{self._token}-{self._rewritten}", part.split_rows + len(rows.split))
+
+    def _table(self, rows: Rows) -> Any:
+        return to_table(rows, self._names_of(rows.index), self._class_names)
+
+    def _create(self, table: Any, token: str, split_rows: int) -> Part:
+        first = int(table["index"][0].as_py())
+        name = f"{PARTS}/part-{first:012d}-{token}{self._format.suffix}"
+        path = self._run_dir / name
+        try:
+            create_file(path, lambda file: self._format.write(table, file))
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            num_bytes = path.stat().st_size
+        except OSError as error:
+            raise write_error(path, error) from error
+        return Part(
+            file=name,
+            first=first,
+            rows=table.num_rows,
+            errors=table.num_rows - table["error"].null_count,
+            num_bytes=num_bytes,
+            sha256=digest,
+            split_rows=split_rows,
+        )
+
+
+class ArrayWriter:
+    """Writes logits or embeddings into `predictions.npy`, float32 or float16 (samples, d), NaN rows for errors."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        self._path, self._start = run_dir / ARRAY, start
+        self._array = np.load(self._path, mmap_mode="r+")
+
+    def write(self, rows: Rows) -> Part:
+        self._put(rows)
+        part = Part(
+            file=ARRAY,
+            first=int(rows.index[0]),
+            rows=len(rows),
+            errors=len(rows.errors),
+            num_bytes=len(rows) * self._array.shape[1] * self._array.itemsize,
+            sha256="",
+            split_rows=len(rows.split),
+            reasons={str(i): reason for i, reason in rows.errors.items()},
+        )
+        return replace(part, sha256=array_digest(self._array, part, self._start))
+
+    def rewrite(self, part: Part, rows: Rows) -> Part:
+        self._put(rows)
+        retried = set(rows.index.tolist())
+        kept = {i: reason for i, reason in part.reasons.items() if int(i) not in retried}
+        reasons = kept | {str(i): reason for i, reason in rows.errors.items()}
+        split_rows = part.split_rows + len(rows.split)
+        part = replace(part, errors=len(reasons), reasons=reasons, split_rows=split_rows)
+        return replace(part, sha256=array_digest(self._array, part, self._start))
+
+    def _put(self, rows: Rows) -> None:
+        name = "embedding" if "embedding" in rows.columns else "logits"
+        values = rows.columns[name].astype(self._array.dtype, copy=True)
+        values[rows.failed] = np.nan
+        try:
+            self._array[rows.index - self._start] = values
+            self._array.flush()
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+
+def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str:
+    """sha256 of a part's rows in the array, those that it lists as errors taken as NaN."""
+    rows = np.array(array[part.first - start : part.stop - start])
+    rows[[int(i) - part.first for i in part.reasons]] = np.nan
+    return hashlib.sha256(rows.data).hexdigest()
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"{path} must be writable, got {error.strerror}. What was committed stays valid; make room and start again."
+    )
+
+
+def open_writer(
+    run_dir: Path, how: str, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str, start: int
+) -> PartWriter:
+    if how == "npy":
+        return ArrayWriter(run_dir, start)
+    import pyarrow as pa
+
+    # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
+    pa.set_memory_pool(pa.system_memory_pool())
+    # What is imported for the first table would have the interpreter for a tenth of a second, amid the predicting loop.
+    FORMATS[how].write(pa.table({"index": pa.array(np.empty(0, dtype=np.int64))}), io.BytesIO())
+    return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
+
+
+class Table:
+    """The parts that the manifest lists. Rank 0 only."""
+
+    def __init__(self, run_dir: Path, manifest: Manifest, writer: PartWriter) -> None:
+        self._run_dir, self._manifest, self._writer = run_dir, manifest, writer
+
+    def add(self, rows: Rows) -> None:
+        """Write and list rows that follow the prefix.
+
+        Raises:
+            WriteError: the file system refused.
+        """
+        self.list([self._writer.write(rows)])
+
+    def list(self, parts: list[Part]) -> None:
+        """List parts that follow the prefix, in order.
+
+        Raises:
+            WriteError: a part is not there as described, or the manifest cannot be replaced.
+            ProofError: the parts would leave a gap.
+        """
+        for part in parts:
+            if part.first != self._manifest.prefix:
+                raise ProofError(f"part {part.file} must begin at {self._manifest.prefix}, got {part.first}.")
+            if not part.has_its_size(self._run_dir):
+                raise WriteError(
+                    f"{self._run_dir / part.file} must hold {part.num_bytes} bytes for every rank."
+                    " Use output.collect=gather."
+                )
+            self._manifest.parts.append(part)
+        self._list_all()
+
+    def mend(self, rows: Rows) -> None:
+        """Put rows, ascending, in the place of the error rows that listed parts hold for them.
+
+        Raises:
+            WriteError: the file system refused.
+        """
+        self._reopen()
+        for number, part in enumerate(self._manifest.parts):
+            within = np.flatnonzero((rows.index >= part.first) & (rows.index < part.stop))
+            if not len(within):
+                continue
+            self._manifest.parts[number] = self._writer.rewrite(part, rows.take(within))
+            self._list_all()
+            if self._manifest.parts[number].file != part.file:
+                (self._run_dir / part.file).unlink()
+
+    def _reopen(self) -> None:
+        """Say that a complete folder is not: it is about to hold some rows twice."""
+        if not self._manifest.complete:
+            return
+        self._manifest.complete = False
+        try:
+            write_status(self._run_dir, "running", self._manifest)
+        except OSError as error:
+            raise write_error(self._run_dir, error) from error
+        self._list_all()
+
+    def _list_all(self) -> None:
+        try:
+            self._manifest.write(self._run_dir)
+        except OSError as error:
+            raise write_error(self._run_dir / MANIFEST, error) from error
+
+
+class MendedTable(Table):
+    """A table whose added rows take the place of error rows: row i is that of sample chosen[i]."""
+
+    def __init__(self, run_dir: Path, manifest: Manifest, writer: PartWriter, chosen: npt.NDArray[np.int64]) -> None:
+        super().__init__(run_dir, manifest, writer)
+        self._chosen = chosen
+
+    def add(self, rows: Rows) -> None:
+        self.mend(rows.renumbered(self._chosen))

@@ -1,0 +1,103 @@
+"""The final proof: read back what is on disk and count."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgpu_ddp.errors import ProofError
+from mgpu_ddp.output.atomic_files import replace_bytes
+from mgpu_ddp.output.formats import FORMATS
+from mgpu_ddp.output.manifest import ARRAY, PARTS, Manifest, Part
+from mgpu_ddp.output.parts import array_digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """What the folder was found to hold."""
+
+    total: int
+    rows: int
+    errors: int
+    missing: int
+    duplicates: int
+
+
+def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
+    """Read back what is on disk and count: rows == samples, none missing, none doubled. Rank 0 only.
+
+    Raises:
+        ProofError: the folder and the manifest disagree.
+    """
+    listed = {part.file for part in manifest.parts}
+    if how == "npy":
+        shape = np.load(run_dir / ARRAY, mmap_mode="r").shape
+        if shape[0] != manifest.stop - manifest.start:
+            raise ProofError(f"{ARRAY} must have {manifest.stop - manifest.start} rows, got {shape[0]}.")
+    else:
+        found = {f"{PARTS}/{path.name}" for path in (run_dir / PARTS).iterdir()}
+        if found != listed:
+            raise ProofError(
+                f"{PARTS}/ must hold the parts of the manifest, got {sorted(found ^ listed)[:3]} on one side only."
+            )
+    for part in manifest.parts:
+        if _digest(run_dir, part, manifest.start) != part.sha256:
+            raise ProofError(f"{part.file} must hold what was committed, got other bytes. Delete it and start again.")
+    total, rows, next_index = manifest.stop - manifest.start, 0, manifest.start
+    in_order = True
+    for part in manifest.parts:
+        index = _index_of(run_dir, part, how)
+        in_order = in_order and np.array_equal(index, np.arange(next_index, next_index + part.rows))
+        rows, next_index = rows + len(index), part.stop
+    missing, duplicates = manifest.stop - next_index, 0
+    if not in_order:
+        missing, duplicates = _count(run_dir, manifest, how)
+    return Proof(total=total, rows=rows, errors=manifest.errors, missing=missing, duplicates=duplicates)
+
+
+def _count(run_dir: Path, manifest: Manifest, how: str) -> tuple[int, int]:
+    """(missing, doubled) rows of a table that is known to be wrong; takes memory for every sample."""
+    index = np.concatenate([_index_of(run_dir, part, how) for part in manifest.parts])
+    found, times = np.unique(index, return_counts=True)
+    expected = np.arange(manifest.start, manifest.stop)
+    return len(np.setdiff1d(expected, found)), int((times - 1).sum())
+
+
+def _digest(run_dir: Path, part: Part, start: int) -> str:
+    if part.file == ARRAY:
+        return array_digest(np.load(run_dir / ARRAY, mmap_mode="r"), part, start)
+    with (run_dir / part.file).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _index_of(run_dir: Path, part: Part, how: str) -> Any:
+    if how == "npy":
+        return np.arange(part.first, part.stop)
+    return FORMATS[how].columns(run_dir / part.file, ["index"])["index"].to_numpy()
+
+
+def write_errors(run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]) -> None:
+    """Derive `errors.jsonl` (index, path, reason) from the parts. Rank 0 only."""
+    lines: list[bytes] = []
+    for index, path, reason in error_rows(run_dir, manifest, how, path_of):
+        record = {"index": index, "path": path, "reason": reason}
+        lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    replace_bytes(run_dir / "errors.jsonl", b"".join(lines))
+
+
+def error_rows(
+    run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]
+) -> Iterator[tuple[int, str | None, str]]:
+    """(index, path, reason) of every error row, ascending, read from the parts. Rank 0 only."""
+    for part in manifest.parts:
+        if part.errors == 0:
+            continue
+        if how == "npy":
+            yield from sorted((int(i), path_of(int(i)), reason) for i, reason in part.reasons.items())
+        else:
+            table = FORMATS[how].columns(run_dir / part.file, ["index", "path", "error"]).to_pylist()
+            yield from ((row["index"], row["path"], row["error"]) for row in table if row["error"])

@@ -1,0 +1,178 @@
+"""What people and scripts see: progress while the job runs, then a table and a JSON line.
+
+`python -m mgpu_ddp.report run=DIR` makes the page of a finished job again.
+"""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from mgpu_ddp.config.schema import Config
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.inference.gpu_input import decode_of
+from mgpu_ddp.models.prepare import precision_of
+from mgpu_ddp.output.parts import write_error
+from mgpu_ddp.reporting.metrics import RankMetrics
+
+log = logging.getLogger("mgpu_ddp")
+
+RANK_COLUMNS = ("rows", "images/s", "load wait", "gpu input", "predict", "peers wait", "gather", "write")
+MAX_RANKS_SHOWN = 32
+
+
+def start_logging(world: World) -> None:
+    """INFO from rank 0, warnings from every rank with its number, all on stderr: stdout is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    mark = "" if world.rank == 0 else f"[rank {world.rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # A full disk must not print a traceback for every line of the log file.
+    logging.raiseExceptions = False
+
+
+@contextmanager
+def log_into(run_dir: Path, world: World) -> Iterator[None]:
+    """Also log into RUN/logs/rank0.log while the block runs. On rank 0; elsewhere it does nothing."""
+    if world.rank != 0:
+        yield
+        return
+    try:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        handler = logging.FileHandler(run_dir / "logs" / "rank0.log")
+    except OSError as error:
+        raise write_error(run_dir / "logs", error) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -> None:
+    """Say which devices there are, what `auto` chose and whether model and batch fit."""
+    runtime = config.runtime
+    chose = f"precision {precision_of(runtime, world.device)}, decode {decode_of(config, world.device)}"
+    chose += f", compile {runtime.compile}"
+    if world.device.type == "cpu":
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)
+        return
+    free, total = torch.cuda.mem_get_info(world.device)
+    name = torch.cuda.get_device_name(world.device)
+    fit = "fit" if model_bytes + batch_bytes < free else "DO NOT FIT: lower batch_size"
+    sizes = f"model {model_bytes / 2**20:.0f} MiB and batch {batch_bytes / 2**20:.0f} MiB {fit}"
+    memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    log.info("CUDA available: %d processes, one %s each, %s; %s; %s", world.size, name, memory, sizes, chose)
+
+
+class Progress:
+    """Rows of all ranks, rate and ETA, read from the ranks' pulses. Rank 0 shows it; elsewhere it does nothing."""
+
+    def __init__(self, world: World, total: int, done_before: int) -> None:
+        self._world, self._total, self._before = world, total, done_before
+        self._stream: TextIO = sys.stderr
+        self._bar = self._stream.isatty()
+        self._started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> "Progress":
+        if self._world.rank == 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._world.rank == 0:
+            self._thread.join()
+            if self._bar:
+                self._stream.write("\r\033[K")
+
+    def _run(self) -> None:
+        while not self._over.wait(0.5 if self._bar else 5.0):
+            mine, *peers = [self._world.pulse.progress, *self._world.pulse.peers[1:]]
+            now = sum(int(peer.get("rows", 0)) for peer in (mine, *peers))
+            errors = sum(int(peer.get("errors", 0)) for peer in (mine, *peers))
+            rate = now / (time.monotonic() - self._started)
+            done = self._before + now
+            left_s = (self._total - done) / rate if rate else float("inf")
+            text = f"{done:,} of {self._total:,} rows, {rate:,.0f} images/s, {_duration(left_s)} left, {errors} errors"
+            if self._bar:
+                full = round(24 * done / max(self._total, 1))
+                self._stream.write(f"\r\033[K{'█' * full}{'░' * (24 - full)} {text}")
+                self._stream.flush()
+            else:
+                log.info("%s", text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
+    """The table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
+    counts = ", ".join(f"{summary[name]:,} {name}" for name in ("ok", "errors", "missing", "duplicates"))
+    shape = ", ".join(str(n) for n in summary["predictions"])
+    lines = [
+        f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
+        f"{summary['samples']:,} samples: {counts}",
+    ]
+    accuracy = summary["accuracy"]
+    if accuracy and accuracy["compared"]:
+        top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"
+        lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {accuracy['compared']:,} rows ({accuracy['how']})")
+    if ranks:
+        steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
+        start = f"with {summary['startup_s']:.1f} s of start-up"
+        rates = f"{overall:,.1f} images/s {start}: too short for a steady rate"
+        if summary["steady"]:
+            rates = f"{steady:,.1f} images/s steady, {overall:,.1f} {start}"
+        lines += [
+            f"{summary['wall_s']:.1f} s, {rates}",
+            *_bottleneck(summary),
+            *_warnings(summary),
+            "",
+            f"{'rank':>4}" + "".join(f"{title:>12}" for title in RANK_COLUMNS) + f"{'batch p50/p95':>18}",
+        ]
+        for r in ranks[:MAX_RANKS_SHOWN]:
+            seconds = "".join(
+                f"{value:>10.1f} s" for value in (r.wait_s, r.input_s, r.predict_s, r.peers_s, r.gather_s, r.write_s)
+            )
+            batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
+            lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
+    print("\n".join(lines))
+    print_summary(summary)
+
+
+def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:
+    if summary["bottleneck"]:
+        share = f"{summary['bottleneck_share']:.0%} of the ranks' time"
+        yield f"bottleneck: {summary['bottleneck']}, {share} ({summary['remedy']})"
+
+
+def _warnings(summary: dict[str, Any]) -> Iterator[str]:
+    if summary["nonfinite"]:
+        yield f"WARNING: {summary['nonfinite']:,} rows had NaN or Inf in their outputs and are errors"
+    if summary["split_rows"]:
+        yield f"WARNING: {summary['split_rows']:,} rows were predicted in smaller batches for lack of memory"
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """One JSON line on stdout. Rank 0 only."""
+    print(json.dumps(summary), flush=True)

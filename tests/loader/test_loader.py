@@ -1,0 +1,393 @@
+"""Loader workers → batches: padded, in order, with bad samples kept apart."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mgpu_ddp.config.schema import ArrayConfig, Config, FakeConfig, LoaderConfig, ModelConfig, TransformConfig
+from mgpu_ddp.data.datasets import FakeSamples, FileSamples, Samples
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.sharding import Plan, ShardSampler
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.inference.gpu_input import copied
+from mgpu_ddp.loader.batch import Batch, Jpegs, as_batch
+from mgpu_ddp.loader.loader import COPYING_WORKERS, Orders, load_batches, num_workers
+from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.spare import Share
+from mgpu_ddp.loader.worker import BatchMaker, Order
+from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
+from tests.support.samples import encoded, photo
+
+SIZE = 16
+
+
+def settings(data: Any, workers: int | str = "auto") -> Config:
+    loader = LoaderConfig(workers=workers)
+    return Config(data=data, transform=TransformConfig(), model=ModelConfig(), loader=loader)
+
+
+def folder(root: Path, files: dict[str, bytes]) -> FileSamples:
+    """Samples of files with these contents, listed by name."""
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    return FileSamples(str(root), Listing.build(sorted(name.encode() for name in files)))
+
+
+def made(
+    samples: Samples, indices: list[int], *, batch_size: int = 4, timeout_s: float = 60, packed: bool = False
+) -> Batch:
+    """One batch as a worker makes it in memory that was used before, and as its rank then sees it."""
+    ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed)
+    ring.pixels(1)[:] = 99
+    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(timeout_s=timeout_s), packed=packed)
+    return as_batch(worker.make(Order(slot=1, indices=indices)), ring, packed=packed)
+
+
+def test_a_short_batch_is_padded_with_zeros(tmp_path: Path) -> None:
+    samples = folder(tmp_path, {f"{i}.png": encoded(photo(20, 20, i), "PNG") for i in range(3)})
+    batch = made(samples, [2, 0])
+    assert batch.pixels.shape == (4, SIZE, SIZE, 3)
+    assert batch.pixels.dtype == torch.uint8
+    for place, index in enumerate([2, 0]):
+        expected = np.asarray(photo(20, 20, index).resize((SIZE, SIZE), 2))
+        assert np.array_equal(batch.pixels[place].numpy(), expected)
+    assert not batch.pixels[2:].any()
+    assert (batch.index.tolist(), batch.index.dtype) == ([2, 0], np.int64)
+    assert (batch.label.tolist(), batch.label.dtype) == ([-1, -1], np.int32)
+    assert batch.errors == {}
+    assert set(batch.seconds) == {"read", "decode", "resize"}
+
+
+def test_a_bad_sample_costs_its_neighbours_nothing(tmp_path: Path) -> None:
+    good = encoded(photo(20, 20), "PNG")
+    files = {
+        "0.png": good,
+        "1.png": b"not an image\nat all",
+        "2.png": good,
+        "3.jpg": encoded(photo(90, 90), "JPEG")[:600],
+        "4.png": good,
+        "5.png": b"",
+        "6.png": good[: len(good) // 2],
+        "7.png": good,
+    }
+    samples = folder(tmp_path, files)
+    (tmp_path / "7.png").unlink()
+    batch = made(samples, list(range(8)), batch_size=8)
+    assert sorted(batch.errors) == [1, 3, 5, 6, 7]
+    for place in (0, 2, 4):
+        assert torch.equal(batch.pixels[place], batch.pixels[0])
+    assert batch.pixels[0].any()
+    assert not batch.pixels[sorted(batch.errors)].any()
+    assert batch.errors[1] == batch.errors[5] == "UnidentifiedImageError: empty, or not an image in an allowed format"
+    assert batch.errors[7] == "FileNotFoundError: No such file or directory"
+    assert "truncated" in batch.errors[3].lower()
+    for reason in batch.errors.values():
+        assert "\n" not in reason
+        assert str(tmp_path) not in reason
+        assert "0x" not in reason
+
+
+def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "0.jpg": encoded(photo(20, 30), "JPEG"),
+        "1.jpg": encoded(photo(20, 30), "JPEG", progressive=True),
+        "2.png": encoded(photo(20, 30), "PNG"),
+        "3.jpg": b"broken",
+        "4.jpg": encoded(photo(30, 20), "JPEG", exif=exif),
+        "5.jpg": encoded(photo(20, 30).convert("CMYK"), "JPEG"),
+        "6.jpg": encoded(photo(20, 30), "JPEG")[:-40],
+    }
+    samples = folder(tmp_path, files)
+    batch = made(samples, list(range(7)), batch_size=8, packed=True)
+    assert batch.jpegs is not None
+    jpegs = batch.jpegs
+    assert (jpegs.places.tolist(), jpegs.orientations.tolist()) == ([0, 4], [1, 6])
+    assert (jpegs.heights.tolist(), jpegs.widths.tolist()) == ([30, 20], [20, 30])
+    assert (jpegs.down.tolist(), jpegs.across.tolist()) == ([2, 2], [2, 2])
+    assert [jpegs.content(number) for number in range(len(jpegs))] == [files["0.jpg"], files["4.jpg"]]
+    assert sorted(batch.errors) == [3, 6]
+    on_cpu = made(samples, list(range(7)), batch_size=8)
+    assert on_cpu.jpegs is None
+    for place in (1, 2, 3, 5, 6):
+        assert torch.equal(batch.pixels[place], on_cpu.pixels[place])
+
+
+def test_workers_decode_what_an_order_says(tmp_path: Path) -> None:
+    samples = folder(tmp_path, {f"{i}.jpg": encoded(photo(30, 20, i), "JPEG") for i in range(8)})
+    ring = Ring(1, 8, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(), packed=True)
+    order = Order(slot=0, indices=list(range(8)), decode=3)
+    batch = as_batch(worker.make(order), ring, packed=True)
+    assert batch.jpegs is not None
+    assert batch.jpegs.places.tolist() == [3, 4, 5, 6, 7]
+    on_cpu = made(samples, list(range(8)), batch_size=8)
+    assert torch.equal(batch.pixels[:3], on_cpu.pixels[:3])
+
+
+def test_the_workers_share_follows_what_is_waited_for() -> None:
+    waited = {"loader": 5.0, "decoder": 1.0}
+    share = Share(lambda: (waited["loader"], waited["decoder"]))
+    assert share.now == 0
+    for _ in range(3):
+        waited["decoder"] += 1
+        share.adjust()
+    assert share.now == pytest.approx(3 * Share.UP)
+    waited["loader"] += 1
+    share.adjust()
+    assert share.now == pytest.approx(3 * Share.UP * Share.DOWN)
+    for _ in range(100):
+        waited["decoder"] += 1
+        share.adjust()
+    assert share.now == Share.MOST
+
+
+def test_orders_carry_the_share_from_the_second_turn_on() -> None:
+    plan = Plan(start=0, stop=40, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    turns = itertools.count()
+    share = Share(lambda: (0.0, float(next(turns))))
+    share.now = 0.49
+    orders = list(Orders(ShardSampler(plan, 0), 4, 3, share))
+    assert [order.decode for order in orders] == [1, 1, 1, *[2] * 7]
+    assert next(turns) == 4
+
+
+def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    large = encoded(Image.fromarray(noise), "JPEG", quality=95)
+    assert len(large) > 2 << 20
+    small = encoded(photo(20, 30), "JPEG")
+    samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(), packed=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), ring, packed=True)
+    assert batch.jpegs is not None
+    assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
+    assert set(batch.seconds) == {"read", "pack"}, "what the worker did but read counts as well"
+
+
+def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    files = {f"{i}.jpg": encoded(photo(20 + i, 30), "JPEG") for i in range(6)}
+    files |= {"3.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95), "4.jpg": b"broken"}
+    samples = folder(tmp_path, files)
+    batches = [made(samples, indices, batch_size=2, packed=True) for indices in ([0, 1], [2, 3], [4, 5])]
+    joined = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], 2)
+    assert joined.places.tolist() == [0, 1, 2, 3, 5]
+    assert joined.widths.tolist() == [20, 21, 22, 1600, 25]
+    copies = torch.zeros(int(joined.lengths.sum()), dtype=torch.uint8)
+    where = copied(joined, copies)
+    assert copies.numpy().tobytes() == b"".join(files[f"{i}.jpg"] for i in (0, 1, 2, 3, 5))
+    assert (where.addresses - copies.data_ptr()).tolist() == [0, *np.cumsum(joined.lengths)[:-1].tolist()]
+    none = made(samples, [4], batch_size=2, packed=True)
+    assert none.jpegs is not None
+    assert len(copied(none.jpegs, torch.empty(0, dtype=torch.uint8)).addresses) == 0
+
+
+@pytest.mark.parametrize("limit", [599, 600])
+def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit: int) -> None:
+    samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
+    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
+    assert len(worker.make(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
+
+
+def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:
+    samples = FakeSamples(FakeConfig(size=400, image_size=[3, 8, 8]))
+    plan = Plan(start=0, stop=400, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    config, held = LoaderConfig(workers=2), 5
+    kept: deque[tuple[Batch, torch.Tensor]] = deque()
+    transform = plain(8)
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=held) as batches:
+        for batch, _ in batches:
+            kept.append((batch, batch.pixels.clone()))
+            if len(kept) == held:
+                oldest, pixels = kept.popleft()
+                assert torch.equal(oldest.pixels, pixels)
+                expected, _ = samples.load(int(oldest.index[0]), transform, lambda *_: None)
+                assert np.array_equal(pixels[0].numpy(), expected)
+
+
+class Odd:
+    """A dataset whose samples raise what they are told to."""
+
+    looks_ahead = False
+
+    def __init__(self, *errors: Callable[[], Exception] | None) -> None:
+        self._errors = errors
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        error = self._errors[index]
+        if error is not None:
+            raise error()
+        return np.full((*transform.out_size, 3), 7, dtype=np.uint8), index
+
+    def read(self, index: int, clock: StageClock) -> bytes | None:
+        return None
+
+    def expect(self, indices: Sequence[int]) -> None:
+        pass
+
+    def known_label(self, index: int) -> int:
+        return index + 100
+
+    def path(self, index: int) -> str | None:
+        return None
+
+
+def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:
+    samples = Odd(
+        lambda: ValueError("two\n  lines"), None, lambda: SyntaxError("broken PNG"), lambda: MemoryError("x" * 9000)
+    )
+    batch = made(samples, [0, 1, 2, 3])
+    assert batch.errors[0] == "ValueError: two lines"
+    assert batch.errors[2] == "SyntaxError: broken PNG"
+    assert len(batch.errors[3]) == 500
+    assert batch.label.tolist() == [100, 1, 102, 103], "an error row keeps the label that its listing knows"
+    assert (batch.pixels[1] == 7).all()
+
+
+def test_a_request_to_stop_is_no_bad_sample() -> None:
+    class Interrupted(Odd):
+        def load(
+            self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        ) -> tuple[Pixels, int]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(Interrupted(None), [0])
+
+
+def test_a_sample_that_blocks_becomes_an_error_row(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    good = encoded(photo(20, 20), "PNG")
+    for name in ("0.png", "1.png", "2.png"):
+        (tmp_path / name).write_bytes(good)
+
+    class Blocked(FileSamples):
+        def fetch(self, index: int) -> bytes:
+            if index == 1:
+                # Opening it waits for a writer that never comes, like a dead mount.
+                (tmp_path / "pipe").read_bytes()
+            return super().fetch(index)
+
+    samples = Blocked(str(tmp_path), Listing.build([b"0.png", b"1.png", b"2.png"]))
+    before = signal.getsignal(signal.SIGALRM)
+    started = time.perf_counter()
+    batch = made(samples, [0, 1, 2], timeout_s=0.2)
+    assert 0.2 <= time.perf_counter() - started < 10
+    assert batch.errors == {1: "TimeoutError: took longer than loader.timeout_s=0.2"}
+    assert torch.equal(batch.pixels[0], batch.pixels[2])
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 5])
+def test_batches_come_once_and_in_order(world: World, workers: int, start: int) -> None:
+    samples = FakeSamples(FakeConfig(size=23, image_size=[3, 8, 8]))
+    plan = Plan(
+        start=start,
+        stop=23,
+        size=1,
+        batch_size=4,
+        contiguous=False,
+        smallest_rows=8,
+        largest_rows=8,
+    )
+    config = LoaderConfig(workers=workers)
+    transform = plain(8)
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=100) as loaded:
+        batches = list(loaded)
+    assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
+    assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
+    for batch, _ in batches:
+        for place, index in enumerate(batch.index.tolist()):
+            pixels, label = samples.load(index, transform, lambda *_: None)
+            assert np.array_equal(batch.pixels[place].numpy(), pixels)
+            assert batch.label[place] == label
+
+
+class Told(Odd):
+    """Samples that say when they are made, of which one waits for another."""
+
+    def __init__(self, size: int, *, waits: int, for_: int) -> None:
+        super().__init__(*[None] * size)
+        context = multiprocessing.get_context("fork")
+        self.made = [context.Event() for _ in range(size)]
+        self._waits, self._for = waits, for_
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        if index == self._waits:
+            assert self.made[self._for].wait(20)
+        self.made[index].set()
+        return super().load(index, transform, clock, data)
+
+
+def test_a_worker_that_is_slow_holds_up_no_order_but_its_own(world: World) -> None:
+    # In turns, the worker that waits for order 4 to be made would be given that as well.
+    samples = Told(12, waits=2, for_=4)
+    plan = Plan(start=0, stop=12, size=1, batch_size=1, contiguous=False, smallest_rows=12, largest_rows=12)
+    config, transform = LoaderConfig(workers=2, prefetch=4), plain(8)
+    with load_batches(samples, ShardSampler(plan, 0), transform, config, 1, world, held=1) as batches:
+        seen = [batch for batch, _ in batches]
+    assert [int(batch.index[0]) for batch in seen] == list(range(12))
+    assert not any(batch.errors for batch in seen)
+
+
+def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
+    class Broken(Odd):
+        def known_label(self, index: int) -> int:
+            raise ZeroDivisionError
+
+    plan = Plan(start=0, stop=2, size=1, batch_size=1, contiguous=False, smallest_rows=2, largest_rows=2)
+    samples, config = Broken(None, ValueError), LoaderConfig(workers=1)
+    with (
+        load_batches(samples, ShardSampler(plan, 0), plain(8), config, 1, world, held=1) as batches,
+        pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"),
+    ):
+        list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_samples_give_no_batches(world: World, workers: int) -> None:
+    plan = Plan(start=0, stop=0, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
+    samples = FakeSamples(FakeConfig(size=0))
+    config = LoaderConfig(workers=workers)
+    with load_batches(samples, ShardSampler(plan, 0), plain(8), config, 4, world, held=100) as batches:
+        assert list(batches) == []
+
+
+def test_auto_workers_are_this_processes_cpus(world: World) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    assert num_workers(settings(FakeConfig()), world) == cpus
+    assert num_workers(settings(FakeConfig(), workers=0), world) == 0
+
+
+def test_what_is_only_copied_to_a_gpu_takes_few_workers(world: World) -> None:
+    on_gpu = replace(world, device=torch.device("cuda", 0), share_of_cpus=COPYING_WORKERS + 5)
+    array = ArrayConfig(path="x.npy")
+    assert num_workers(settings(array), on_gpu) == COPYING_WORKERS
+    assert num_workers(settings(array), replace(on_gpu, device=torch.device("cpu"))) == COPYING_WORKERS + 5
+    assert num_workers(settings(FakeConfig()), on_gpu) == COPYING_WORKERS + 5
+    assert num_workers(settings(array, workers=7), on_gpu) == 7

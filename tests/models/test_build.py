@@ -1,0 +1,306 @@
+"""Names → modules: weights from checkpoints of every kind, and the layers that are asked for."""
+
+import os
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, RuntimeConfig, TransformConfig
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.models import build
+from mgpu_ddp.models.build import build_model, choose_transform, load_model
+from mgpu_ddp.models.prepare import head_of, prepare
+from mgpu_ddp.models.weights import load_weights, weights_digest
+from mgpu_ddp.preprocess import transform
+
+SMALL = "squeezenet1_1"
+
+
+def job(name: str = SMALL, *, weights: object = None, num_classes: int = 5, **changes: Any) -> Config:
+    chosen = ModelConfig(name=name, weights=None if weights is None else str(weights), num_classes=num_classes)
+    return Config(**{"data": FakeConfig(), "transform": TransformConfig(), "model": chosen} | changes)
+
+
+def trained(name: str = SMALL, num_classes: int = 5) -> nn.Module:
+    """A module whose numbers no seed of a job gives."""
+    torch.manual_seed(77)
+    module: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return module
+
+
+def digest_of(config: Config) -> str:
+    """Build and fill a model as rank 0 does."""
+    model = build_model(config)
+    load_weights(model.module, model.num_classes, config.model)
+    return weights_digest(model.module)
+
+
+class SimpleModel(nn.Module):
+    """The tutorial's."""
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        self.resnet = resnet
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.resnet(x)
+
+
+class Compiled(nn.Module):
+    """What torch.compile wraps a module in, as far as its keys show."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+
+WRAPS: dict[str, Any] = {
+    "bare": lambda m: m,
+    "data parallel": nn.DataParallel,
+    "compiled": Compiled,
+    "tutorial": SimpleModel,
+    "tutorial in data parallel": lambda m: nn.DataParallel(SimpleModel(m)),
+    "compiled tutorial in data parallel": lambda m: nn.DataParallel(Compiled(SimpleModel(m))),
+    "data parallel, compiled": lambda m: Compiled(nn.DataParallel(m)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_checkpoint_loads_however_it_was_wrapped(tmp_path: Path, wrap: str, suffix: str) -> None:
+    module = trained("resnet18")
+    path = tmp_path / f"weights{suffix}"
+    state = WRAPS[wrap](module).state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert digest_of(job("resnet18", weights=path)) == weights_digest(module)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model_state_dict": state, "optimizer": {"lr": 0.1}},
+        lambda state: {"model": state},
+        lambda state: {"state_dict": state, "args": Namespace(lr=0.1, opt="sgd")},
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    ],
+)
+def test_a_nested_checkpoint_loads(tmp_path: Path, nest: Any) -> None:
+    module = trained()
+    torch.save(nest(module.state_dict()), tmp_path / "w.pt")
+    assert digest_of(job(weights=tmp_path / "w.pt")) == weights_digest(module)
+
+
+def test_a_checkpoint_without_batch_counters_loads(tmp_path: Path) -> None:
+    module = trained("resnet18")
+    state = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "w.pt")
+    model = build_model(job("resnet18", weights=tmp_path / "w.pt"))
+    load_weights(model.module, model.num_classes, job("resnet18", weights=tmp_path / "w.pt").model)
+    assert all(torch.equal(model.module.state_dict()[k], v) for k, v in state.items())
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+@pytest.mark.parametrize("within", [False, True], ids=["bare", "in a namespace"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, suffix: str, how: str, within: bool) -> None:
+    marker, path = tmp_path / "marker", tmp_path / f"weights{suffix}"
+    hostile = Namespace(x=Hostile(marker)) if within else Hostile(marker)
+    content = {**trained().state_dict(), "x": hostile}
+    torch.save(content, path) if how == "torch" else path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UsageError, match=r"^model\.weights must be a checkpoint of tensors alone, got '.*weights"):
+        digest_of(job(weights=path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", "a checkpoint of tensors alone"),
+        (b"not a checkpoint", "a checkpoint of tensors alone"),
+        ([torch.zeros(2)], "a state dict"),
+        ({"epoch": 3}, "a state dict"),
+        (torch.zeros(2), "a state dict"),
+        (None, "an existing file"),
+    ],
+)
+def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path, content: Any, rule: str) -> None:
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UsageError) as raised:
+        digest_of(job(weights=path))
+    text = str(raised.value)
+    assert text.startswith(f"model.weights must be {rule}, got '{path}'")
+    assert len(text.splitlines()) == 1
+
+
+def test_a_misfit_names_missing_unexpected_and_misshapen_keys(tmp_path: Path) -> None:
+    state = trained().state_dict()
+    state["extra.weight"] = state.pop("features.0.weight")
+    state["classifier.1.bias"] = torch.zeros(7)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UsageError) as raised:
+        digest_of(job(weights=tmp_path / "w.pt"))
+    text = str(raised.value)
+    assert "model.weights must fit squeezenet1_1 with 5 classes" in text
+    assert "missing 1 keys (features.0.weight)" in text
+    assert "unexpected 1 keys (extra.weight)" in text
+    assert "misshapen 1 keys (classifier.1.bias (7,) for (5,))" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_another_models_checkpoint_is_refused_with_a_few_keys_named(tmp_path: Path) -> None:
+    torch.save(trained("resnet18").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(
+        UsageError, match=r"missing 52 keys \(.*, \.\.\.\); unexpected 122 keys \(.*, \.\.\.\)"
+    ) as raised:
+        digest_of(job(weights=tmp_path / "w.pt"))
+    assert len(str(raised.value)) < 1000
+
+
+def test_random_weights_follow_the_seed() -> None:
+    first, again, other = (digest_of(job(seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert "random weights from seed 3" in build_model(job(seed=3)).origin
+
+
+def test_an_unknown_model_suggests_a_near_one() -> None:
+    with pytest.raises(UsageError) as raised:
+        build_model(job("resnet81"))
+    assert "model.name must be a torchvision classification model, got 'resnet81'. Did you mean resnet" in str(
+        raised.value
+    )
+    with pytest.raises(UsageError, match="list_models"):
+        build_model(job("xyzzy"))
+    with pytest.raises(UsageError, match=r"model\.name"):
+        build_model(job("fcn_resnet50"))  # torchvision has it, but it segments
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET", "default", "weights.bin"])
+def test_unknown_weights_name_the_known_ones(weights: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.weights must be null, DEFAULT, IMAGENET1K_V1 or a path to \.pt/"):
+        build_model(job(weights=weights, num_classes=1000))
+
+
+def test_named_weights_have_the_classes_they_have() -> None:
+    with pytest.raises(UsageError, match=r"model\.num_classes must be 1000 for these weights, got 5"):
+        build_model(job(weights="DEFAULT"))
+    model = build_model(job(weights="DEFAULT", num_classes=1000))
+    assert model.class_names is not None
+    assert (model.num_classes, len(model.class_names), model.class_names[0]) == (1000, 1000, "tench")
+
+
+def test_weights_that_cannot_be_reached_name_the_file_and_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens on the discard port: offline, at once
+    config = job(weights="DEFAULT", num_classes=1000)
+    with pytest.raises(UsageError) as raised:
+        digest_of(config)
+    text = str(raised.value)
+    assert text.startswith("model.weights must be on this machine or reachable, got 'DEFAULT'")
+    place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    assert f"Put squeezenet1_1-b8a52dc0.pth at {place}" in text
+    assert len(text.splitlines()) == 1
+
+    module = trained(num_classes=1000)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(module.state_dict(), place)
+    assert digest_of(config) == weights_digest(module), "the file is found where the message says"
+
+
+@pytest.mark.parametrize("content", [b"cut short", Hostile], ids=["broken", "hostile"])
+def test_a_bad_file_in_the_cache_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content if isinstance(content, bytes) else pickle.dumps(Hostile(tmp_path / "marker")))
+    with pytest.raises(UsageError, match=r"model\.weights .*squeezenet1_1-b8a52dc0\.pth"):
+        digest_of(job(weights="DEFAULT", num_classes=1000))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", SMALL])
+def test_folding_keeps_the_logits(name: str, world: World) -> None:
+    module = trained(name).eval()
+    with torch.inference_mode():
+        images = torch.randn(2, 3, 64, 64)
+        expected = module(images)
+        model = build.Model(module=module, num_classes=5, origin="", class_names=None, preset=None)
+        folded = prepare(model, job(name), world)
+        assert (folded(images) - expected).abs().max() < 1e-4
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == []
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
+def test_folding_can_be_switched_off(world: World) -> None:
+    config = job("resnet18", runtime=RuntimeConfig(fold=False, channels_last=False))
+    module = prepare(build_model(config), config, world)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
+    assert not module.training
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("resnet18", 512), (SMALL, 512), ("vit_b_16", 768), ("mobilenet_v3_small", 1024), ("densenet121", 1024)],
+)
+def test_the_head_turns_features_into_logits(name: str, width: int) -> None:
+    with torch.device("meta"):
+        module = torchvision.models.get_model(name, weights=None, num_classes=7)
+    head = head_of(module, 7)
+    given = head.in_channels if isinstance(head, nn.Conv2d) else head.in_features
+    made = head.out_channels if isinstance(head, nn.Conv2d) else head.out_features
+    assert (given, made) == (width, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", SMALL])
+def test_the_head_is_still_found_after_folding(name: str, world: World) -> None:
+    config = job(name)
+    head = head_of(prepare(build_model(config), config, world), 5)
+    assert (head.out_channels if isinstance(head, nn.Conv2d) else head.out_features) == 5
+
+
+def test_load_model_fills_rank_zero(tmp_path: Path, world: World) -> None:
+    module = trained()
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+    model = load_model(job(weights=tmp_path / "w.pt"), world)
+    assert weights_digest(model.module) == weights_digest(module)
+    assert str(tmp_path / "w.pt") in model.origin
+
+
+def test_the_transform_follows_data_and_weights() -> None:
+    folder = FolderConfig(root="x")
+    bare, named = build_model(job()), build_model(job("swin_t", weights="DEFAULT", num_classes=1000))
+    assert choose_transform(job(), bare) == transform.plain(224)
+    assert choose_transform(job(), named) == transform.plain(224)
+    assert choose_transform(job(data=folder), bare) == transform.imagenet(224)
+    chosen = choose_transform(job(data=folder), named)
+    assert (chosen.resize, chosen.crop, chosen.interpolation) == ((232,), 224, "bicubic")
+    assert choose_transform(job(data=folder, transform=TransformConfig(name="plain", size=9)), named).resize == (9, 9)
+    assert choose_transform(job(transform=TransformConfig(name="imagenet", size=64)), bare) == transform.imagenet(64)

@@ -1,0 +1,537 @@
+"""A job without a model, killed at every step it takes on disk, then resumed: run as a plain process.
+
+python -m tests.support.crashing FORMAT FOLDER EVERY
+
+Rows are drawn from names of files instead of predicted; what puts them on disk is the real code, called in the
+order of job.py, planning.py and ending.py. Nothing here imports torch, so that a job takes milliseconds and a
+killed one is a fork. Prints one JSON object: what was tried and what went wrong.
+"""
+
+import functools
+import gc
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+
+from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
+from mgpu_ddp.output.formats import FORMATS, to_table
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest, write_status
+from mgpu_ddp.output.parts import MendedTable, Table, array_digest, open_writer
+from mgpu_ddp.output.replace import NEXT, holds_result, is_half_replaced, put_in_place
+from mgpu_ddp.output.rows import Rows
+from mgpu_ddp.output.run_folder import claim_folder, hold_folder, remove_unlisted, to_continue
+from mgpu_ddp.output.verify import error_rows, prove, write_errors
+from tests.support.disk import Steps, Unsynced, cut_power, watching
+
+CLASSES = 3
+CLASS_NAMES = ("ant", "bee", "cat")
+WINDOW = 2
+SCENARIOS = ("fresh", "retried", "grown", "replaced")
+HOWS = (*FORMATS, "npy")
+
+Told = Callable[[str, int], None]
+
+
+def ignore(_what: str, _value: int) -> None:
+    """Nobody asks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What would be the command line."""
+
+    how: str
+    numbers: tuple[int, ...]
+    """Of the files that are found."""
+    salt: int = 0
+    """Another model has another one."""
+    unreadable: frozenset[int] = frozenset()
+    mended: frozenset[int] = frozenset()
+    """Of the unreadable ones, those that a retry can read."""
+    retry: bool = False
+    overwrite: bool = False
+    stop_at: int | None = None
+    """The prefix at which it is given up."""
+
+    @property
+    def names(self) -> list[bytes]:
+        return sorted(name_of(number) for number in self.numbers)
+
+    @property
+    def columns(self) -> int | None:
+        return CLASSES if self.how == "npy" else None
+
+
+def name_of(number: int) -> bytes:
+    return f"class{number % 3}/image,\n☃ {number:03}.png".encode()
+
+
+def number_of(name: bytes) -> int:
+    return int(name[-7:-4])
+
+
+@functools.cache
+def logits_of(salt: int, number: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng([salt, number]).standard_normal(CLASSES).astype(np.float32)
+
+
+def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bool) -> Rows:
+    """What the job's model would make of some samples; `again` where they are retried."""
+    numbers = [number_of(files.path(i)) for i in index.tolist()]
+    logits = np.stack([logits_of(job.salt, number) for number in numbers])
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    errors = {}
+    for i, number in zip(index.tolist(), numbers, strict=True):
+        if number in job.unreadable and not (again and number in job.mended):
+            errors[i] = f'OSError: "cannot",\nread {number} {"again" if again else "at first"}'
+    columns: dict[str, Any] = {
+        "pred": probs.argmax(axis=1).astype(np.int32),
+        "prob": probs.max(axis=1).astype(np.float32),
+    }
+    if job.how != "parquet":
+        columns["logits"] = logits
+    return Rows(
+        index=index,
+        label=np.array([files.label(i) for i in index.tolist()], dtype=np.int32),
+        columns=columns,
+        errors=errors,
+    )
+
+
+def attempt(home: Path, job: Job, token: str, *, first: bool = True, told: Told = ignore) -> None:
+    """One attempt at a job, from its start to its end; `first` unless an earlier one of its launch claimed."""
+    # job.place_job
+    if is_half_replaced(home):
+        held = hold_folder(home)
+        put_in_place(home)
+        os.close(held)
+    starts_over = job.overwrite and first and holds_result(home)
+    beside = starts_over or (home / NEXT).exists()
+    run_dir = home / NEXT if beside else home
+    # datasets.find_listing
+    known = None if starts_over or Manifest.read(run_dir) is None else Listing.open(run_dir / FILE_NAME)
+    files = Listing.build(job.names) if known is None else known.grown(job.names)
+    # job.claim_job
+    wanted = Manifest(
+        fingerprint={"salt": job.salt, "output.format": job.how, "listing": files.digest(len(files))},
+        start=0,
+        stop=len(files),
+        batch_size=4,
+    )
+    if not starts_over:
+        to_continue(run_dir, wanted, resume=True, files=files)
+    held = hold_folder(home)
+    try:
+        manifest = claim_folder(
+            run_dir,
+            wanted,
+            resume=True,
+            overwrite=starts_over,
+            batch_size_given=False,
+            array_columns=job.columns,
+            files=files,
+        )
+        if not manifest.complete:
+            write_status(run_dir, "running", manifest)
+        told("claimed", manifest.prefix)
+        told("errors", manifest.errors)
+        files = Listing.open(run_dir / FILE_NAME)
+        predict(run_dir, job, manifest, files, token, told)
+        if job.stop_at is None:
+            conclude(home, run_dir, job, manifest, files)
+            told("complete", 1)
+    finally:
+        os.close(held)
+
+
+def predict(run_dir: Path, job: Job, manifest: Manifest, files: Listing, token: str, told: Told) -> None:
+    """The tasks of planning.tasks, window by window, as the collector commits them."""
+
+    def path_of(index: int) -> str:
+        return readable(files.path(index))
+
+    writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
+    table = Table(run_dir, manifest, writer)
+    stop = manifest.stop if job.stop_at is None else job.stop_at
+    number = 0
+    while manifest.prefix < stop:
+        first, number = manifest.prefix, number + 1
+        cuts = [min(stop, first + WINDOW), min(stop, first + 2 * WINDOW)]
+        if number % 2:
+            table.add(rows_of(job, files, np.arange(first, cuts[0]), again=False))
+        else:
+            # Each rank has written its own.
+            stretches = [(a, b) for a, b in ((first, cuts[0]), tuple(cuts)) if a < b]
+            table.list([writer.write(rows_of(job, files, np.arange(a, b), again=False)) for a, b in stretches])
+        told("prefix", manifest.prefix)
+    if job.retry and job.stop_at is None:
+        chosen = np.array([i for i, _, _ in error_rows(run_dir, manifest, job.how, path_of)], dtype=np.int64)
+        writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
+        if len(chosen):
+            rows = rows_of(job, files, chosen, again=True)
+            errors = {int(np.searchsorted(chosen, i)): reason for i, reason in rows.errors.items()}
+            rows = replace(rows, index=np.arange(len(chosen)), errors=errors)
+            MendedTable(run_dir, manifest, writer, chosen).add(rows)
+            told("mended", manifest.errors)
+
+
+def conclude(home: Path, run_dir: Path, job: Job, manifest: Manifest, files: Listing) -> None:
+    """What ending.finish_job does on rank 0."""
+    remove_unlisted(run_dir, manifest)
+    proof = prove(run_dir, manifest, job.how)
+    assert (proof.rows, proof.missing, proof.duplicates) == (proof.total, 0, 0), proof
+    write_errors(run_dir, manifest, job.how, lambda index: readable(files.path(index)))
+    manifest.complete = True
+    manifest.write(run_dir)
+    write_status(run_dir, "complete", manifest)
+    if run_dir != home:
+        put_in_place(home)
+
+
+def listed_rows(folder: Path, manifest: Manifest) -> list[Any]:
+    """The rows that the manifest lists, in its order, whatever the format."""
+    rows: list[Any] = []
+    how = manifest.fingerprint["output.format"]
+    for part in manifest.parts:
+        if how == "npy":
+            array = np.load(folder / ARRAY)[part.first : part.stop]
+            for index, values in enumerate(array.tolist(), part.first):
+                reason = part.reasons.get(str(index))
+                rows.append((index, values if reason is None else None, reason))
+        else:
+            rows += rows_in(how, (folder / part.file).read_bytes(), folder / part.file)
+    return rows
+
+
+KNOWN_ROWS: dict[bytes, list[Any]] = {}
+
+
+def rows_in(how: str, data: bytes, path: Path) -> list[Any]:
+    """The rows of a part; the same bytes are read once."""
+    if data not in KNOWN_ROWS:
+        KNOWN_ROWS[data] = FORMATS[how].read(path, schema_of(how)).to_pylist()
+    return KNOWN_ROWS[data]
+
+
+@functools.cache
+def schema_of(how: str) -> Any:
+    files = Listing.build([name_of(0)])
+    return to_table(
+        rows_of(Job(how=how, numbers=(0,)), files, np.arange(1), again=False), files.names(np.arange(1)), CLASS_NAMES
+    ).schema
+
+
+@functools.cache
+def acceptable(job: Job, count: int, *older: int) -> list[list[Any]]:
+    """What row i of the job may hold at any time: what is predicted at first, and what a retry makes of it.
+
+    `older` is the number of files that were there at first, where more have come.
+    """
+    files = Listing.build(Job(how=job.how, numbers=job.numbers[: older[0] if older else count]).names)
+    files = files.grown(job.names)
+    found: list[list[Any]] = [[] for _ in range(count)]
+    for again in (False, True) if job.retry else (False,):
+        rows = rows_of(job, files, np.arange(count), again=again)
+        if job.how == "npy":
+            values = rows.columns["logits"].tolist()
+            one = [(i, None if i in rows.errors else values[i], rows.errors.get(i)) for i in range(count)]
+        else:
+            table = to_table(rows, files.names(np.arange(count)), CLASS_NAMES)
+            one = table.to_pylist()
+        for choices, row in zip(found, one, strict=True):
+            choices.append(row)
+    return found
+
+
+class BrokenError(Exception):
+    """A promise that a folder does not keep."""
+
+
+def demand(holds: bool, text: object) -> None:
+    if not holds:
+        raise BrokenError(str(text))
+
+
+def check_listed(folder: Path, manifest: Manifest, choices: list[list[Any]]) -> None:
+    """The parts that a manifest lists are there and whole, and hold a prefix of the right rows."""
+    first = manifest.start
+    for part in manifest.parts:
+        demand(part.first == first, f"{part.file} begins at {part.first}, not at {first}")
+        first = part.stop
+        path = folder / part.file
+        demand(path.exists(), f"{folder.name}/{part.file} is listed and not there")
+        if part.file == ARRAY:
+            digest = array_digest(np.load(path), part, manifest.start)
+        else:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            demand(path.stat().st_size == part.num_bytes, f"{part.file} is not as long as listed")
+        demand(digest == part.sha256, f"{folder.name}/{part.file} holds other bytes than listed")
+    rows = listed_rows(folder, manifest)
+    demand(len(rows) == manifest.prefix - manifest.start, f"{len(rows)} rows in parts up to {manifest.prefix}")
+    for i, row in enumerate(rows):
+        demand(row in choices[i], f"row {i} is {row}, not one of {choices[i]}")
+    files = Listing.open(folder / FILE_NAME)
+    demand(files.digest(manifest.stop) == manifest.fingerprint["listing"], "the listing is another than the manifest's")
+
+
+def check_whole(folder: Path) -> None:
+    """What `status.json` calls complete is complete, and nothing else lies among the parts."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except FileNotFoundError:
+        return
+    if status["status"] != "complete":
+        return
+    manifest = Manifest.read(folder)
+    demand(manifest is not None and manifest.complete, "complete, but not in its manifest")
+    assert manifest is not None
+    proof = prove(folder, manifest, manifest.fingerprint["output.format"])
+    demand((proof.rows, proof.missing, proof.duplicates) == (proof.total, 0, 0), proof)
+    demand(status["counts"]["total"] == manifest.stop, "complete with the counts of another result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What counts of a finished folder: parts may be cut elsewhere."""
+
+    rows: list[Any]
+    files: dict[str, bytes]
+
+    @classmethod
+    def of(cls, home: Path) -> "Ended":
+        manifest = Manifest.read(home)
+        demand(manifest is not None and manifest.complete, "ended without a complete manifest")
+        assert manifest is not None
+        parts = {part.file for part in manifest.parts} - {ARRAY}
+        names = {str(path.relative_to(home)): path for path in home.rglob("*")}
+        files = {
+            name: path.read_bytes() if path.is_file() and name not in (".lock", MANIFEST) else b""
+            for name, path in names.items()
+            if name not in parts
+        }
+        demand(names.keys() >= parts, "parts are listed and not there")
+        return cls(rows=listed_rows(home, manifest), files=files)
+
+
+@dataclass(kw_only=True)
+class Scenario:
+    """The job that is killed, the folder in which it starts, and what may be seen of both."""
+
+    job: Job
+    older: tuple[Job, ...] = ()
+    """Run in the folder before, one after another; the last one that ended is its result."""
+    told: dict[str, int] = field(default_factory=dict)
+    """What is durable from the beginning."""
+
+    def prepare(self, home: Path) -> None:
+        for number, job in enumerate(self.older):
+            attempt(home, job, f"old{number}")
+
+    def choices(self, manifest: Manifest) -> list[list[Any]]:
+        """What the rows of a manifest may be."""
+        for job in (self.job, *self.older):
+            if job.salt == manifest.fingerprint["salt"]:
+                grows = job is self.job and not job.overwrite and self.older
+                return acceptable(job, manifest.stop, *(len(old.numbers) for old in self.older if grows))
+        raise BrokenError(f"nobody's manifest: {manifest.fingerprint}")
+
+    def check_left(self, home: Path, told: dict[str, int]) -> None:
+        """The promises that hold at any moment."""
+        for folder in (home, home / NEXT):
+            manifest = Manifest.read(folder)
+            # What is left of an abandoned attempt counts for nothing.
+            if manifest is not None and (folder == home or manifest.fingerprint["salt"] == self.job.salt):
+                check_listed(folder, manifest, self.choices(manifest))
+        check_whole(home)
+        if (self.older and self.job.overwrite and not is_half_replaced(home)) or told.get("complete"):
+            Ended.of(home)
+
+    def resume(self, home: Path, told: dict[str, int], wanted: Ended) -> None:
+        """The next attempt goes on where the dead one was, and ends as if nobody had been killed."""
+        seen: dict[str, int] = {}
+        attempt(home, self.job, "b", first="claimed" not in told, told=lambda what, value: seen.setdefault(what, value))
+        demand(
+            seen["claimed"] >= told.get("prefix", 0), f"{told.get('prefix')} rows were durable, got {seen['claimed']}"
+        )
+        if "mended" in told:
+            demand(seen["errors"] <= told["mended"], "rows that a retry mended are gone")
+        ended = Ended.of(home)
+        demand(ended.rows == wanted.rows, f"{ended.rows} instead of {wanted.rows}")
+        names = sorted(ended.files.keys() ^ wanted.files.keys())
+        demand(not names, f"{names} on one side only")
+        differing = [name for name in wanted.files if ended.files[name] != wanted.files[name]]
+        demand(not differing, f"{differing} differ")
+        check_whole(home)
+
+
+def scenario(name: str, how: str) -> Scenario:
+    bad = frozenset({1, 2})
+    job = Job(how=how, numbers=tuple(range(6)), unreadable=bad, mended=frozenset({2}))
+    if name == "fresh":
+        return Scenario(job=replace(job, unreadable=frozenset({2}), retry=True))
+    if name == "retried":
+        return Scenario(job=replace(job, retry=True), older=(job,), told={"prefix": 6})
+    if name == "grown":
+        # Names that come between those that are there, which keep their places.
+        grown = replace(job, numbers=(1, 2, 4, 6, 7, 0, 3, 5))
+        return Scenario(job=grown, older=(replace(job, numbers=grown.numbers[:5]),), told={"prefix": 5})
+    # Beside the result lies what an abandoned attempt to replace it has left.
+    old = replace(job, numbers=tuple(range(5)), salt=1)
+    left = replace(job, salt=2, overwrite=True, stop_at=4)
+    return Scenario(job=replace(job, overwrite=True), older=(old, left))
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was tried."""
+
+    steps: list[str] = field(default_factory=list)
+    killed: int = 0
+    ended: int = 0
+    """Cases without a kill, but with a power cut after the end."""
+    torn: int = 0
+    power_cuts: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
+def child(work: Callable[[], None]) -> int:
+    """The wait status of a process that does this work."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitpid(process, 0)[1]
+
+
+def run_until(
+    case: Path, before: Path | None, scene: Scenario, kill_at: int | None, *, torn: bool
+) -> tuple[int, Unsynced]:
+    """The scenario's job, killed before a step or in the middle of it: its wait status and what is not synced."""
+    home, attic = case / "disk/run", case / "attic"
+    attic.mkdir(parents=True)
+    home.parent.mkdir()
+    if before is not None:
+        shutil.copytree(before, home)
+
+    def work() -> None:
+        def reached(number: int) -> None:
+            if number == kill_at and not torn:
+                steps.die()
+
+        steps = Steps(
+            root=home.parent,
+            attic=attic,
+            reached=reached,
+            torn=kill_at if torn else None,
+            dump=case / "dump",
+            state=Unsynced(told=dict(scene.told)),
+        )
+        with watching(steps):
+            attempt(home, scene.job, "a", told=steps.state.told.__setitem__)
+        steps.save()
+
+    status = child(work)
+    return status, pickle.loads((case / "dump").read_bytes())
+
+
+def try_all(name: str, how: str, place: Path, every: int, share: tuple[int, int]) -> Report:
+    """Kill the scenario's job at every step, or at each of `every` steps; this process does its share of them."""
+    scene = scenario(name, how)
+    report = Report()
+    before = None
+    if scene.older:
+        before = place / "before"
+        scene.prepare(before)
+    whole = place / "whole"
+    status, state = run_until(whole, before, scene, None, torn=False)
+    demand(status == 0, "the undisturbed run failed")
+    wanted = Ended.of(whole / "disk/run")
+    hidden = [name for name in wanted.files if Path(name).name.startswith(".") and name != ".lock"]
+    demand(not hidden, f"{hidden} are left")
+    report.steps = state.steps
+    cases = [(len(state.steps), False), *((number, False) for number in range(len(state.steps)))]
+    cases += [(number, True) for number, what in enumerate(state.steps) if what == "write"]
+    cases = [*sorted(cases[1:])[::every], cases[0]]
+    for number, torn in cases[share[0] :: share[1]]:
+        label = f"{'in' if torn else 'before'} step {number}"
+        case = place / f"case {number} {torn}"
+        try:
+            status, state = run_until(case, before, scene, number, torn=torn)
+            ended = number == len(report.steps)
+            demand(status == 0 if ended else os.WTERMSIG(status) == signal.SIGKILL, f"wait status {status}")
+            report.killed += not ended
+            report.ended += ended
+            report.torn += torn
+            copy, home = case / "copy/run", case / "disk/run"
+            copy.parent.mkdir()
+            if home.exists():
+                shutil.copytree(home, copy)
+            scene.check_left(copy, state.told)
+            scene.resume(copy, state.told, wanted)
+            if torn:
+                # The power cut before the next step tears it, too.
+                continue
+            label += ", without power"
+            chance = random.Random(f"{name} {how} {number} {torn}")
+            cut_power(home.parent, state, chance, all_of_it=chance.random() < 0.5)
+            report.power_cuts += 1
+            scene.check_left(home, state.told)
+            scene.resume(home, state.told, wanted)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            report.broken.append(
+                f"{label}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            )
+        finally:
+            shutil.rmtree(case)
+    return report
+
+
+def main(how: str, folder: str, every: str) -> None:
+    """Try all scenarios of one format, each with two processes."""
+    place = Path(folder)
+    # Tables this small are read faster by one thread, and what is loaded once is forked with everything.
+    pyarrow.set_cpu_count(1)
+    schema_of(how if how in FORMATS else "csv")
+    gc.freeze()
+
+    def work(half: int) -> None:
+        reports = {}
+        for name in SCENARIOS:
+            (place / name / str(half)).mkdir(parents=True)
+            reports[name] = asdict(try_all(name, how, place / name / str(half), int(every), (half, 2)))
+        (place / f"reports{half}").write_text(json.dumps([reports, sorted(sys.modules)]))
+
+    other = os.fork()
+    if other == 0:
+        os._exit(child(lambda: work(1)) and 1)
+    work(0)
+    os.waitpid(other, 0)
+    (one, modules), (two, _) = (json.loads((place / f"reports{half}").read_text()) for half in (0, 1))
+    for name, report in one.items():
+        for key in ("killed", "ended", "torn", "power_cuts", "broken"):
+            report[key] += two[name][key]
+    print(json.dumps({"reports": one, "imported": modules}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""What the tests of the kernel share: pictures, every transform there is, the oracle, and the arithmetic spelt out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
+
+from mgpu_ddp.preprocess import resize_kernel
+from mgpu_ddp.preprocess.nvjpeg import Images
+from mgpu_ddp.preprocess.transform import EXIF_ORIENTATION, Transform, from_weights, imagenet, plain, upright
+
+
+def transforms(size: int) -> dict[str, Transform]:
+    """Everything that `transform.name` and named weights can ask for, and what `Transform` can say beyond it."""
+    return {
+        "plain": plain(size),
+        "imagenet": imagenet(size),
+        "bilinear weights": from_weights(ResNet18_Weights.IMAGENET1K_V1.transforms(), size),
+        "bicubic weights": from_weights(EfficientNet_B1_Weights.IMAGENET1K_V1.transforms(), size),
+        "padded": Transform(resize=(size // 2,), crop=size, interpolation="bicubic"),
+        "nearest": Transform(resize=(size, size + 9), interpolation="nearest"),
+    }
+
+
+def picture(height: int, width: int, seed: int) -> torch.Tensor:
+    """Noise in its left half and a smooth right half, uint8 (3, height, width): as a decoder returns it."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    coarse = Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    pixels[:, width // 2 :] = smooth[:, width // 2 :]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def packed(images: Sequence[torch.Tensor], device: str = "cpu") -> Images:
+    """Images of any size in one buffer, on a device."""
+    sizes = np.array([image.shape[1:] for image in images], dtype=np.int64).reshape(-1, 2)
+    starts = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
+    data = torch.cat([torch.empty(0, dtype=torch.uint8), *(image.flatten() for image in images)]).to(device)
+    return Images(data=data, starts=starts, heights=sizes[:, 0], widths=sizes[:, 1])
+
+
+def oracle(image: torch.Tensor, orientation: int, transform: Transform) -> torch.Tensor:
+    """What the CPU path makes of the same pixels, uint8 (height, width, 3)."""
+    stored = Image.fromarray(image.permute(1, 2, 0).numpy())
+    stored.getexif()[EXIF_ORIENTATION] = orientation
+    return torch.from_numpy(transform.geometry(upright(stored)).copy())
+
+
+def expected(images: Sequence[torch.Tensor], orientations: Sequence[int], transform: Transform) -> torch.Tensor:
+    """The batch that the CPU path yields, fp32 (n, 3, height, width)."""
+    pixels = [oracle(image, o, transform) for image, o in zip(images, orientations, strict=True)]
+    return transform.normalise(torch.stack(pixels), dtype=torch.float32, channels_last=False)
+
+
+def difference(got: torch.Tensor, want: torch.Tensor, transform: Transform) -> tuple[float, float]:
+    """The largest and the mean difference of two fp32 batches, in units of 1/255 before normalising."""
+    std = torch.tensor(transform.std or (1.0, 1.0, 1.0)).view(1, 3, 1, 1)
+    apart = (got - want).abs() * std * 255
+    return float(apart.max()), float(apart.mean())
+
+
+def reference(image: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """The kernel's arithmetic as two matrix products of whole numbers in float64: uint8 (3, height, width)."""
+    height, width = image.shape[1:]
+    if len(transform.resize) == 1:
+        short, long = sorted((height, width))
+        new_long = int(transform.resize[0] * long / short)
+        new_height, new_width = (new_long, transform.resize[0]) if width <= height else (transform.resize[0], new_long)
+    else:
+        new_height, new_width = transform.resize
+    down = weights(height, new_height, transform.interpolation)
+    across = weights(width, new_width, transform.interpolation).T
+    channels = []
+    for channel in image.to(torch.float64):
+        # Pillow 13 goes vertically first where that saves much. The image between the passes is uint8.
+        if resize_kernel.PILLOW_REORDERS and height - new_height > max(0, 2 * (width - new_width)):
+            channels.append(rounded(rounded(down @ channel) @ across))
+        else:
+            channels.append(rounded(down @ rounded(channel @ across)))
+    resized = torch.stack(channels).to(torch.uint8)
+    if transform.crop is None:
+        return resized
+    out = torch.zeros(3, transform.crop, transform.crop, dtype=torch.uint8)
+    (to_y, from_y), (to_x, from_x) = (_centre(size, transform.crop) for size in (new_height, new_width))
+    out[:, to_y, to_x] = resized[:, from_y, from_x]
+    return out
+
+
+def weights(in_size: int, out_size: int, interpolation: str) -> torch.Tensor:
+    """One axis of a resize as a matrix (out_size, in_size) of weights times 2**22, whole numbers in float64."""
+    scale = max(in_size / out_size, 1.0)
+    centre = (torch.arange(out_size, dtype=torch.float64) + 0.5) * in_size / out_size
+    if interpolation == "nearest":
+        return torch.nn.functional.one_hot(centre.long(), in_size).to(torch.float64) * 2**22
+    t = ((torch.arange(in_size, dtype=torch.float64) + 0.5 - centre[:, None]) / scale).abs()
+    if interpolation == "bilinear":
+        weight = (1 - t).clamp(min=0)
+    else:
+        near, far = (1.5 * t - 2.5) * t * t + 1, (((t - 5) * t + 8) * t - 4) * -0.5
+        weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    weight = weight / weight.sum(1, keepdim=True) * 2**22
+    return (weight.abs() + 0.5).floor() * weight.sign()
+
+
+def rounded(total: torch.Tensor) -> torch.Tensor:
+    """A sum of levels weighted by `weights`, as a level."""
+    return ((total + 2**21) / 2**22).floor().clamp(0, 255)
+
+
+def _centre(size: int, crop: int) -> tuple[slice, slice]:
+    """Where a centre crop puts what, along one axis: (of the crop, of the image)."""
+    if size < crop:
+        first = (crop - size) // 2
+        return slice(first, first + size), slice(0, size)
+    first = round((size - crop) / 2.0)
+    return slice(0, crop), slice(first, first + crop)

@@ -1,0 +1,159 @@
+"""Shards → one run folder, and what is refused: each shard is a real job."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import ProofError, UsageError
+from mgpu_ddp.infer import infer
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.merge import main, merge
+from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.report import rebuild
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.worlds import folder, tiny
+
+OTHER = Listing.build([b"other.jpg"])
+KINDS: dict[str, dict[str, Any]] = {
+    "parquet": {},
+    "csv": {"output": {"format": "csv"}},
+    "npy": {"output": {"format": "npy"}},
+}
+
+
+def run(world: World, run_dir: Path, **changes: Any) -> None:
+    infer(Job(name=run_dir.name, config=tiny(**changes), run_dir=run_dir), world, StopWish(), Kept())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """Three shards of a folder of images with a broken one, in each format, and the whole job beside them."""
+    root = tmp_path_factory.mktemp("shards")
+    make_images(root / "images", 31)[7].write_bytes(b"no image")
+    for kind, changes in KINDS.items():
+        for number in range(3):
+            run(world, root / kind / f"shard-{number}", data=folder(root / "images"), shard=f"{number}/3", **changes)
+        run(world, root / f"whole-{kind}", data=folder(root / "images"), **changes)
+    return root
+
+
+@pytest.fixture
+def three(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the Parquet shards to spoil."""
+    shutil.copytree(shards / "parquet", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path, world: World) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(shards / kind, run_dir)
+    summary = merge(run_dir)
+    assert (summary["rows"], summary["errors"], summary["shards"]) == (31, 1, 3)
+    assert_proved(run_dir, 31, errors=1)
+    whole = shards / f"whole-{kind}"
+    assert (run_dir / "errors.jsonl").read_bytes() == (whole / "errors.jsonl").read_bytes()
+    if kind == "npy":
+        assert np.load(run_dir / "predictions.npy").tobytes() == np.load(whole / "predictions.npy").tobytes()
+    else:
+        assert read_rows(run_dir) == read_rows(whole)
+    page = (run_dir / "report.html").read_bytes()
+    (run_dir / "report.html").unlink()
+    rebuild([f"run={run_dir}"])
+    assert (run_dir / "report.html").read_bytes() == page
+    assert "31 of 31" in (run_dir / "report.html").read_text()
+    before = (run_dir / "manifest.json").read_bytes()
+    run(world, run_dir, data=folder(shards / "images"), **KINDS[kind])
+    assert json.loads(before)["parts"] == json.loads((run_dir / "manifest.json").read_text())["parts"], "nothing to do"
+    assert merge(run_dir)["rows"] == 31, "again"
+
+
+def spoil(change: Callable[[Manifest], None]) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        manifest = Manifest.read(run_dir / "shard-1")
+        assert manifest is not None
+        change(manifest)
+        manifest.write(run_dir / "shard-1")
+
+    return act
+
+
+def unfinish(manifest: Manifest) -> None:
+    manifest.complete, manifest.parts = False, []
+
+
+def move(manifest: Manifest) -> None:
+    manifest.start += 1
+
+
+def renumber(manifest: Manifest) -> None:
+    manifest.shard = "1/4"
+
+
+def other_model(manifest: Manifest) -> None:
+    manifest.fingerprint["model.name"] = "resnet50"
+
+
+@pytest.mark.parametrize(
+    ("act", "line"),
+    [
+        (
+            lambda d: shutil.rmtree(d / "shard-1"),
+            "run must be a folder of all 3 shards, got 'none for [1]'. Run shard=1/3.",
+        ),
+        (
+            lambda d: shutil.copytree(d / "shard-1", d / "copy"),
+            "run must be one folder for each shard, got 'shard [1]'.",
+        ),
+        (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "run must be a folder of shards, got"),
+        (
+            spoil(unfinish),
+            "run must be a folder of complete shards, got 'shard-1 with 10 of 10 rows left'. Start it again",
+        ),
+        (spoil(renumber), "run must be shards of one job, of which shard-0 is 0/3, got 'shard-1, which is 1/4'."),
+        (
+            spoil(other_model),
+            "run must hold shards of one job, got model.name='resnet50' in shard-1, 'squeezenet1_1' in",
+        ),
+        (spoil(move), "run must be shards of the same samples, got 'shard-0 up to 10, shard-1 from 11'."),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(OTHER.buffer), "got listing.arrow="),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(b""), "listing.arrow must be the listing this job"),
+        (lambda d: (d / "shard-2" / "manifest.json").write_text("{"), "must be a readable manifest"),
+    ],
+)
+def test_what_is_not_one_whole_job_is_refused(three: Path, act: Callable[[Path], None], line: str) -> None:
+    act(three)
+    with pytest.raises(UsageError) as refused:
+        merge(three)
+    assert line in str(refused.value)
+    assert not (three / "manifest.json").exists()
+
+
+def test_a_part_that_is_not_what_was_committed_is_found(three: Path) -> None:
+    part = next((three / "shard-1" / "predictions").iterdir())
+    content = bytearray(part.read_bytes())
+    content[50] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ProofError, match="must hold what was committed"):
+        merge(three)
+    assert not (three / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["run="], ["run=nowhere"], ["dir=x"], ["run=.", "run=."]])
+def test_the_command_line_is_one_key(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["merge", *argv])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("mgpu_ddp: run must be ")

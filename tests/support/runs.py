@@ -11,7 +11,7 @@ from PIL import Image
 
 from mgpu_ddp.output.formats import FORMATS
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def make_images(root: Path, count: int, *, classes: int = 3, seed: int = 0) -> list[Path]:

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.data.datasets import FakeSamples, FileSamples
 from mgpu_ddp.data.files import find_images
@@ -80,8 +80,22 @@ def _generate(number, workers, seconds, ready, counts) -> None:
     counts.put(_rate(steps(), seconds))
 
 
+def resolve(config: Config, world: World, *, decode: str) -> Resolved:
+    """What a job of this configuration resolves to."""
+    return Resolved(
+        precision=precision_of(config.runtime, world.device),
+        decode=decode,
+        compile="off",
+        workers=num_workers(config, world),
+        collect="gather",
+        batch_size=int(config.batch_size),
+        transform=imagenet(224),
+    )
+
+
 def read(args: argparse.Namespace, config: Config, world: World) -> float:
     """Files per second that arrive packed, through the loader that mgpu_ddp's loop reads from."""
+    choices = resolve(config, world, decode="gpu")
     files = Listing.build(find_images(args.root, follow_outside=False))
     samples = FileSamples(args.root, files)
     plan = Plan(
@@ -99,12 +113,10 @@ def read(args: argparse.Namespace, config: Config, world: World) -> float:
             loaded = load_batches(
                 samples,
                 ShardSampler(plan, 0),
-                imagenet(224),
-                replace(config.loader, workers=num_workers(config, world)),
-                args.batch_size,
+                config.loader,
+                choices,
                 world,
-                held=held_batches(config, args.batch_size, world),
-                packed=True,
+                held=held_batches(choices, world),
             )
             with loaded as batches:
                 for batch, _ in batches:
@@ -179,8 +191,9 @@ def _decode(
 @torch.inference_mode()
 def forward(args: argparse.Namespace, batch_size: int, config: Config, world: World) -> float:
     """Images per second of the model alone."""
-    module = prepare(build_model(config), config, world)
-    dtype = DTYPES[precision_of(config.runtime, world.device)]
+    choices = resolve(config, world, decode="gpu")
+    module = prepare(build_model(config), config, choices, world)
+    dtype = DTYPES[choices.precision]
     inputs = [
         torch.randn(batch_size, 3, 224, 224, device=world.device)
         .to(dtype)

@@ -35,7 +35,7 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.loader import load_batches
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.preprocess.transform import plain
+from tests.support.choices import resolved
 from tests.support.samples import encoded, photo
 from tests.support.sources import member
 
@@ -314,8 +314,8 @@ def batches(samples: ImageSamples, world: World, *, workers: int = 2, size: int 
     )
     found = []
     for rank in range(size):
-        config, transform = LoaderConfig(workers=workers), plain(8)
-        with load_batches(samples, ShardSampler(plan, rank), transform, config, 4, world, held=1) as loaded:
+        choices = resolved(workers=workers)
+        with load_batches(samples, ShardSampler(plan, rank), LoaderConfig(), choices, world, held=1) as loaded:
             found += [batch for batch, _ in loaded]
     return found
 

@@ -31,6 +31,7 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.loader import load_batches
 from mgpu_ddp.preprocess import transform
 from tests.support import s3
+from tests.support.choices import resolved
 from tests.support.runs import make_images
 from tests.support.sources import sources
 
@@ -246,9 +247,9 @@ def loaded(samples: Samples, world: World, *, workers: int) -> tuple[torch.Tenso
         smallest_rows=len(samples),
         largest_rows=len(samples),
     )
-    settings: Any = (LoaderConfig(workers=workers), 4, world)
+    choices = resolved(workers=workers, transform=transform.plain(16))
     pixels, labels, errors = [], [], {}
-    with load_batches(samples, ShardSampler(plan, 0), transform.plain(16), *settings, held=1) as batches:
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=1) as batches:
         for batch, _ in batches:
             pixels.append(batch.pixels[: len(batch.index)].clone())
             labels += batch.label.tolist()

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import torchvision
 from PIL import Image
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import (
     ArrayConfig,
     Config,
@@ -25,7 +26,6 @@ from mgpu_ddp.config.schema import (
     LoaderConfig,
     ModelConfig,
     OutputConfig,
-    RuntimeConfig,
     TransformConfig,
 )
 from mgpu_ddp.data.array import ArraySamples
@@ -43,11 +43,11 @@ from mgpu_ddp.inference.pipeline import held_batches, predict
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.loader import load_batches
-from mgpu_ddp.loader.spare import Share
 from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Decoder
-from mgpu_ddp.preprocess.transform import Transform, imagenet
+from mgpu_ddp.preprocess.transform import imagenet
+from tests.support.choices import resolved
 from tests.support.runs import make_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -69,9 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loading(
-    samples: Samples, transform: Transform, world: World, **how: Any
-) -> AbstractContextManager[Iterator[tuple[Batch, float]]]:
+def loading(samples: Samples, choices: Resolved, world: World) -> AbstractContextManager[Iterator[tuple[Batch, float]]]:
     plan = Plan(
         start=0,
         stop=len(samples),
@@ -81,28 +79,26 @@ def loading(
         smallest_rows=BATCH_SIZE,
         largest_rows=BATCH_SIZE,
     )
-    sampler, loader = ShardSampler(plan, 0), LoaderConfig(workers=2)
-    return load_batches(samples, sampler, transform, loader, BATCH_SIZE, world, **how)
+    held = held_batches(choices, world)
+    return load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held)
 
 
-def rows_of(root: Path, world: World, *, decode: str = "auto", share: Share | None = None) -> tuple[Rows, Clock]:
+def rows_of(root: Path, world: World, *, decode: str = "gpu") -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
         model=ModelConfig(),
         output=OutputConfig(fields=["topk", "logits"]),
-        runtime=RuntimeConfig(decode=decode),
     )
     files = Listing.build(find_images(str(root), follow_outside=False))
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
-    transform = imagenet(64)
-    predictor = Predictor(module, transform, config, world.device)
+    choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=BATCH_SIZE, transform=imagenet(64))
+    predictor = Predictor(module, config, choices, world.device)
     assert predictor.decodes == (decode != "cpu")
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
-    held = held_batches(config, BATCH_SIZE, world)
-    with loading(samples, transform, world, held=held, packed=predictor.decodes, share=share) as batches:
+    with loading(samples, choices, world) as batches:
         return concatenate(list(predict(batches, predictor, clock, world))), clock
 
 
@@ -134,19 +130,6 @@ def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World) -> N
     assert apart.max() > 0
 
 
-def test_workers_may_decode_some_of_the_images(root: Path, world: World) -> None:
-    alone, clock = rows_of(root, world, decode="exact")
-    # Not all files are JPEGs, and those that are not are always decoded by the workers.
-    before = clock.workers_s["decode"]
-    share = Share(lambda: (0.0, 0.0))
-    share.now = 0.5
-    together, clock = rows_of(root, world, decode="exact", share=share)
-    print(f"decoded by workers: {before:.2f} s, hybrid {clock.workers_s['decode']:.2f} s")
-    assert clock.errors == 0
-    assert clock.workers_s["decode"] > before
-    assert np.array_equal(together.columns["logits"], alone.columns["logits"])
-
-
 @pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])
 @pytest.mark.parametrize("size", [(300, 400), (224, 224)])
 def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
@@ -159,7 +142,7 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
     monkeypatch.setattr(gpu_input, "COPIED_BYTES", 5 * pixels[0].nbytes)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     seen = 0
-    with loading(samples, transform, world, held=1) as batches:
+    with loading(samples, resolved(workers=2, batch_size=BATCH_SIZE, transform=transform), world) as batches:
         for batch, _ in batches:
             assert batch.raw
             [ready] = inputs.make([batch])
@@ -200,7 +183,8 @@ def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     transform = imagenet(64)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     staging = Staging(inputs)
-    with loading(samples, transform, world, held=9, packed=True) as batches, hanging(decoder):
+    choices = resolved(decode="gpu", workers=2, batch_size=BATCH_SIZE, transform=transform)
+    with loading(samples, choices, world) as batches, hanging(decoder):
         for batch, _ in itertools.islice(batches, 8):
             staging.submit(batch)
         staging.flush()
@@ -243,7 +227,7 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
     config = Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig())
     torch.manual_seed(0)
     module = torchvision.models.resnet50().eval().cuda().to(memory_format=torch.channels_last)
-    predictor = Predictor(module, imagenet(224), config, world.device)
+    predictor = Predictor(module, config, resolved(transform=imagenet(224)), world.device)
     images = torch.randn(128, 3, 224, 224, device=world.device).contiguous(memory_format=torch.channels_last)
     whole = predictor(images)
     assert "split" not in whole

@@ -16,6 +16,7 @@ from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess.transform import plain
+from tests.support.choices import resolved
 
 SIDE, CLASSES = 2, 4
 TOO_MUCH = 2**46
@@ -57,7 +58,7 @@ def batches(batch_size: int, count: int) -> Iterator[tuple[Batch, float]]:
 def run(module: nn.Module, world: World, batch_size: int) -> tuple[Rows, Clock]:
     output = OutputConfig(topk=2, fields=["topk", "logits"])
     config = Config(data=FakeConfig(), transform=TransformConfig(), model=ModelConfig(), output=output)
-    predictor = Predictor(module, plain(SIDE), config, world.device)
+    predictor = Predictor(module, config, resolved(transform=plain(SIDE)), world.device)
     clock = Clock(warm_up=1, began=0.0)
     return concatenate(list(predict(batches(batch_size, 2), predictor, clock, world))), clock
 

@@ -12,7 +12,6 @@ from torch import nn
 from mgpu_ddp.config.schema import Config, FakeConfig, ModelConfig, RuntimeConfig, TransformConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import LARGEST, SMALLEST, choose_compile, find_batch_size
 from mgpu_ddp.job.job import Job
@@ -21,8 +20,11 @@ from mgpu_ddp.models.prepare import operations
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.preprocess.transform import plain
 from tests.inference.test_predictor import CLASSES, SIDE, TOO_MUCH
+from tests.support.choices import PredictorsOf, setup
 
 ROWS = 1000
+TINY = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * SIDE**2, CLASSES))
+MODEL = Model(module=TINY, num_classes=CLASSES, origin="", class_names=None, preset=None)
 
 
 class Hungry(nn.Module):
@@ -51,10 +53,9 @@ def job(run_dir: Path, **changes: Any) -> Job:
 
 
 def find(module: nn.Module, run_dir: Path, world: World) -> int:
-    def ready(config: Config) -> Predictor:
-        return Predictor(module, plain(SIDE), config, world.device)
-
-    return find_batch_size(job(run_dir), plain(SIDE), world, ready)
+    wanted = job(run_dir)
+    predictors = PredictorsOf(module, wanted.config, world)
+    return find_batch_size(setup(wanted, MODEL, world, predictors, transform=plain(SIDE)))
 
 
 def test_it_grows_while_that_pays_and_as_far_as_memory_goes(
@@ -86,16 +87,9 @@ def choose(job: Job, world: World, tried: nn.Module | None = None) -> tuple[str,
     """What is chosen for a job of a tiny model, and the batch sizes that were tried with another."""
     tried = tried or Hungry(most=LARGEST)
 
-    def ready(config: Config) -> Predictor:
-        assert config.runtime.compile == "on"
-        return Predictor(tried, plain(SIDE), config, world.device)
-
-    model = Model(module=TINY, num_classes=CLASSES, origin="", class_names=None, preset=None)
-    decided = choose_compile(job, model, None, plain(SIDE), world, ready)
-    return decided.config.runtime.compile, sorted(getattr(tried, "sizes", []))
-
-
-TINY = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * SIDE**2, CLASSES))
+    predictors = PredictorsOf(tried, job.config, world)
+    decided = choose_compile(setup(job, MODEL, world, predictors, transform=plain(SIDE)))
+    return decided, sorted(getattr(tried, "sizes", []))
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.infer import infer
 from mgpu_ddp.inference.pipeline import STAGED, in_flight
 from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.claim import Claim, claim_job, known_listing, place_job
+from mgpu_ddp.job.claim import claim_job, known_listing, place_job
+from mgpu_ddp.job.context import Claim
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.job.plan import dataset_range, make_plan
+from mgpu_ddp.job.plan import Planner, dataset_range
 from mgpu_ddp.job.tasks import error_limit
 from mgpu_ddp.models.build import build_model
-from mgpu_ddp.preprocess import transform
+from tests.support.choices import resolved, setup
 from tests.support.runs import make_images
 from tests.support.sources import write_parquet, write_tar
 
@@ -44,8 +45,9 @@ def config(**changes: Any) -> Config:
 def claimed(settings: Config, run_dir: Path, world: World) -> tuple[Claim, Samples]:
     """Claim a run folder as a job does, and let go of it."""
     job = place_job(Job(name="0", config=settings, run_dir=run_dir), world)
-    files = find_listing(settings, known_listing(job, world), world)
-    claim = claim_job(job, int(settings.batch_size), build_model(settings), transform.plain(8), files, world)
+    made = setup(job, build_model(settings), world, batch_size=int(settings.batch_size))
+    files = find_listing(settings, known_listing(job, made.before, world), world)
+    claim = claim_job(replace(made, files=files))
     assert claim.held is not None
     os.close(claim.held)
     return claim, claim.samples
@@ -162,6 +164,7 @@ def test_max_errors_is_a_count_or_a_share(limit: float | None, count: float) -> 
 def test_a_window_holds_all_that_is_read_ahead_of_it(world: World, device: str) -> None:
     """Else the sampler asks for a window before the one that sizes it was gathered."""
     there = replace(world, device=torch.device(device))
-    settings = config(loader=LoaderConfig(workers=3, prefetch=2))
-    plan = make_plan(settings, 0, 10**6, contiguous=False, block=1, batch_size=4, num_classes=5, world=there)
+    settings = config(loader=LoaderConfig(prefetch=2))
+    choices = resolved(workers=3, decode="gpu" if device == "cuda" else "cpu")
+    plan = Planner(config=settings, resolved=choices, num_classes=5, world=there).plan(0, 10**6)
     assert plan.smallest >= plan.step * (3 * 2 + in_flight(there) + (STAGED if device == "cuda" else 0))

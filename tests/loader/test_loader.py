@@ -1,6 +1,5 @@
 """Loader workers → batches: padded, in order, with bad samples kept apart."""
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -23,11 +22,11 @@ from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.gpu_input import copied
 from mgpu_ddp.loader.batch import Batch, Jpegs, as_batch
-from mgpu_ddp.loader.loader import COPYING_WORKERS, Orders, load_batches, num_workers
+from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers
 from mgpu_ddp.loader.shared_slots import Ring
-from mgpu_ddp.loader.spare import Share
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
+from tests.support.choices import resolved
 from tests.support.samples import encoded, photo
 
 SIZE = 16
@@ -126,45 +125,6 @@ def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: 
         assert torch.equal(batch.pixels[place], on_cpu.pixels[place])
 
 
-def test_workers_decode_what_an_order_says(tmp_path: Path) -> None:
-    samples = folder(tmp_path, {f"{i}.jpg": encoded(photo(30, 20, i), "JPEG") for i in range(8)})
-    ring = Ring(1, 8, (SIZE, SIZE), packed=True)
-    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(), packed=True)
-    order = Order(slot=0, indices=list(range(8)), decode=3)
-    batch = as_batch(worker.make(order), ring, packed=True)
-    assert batch.jpegs is not None
-    assert batch.jpegs.places.tolist() == [3, 4, 5, 6, 7]
-    on_cpu = made(samples, list(range(8)), batch_size=8)
-    assert torch.equal(batch.pixels[:3], on_cpu.pixels[:3])
-
-
-def test_the_workers_share_follows_what_is_waited_for() -> None:
-    waited = {"loader": 5.0, "decoder": 1.0}
-    share = Share(lambda: (waited["loader"], waited["decoder"]))
-    assert share.now == 0
-    for _ in range(3):
-        waited["decoder"] += 1
-        share.adjust()
-    assert share.now == pytest.approx(3 * Share.UP)
-    waited["loader"] += 1
-    share.adjust()
-    assert share.now == pytest.approx(3 * Share.UP * Share.DOWN)
-    for _ in range(100):
-        waited["decoder"] += 1
-        share.adjust()
-    assert share.now == Share.MOST
-
-
-def test_orders_carry_the_share_from_the_second_turn_on() -> None:
-    plan = Plan(start=0, stop=40, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
-    turns = itertools.count()
-    share = Share(lambda: (0.0, float(next(turns))))
-    share.now = 0.49
-    orders = list(Orders(ShardSampler(plan, 0), 4, 3, share))
-    assert [order.decode for order in orders] == [1, 1, 1, *[2] * 7]
-    assert next(turns) == 4
-
-
 def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     large = encoded(Image.fromarray(noise), "JPEG", quality=95)
@@ -208,10 +168,10 @@ def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit:
 def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:
     samples = FakeSamples(FakeConfig(size=400, image_size=[3, 8, 8]))
     plan = Plan(start=0, stop=400, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
-    config, held = LoaderConfig(workers=2), 5
+    choices, held = resolved(workers=2), 5
     kept: deque[tuple[Batch, torch.Tensor]] = deque()
     transform = plain(8)
-    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=held) as batches:
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held) as batches:
         for batch, _ in batches:
             kept.append((batch, batch.pixels.clone()))
             if len(kept) == held:
@@ -313,9 +273,8 @@ def test_batches_come_once_and_in_order(world: World, workers: int, start: int) 
         smallest_rows=8,
         largest_rows=8,
     )
-    config = LoaderConfig(workers=workers)
-    transform = plain(8)
-    with load_batches(samples, ShardSampler(plan, 0), transform, config, 4, world, held=100) as loaded:
+    choices, transform = resolved(workers=workers), plain(8)
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=100) as loaded:
         batches = list(loaded)
     assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
     assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
@@ -348,8 +307,8 @@ def test_a_worker_that_is_slow_holds_up_no_order_but_its_own(world: World) -> No
     # In turns, the worker that waits for order 4 to be made would be given that as well.
     samples = Told(12, waits=2, for_=4)
     plan = Plan(start=0, stop=12, size=1, batch_size=1, contiguous=False, smallest_rows=12, largest_rows=12)
-    config, transform = LoaderConfig(workers=2, prefetch=4), plain(8)
-    with load_batches(samples, ShardSampler(plan, 0), transform, config, 1, world, held=1) as batches:
+    choices = resolved(workers=2, batch_size=1)
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(prefetch=4), choices, world, held=1) as batches:
         seen = [batch for batch, _ in batches]
     assert [int(batch.index[0]) for batch in seen] == list(range(12))
     assert not any(batch.errors for batch in seen)
@@ -361,9 +320,9 @@ def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
             raise ZeroDivisionError
 
     plan = Plan(start=0, stop=2, size=1, batch_size=1, contiguous=False, smallest_rows=2, largest_rows=2)
-    samples, config = Broken(None, ValueError), LoaderConfig(workers=1)
+    samples, choices = Broken(None, ValueError), resolved(workers=1, batch_size=1)
     with (
-        load_batches(samples, ShardSampler(plan, 0), plain(8), config, 1, world, held=1) as batches,
+        load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=1) as batches,
         pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"),
     ):
         list(batches)
@@ -373,8 +332,8 @@ def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
 def test_no_samples_give_no_batches(world: World, workers: int) -> None:
     plan = Plan(start=0, stop=0, size=1, batch_size=4, contiguous=False, smallest_rows=8, largest_rows=8)
     samples = FakeSamples(FakeConfig(size=0))
-    config = LoaderConfig(workers=workers)
-    with load_batches(samples, ShardSampler(plan, 0), plain(8), config, 4, world, held=100) as batches:
+    choices = resolved(workers=workers)
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=100) as batches:
         assert list(batches) == []
 
 

@@ -20,6 +20,7 @@ from mgpu_ddp.models.build import build_model, choose_transform, load_model
 from mgpu_ddp.models.prepare import head_of, prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from mgpu_ddp.preprocess import transform
+from tests.support.choices import resolved
 
 SMALL = "squeezenet1_1"
 
@@ -252,7 +253,7 @@ def test_folding_keeps_the_logits(name: str, world: World) -> None:
         images = torch.randn(2, 3, 64, 64)
         expected = module(images)
         model = build.Model(module=module, num_classes=5, origin="", class_names=None, preset=None)
-        folded = prepare(model, job(name), world)
+        folded = prepare(model, job(name), resolved(), world)
         assert (folded(images) - expected).abs().max() < 1e-4
     norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms == []
@@ -261,7 +262,7 @@ def test_folding_keeps_the_logits(name: str, world: World) -> None:
 
 def test_folding_can_be_switched_off(world: World) -> None:
     config = job("resnet18", runtime=RuntimeConfig(fold=False, channels_last=False))
-    module = prepare(build_model(config), config, world)
+    module = prepare(build_model(config), config, resolved(), world)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
     assert not module.training
 
@@ -282,7 +283,7 @@ def test_the_head_turns_features_into_logits(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", SMALL])
 def test_the_head_is_still_found_after_folding(name: str, world: World) -> None:
     config = job(name)
-    head = head_of(prepare(build_model(config), config, world), 5)
+    head = head_of(prepare(build_model(config), config, resolved(), world), 5)
     assert (head.out_channels if isinstance(head, nn.Conv2d) else head.out_features) == 5
 
 

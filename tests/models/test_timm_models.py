@@ -18,6 +18,7 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.build import build_model, choose_transform
 from mgpu_ddp.models.prepare import embedding_dim, head_of, prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
+from tests.support.choices import resolved
 
 
 def job(name: str, **changes: object) -> Config:
@@ -84,7 +85,9 @@ def test_a_model_whose_tracing_finds_constants_of_many_dimensions_runs(world: Wo
     images = torch.randn(1, 3, 256, 256)
     with torch.inference_mode():
         wanted = module(images)
-        folded = prepare(replace(model, module=copy.deepcopy(module)), job("swinv2_tiny_window8_256"), world)
+        folded = prepare(
+            replace(model, module=copy.deepcopy(module)), job("swinv2_tiny_window8_256"), resolved(), world
+        )
         assert torch.allclose(folded(images), wanted, atol=1e-4)
 
 
@@ -100,7 +103,7 @@ def test_the_embedding_is_what_timm_gives_its_classifier(name: str, world: World
     model = build_model(job(name))
     module = model.module.eval()
     width = embedding_dim(module, 5)
-    folded = prepare(replace(model, module=copy.deepcopy(module)), job(name), world)
+    folded = prepare(replace(model, module=copy.deepcopy(module)), job(name), resolved(), world)
     seen: list[torch.Tensor] = []
     head_of(folded, 5).register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
     images = torch.randn(2, 3, 160, 160)

@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from mgpu_ddp.config.schema import Config
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, share_weights
 from mgpu_ddp.errors import PeerFailedError, UsageError
-from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import choose_compile
 from mgpu_ddp.job.cache import Kept
@@ -24,6 +22,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
 from mgpu_ddp.models.build import Model
 from mgpu_ddp.preprocess.transform import plain
+from tests.support.choices import PredictorsOf, setup
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.worlds import Case, ended, folder, run_world, tiny
 
@@ -87,15 +86,14 @@ def fails_to_compile_on_rank_1(world: World) -> list[str]:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 12))
     model = Model(module=module, num_classes=12, origin="", class_names=None, preset=None)
 
-    def ready(config: Config) -> Predictor:
-        # One that takes no images of this size stands for one that does not compile.
-        mine = nn.Sequential(nn.Flatten(), nn.Linear(5, 12)) if world.rank == 1 else module
-        return Predictor(mine, plain(4), config, world.device)
+    # One that takes no images of this size stands for one that does not compile.
+    mine = nn.Sequential(nn.Flatten(), nn.Linear(5, 12)) if world.rank == 1 else module
 
     def choose(compile_: str) -> str:
         job = Job(name="0", config=tiny(runtime={"compile": compile_}), run_dir=Path("nowhere"))
         try:
-            return choose_compile(job, model, None, plain(4), world, ready).config.runtime.compile
+            predictors = PredictorsOf(mine, job.config, world)
+            return choose_compile(setup(job, model, world, predictors, transform=plain(4)))
         except UsageError as error:
             return str(error)
 

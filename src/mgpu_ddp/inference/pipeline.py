@@ -9,11 +9,11 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from mgpu_ddp.config.schema import Config
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.cuda_graph import Columns
-from mgpu_ddp.inference.gpu_input import GpuInput, Ready, Staging, decode_of, group_of
+from mgpu_ddp.inference.gpu_input import GpuInput, Ready, Staging, group_of
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.output.rows import Rows
@@ -30,11 +30,11 @@ STAGED = 4
 """Groups of batches that are decoded on a GPU while the model runs a batch before."""
 
 
-def held_batches(config: Config, batch_size: int, world: World) -> int:
+def held_batches(resolved: Resolved, world: World) -> int:
     """How many of the loader's batches `predict` may hold at once."""
     if world.device.type != "cuda":
         return in_flight(world) + 1
-    group = 1 if decode_of(config, world.device) == "cpu" else group_of(batch_size)
+    group = 1 if resolved.decode == "cpu" else group_of(resolved.batch_size)
     return in_flight(world) + (STAGED + 1) * group + 1
 
 

@@ -3,17 +3,18 @@
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.inference.cuda_graph import Columns, Replayed
-from mgpu_ddp.inference.gpu_input import GpuInput, decode_of
-from mgpu_ddp.models.prepare import DTYPES, head_of, precision_of
-from mgpu_ddp.preprocess.transform import Transform
+from mgpu_ddp.inference.gpu_input import GpuInput
+from mgpu_ddp.models.prepare import DTYPES, head_of
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -23,15 +24,16 @@ NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 class Predictor:
     """Normalise, run the model and keep only what the rows need, all on the model's device."""
 
-    def __init__(self, module: nn.Module, transform: Transform, config: Config, device: torch.device) -> None:
-        runtime, output = config.runtime, config.output
+    def __init__(self, module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> None:
+        runtime, output, transform = config.runtime, config.output, resolved.transform
         self._module, self._transform, self._device = module, transform, device
-        self._dtype, self._channels_last = DTYPES[precision_of(runtime, device)], runtime.channels_last
-        decode = decode_of(config, device)
-        self.decodes = decode != "cpu"
+        self._dtype, self._channels_last = DTYPES[resolved.precision], runtime.channels_last
+        self.decodes = resolved.decode != "cpu"
         """Whether encoded images may come in."""
         self.inputs = (
-            GpuInput(transform, device, self._dtype, channels_last=self._channels_last, exact=decode == "exact")
+            GpuInput(
+                transform, device, self._dtype, channels_last=self._channels_last, exact=resolved.decode == "exact"
+            )
             if device.type == "cuda"
             else None
         )
@@ -39,18 +41,19 @@ class Predictor:
         self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
         # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
-        graphs = device.type == "cuda" and runtime.compile != "on" and config.strategy == "ddp"
+        graphs = device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp"
         self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
         self._kept = threading.local()
         if "embedding" in self._fields:
             head_of(module, config.model.num_classes).register_forward_pre_hook(self._keep_embedding)
 
     @staticmethod
-    def depends_on(config: Config, transform: Transform, device: torch.device) -> Any:
+    def depends_on(config: Config, resolved: Resolved, device: torch.device) -> Any:
         """What makes one predictor differ from another."""
         output = config.output
+        chosen = replace(config.runtime, precision=resolved.precision, decode=resolved.decode, compile=resolved.compile)
         return [
-            *(config.model, config.seed, config.runtime, config.strategy, transform, device),
+            *(config.model, config.seed, chosen, config.strategy, resolved.transform, device),
             *(config.data.name, output.format, output.fields, output.topk, output.dtype),
         ]
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -11,24 +11,23 @@ import torch
 
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import open_samples
-from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.host import available_bytes, peaks, reset_peaks
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError, reason_of
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.pipeline import in_flight, predict
 from mgpu_ddp.inference.predictor import Predictor
-from mgpu_ddp.job.job import Job
+from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.batch import Batch
-from mgpu_ddp.models.build import Model
 from mgpu_ddp.models.prepare import operations
-from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.preprocess.transform import Transform
 
 log = logging.getLogger("mgpu_ddp")
 
 SMALLEST, LARGEST = 8, 4096
+DEFAULT_BATCH_SIZE = 32
+"""Stands for auto until it is found."""
 GAIN = 1.03
 """A larger batch must be worth so much: a smaller one commits sooner, and needs less memory."""
 MEASURED_S = 1.0
@@ -39,32 +38,26 @@ WORTH_COMPILING = 1e15
 17 % of the two hours that they take two cores, and is worth its while up to about sixty-four of them."""
 
 
-def choose_compile(
-    job: Job,
-    model: Model,
-    files: Listing | None,
-    transform: Transform,
-    world: World,
-    ready: Callable[[Config], Predictor],
-) -> Job:
-    """The job with `runtime.compile` on or off, tried where it is on. Collective: every rank calls this.
+def choose_compile(setup: Setup) -> str:
+    """`runtime.compile` as on or off, tried where it is on. Collective: every rank calls this.
 
     The job's work decides, and nothing that differs between worlds: a compiled model's last bits are its own.
 
     Raises:
         UsageError: the model does not compile, and is to be.
     """
-    asked = job.config.runtime.compile
+    asked, world = setup.job.config.runtime.compile, setup.world
     if asked == "off":
-        return job
+        return "off"
     settled: tuple[bool, bool, int | None] | None = None
     with world.together("choose whether to compile"):
         if world.rank == 0:
-            settled = _settle_compile(job, model, files, transform, world)
+            settled = _settle_compile(setup)
     compiled, is_free, batch_size = world.share("compile", settled)
     if compiled and batch_size is not None:
         log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
-        failures = _try_on_all(ready(_with_compile(job, "on").config), batch_size, transform, world)
+        predictor = setup.predictors.get(replace(setup.resolved, compile="on"))
+        failures = _try_on_all(predictor, batch_size, setup.resolved.transform, world)
         if failures and not is_free:
             raise UsageError(
                 f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
@@ -73,44 +66,34 @@ def choose_compile(
         if failures and world.rank == 0:
             log.warning("runtime.compile=auto is off, for the model cannot be compiled: %s", failures[0])
         compiled = not failures
-    return _with_compile(job, "on" if compiled else "off")
+    return "on" if compiled else "off"
 
 
-def _settle_compile(
-    job: Job, model: Model, files: Listing | None, transform: Transform, world: World
-) -> tuple[bool, bool, int | None]:
+def _settle_compile(setup: Setup) -> tuple[bool, bool, int | None]:
     """(whether to compile, whether a failure may change that, the batch size to try, if any). Rank 0 only."""
-    config, before = job.config, _before(job)
+    job, before = setup.job, setup.before
+    config = job.config
     asked_on = config.runtime.compile == "on"
     if before and before.fingerprint.get("runtime.compile") != "on":
         # Where it is asked for nevertheless, the folder is refused when it is claimed.
         return asked_on, False, None
-    if not before and not asked_on and not _may_be_compiled(config, world):
+    if not before and not asked_on and not _may_be_compiled(config, setup.world):
         return False, True, None
-    length = len(open_samples(config, files))
+    length = len(open_samples(config, setup.files))
     start, stop = dataset_range(config, length)
     batch_size = batch_size_of(config, SMALLEST if config.batch_size == "auto" else int(config.batch_size), length)
     if before:
         is_left = not before.complete or stop > before.stop or config.retry_failed
         tried = batch_size if job.batch_size_given else before.batch_size
         return True, False, tried if is_left else None
-    worth_it = asked_on or (stop - start) * operations(model.module, transform) >= WORTH_COMPILING
-    return worth_it, not asked_on, batch_size
+    work = (stop - start) * operations(setup.model.module, setup.resolved.transform)
+    return asked_on or work >= WORTH_COMPILING, not asked_on, batch_size
 
 
 def _may_be_compiled(config: Config, world: World) -> bool:
     """Whether auto leaves it to the job's work."""
     # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
     return world.device.type == "cpu" and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
-
-
-def _with_compile(job: Job, choice: str) -> Job:
-    return replace(job, config=replace(job.config, runtime=replace(job.config.runtime, compile=choice)))
-
-
-def _before(job: Job) -> Manifest | None:
-    """What the folder was begun with, where the job goes on with it. Rank 0 only."""
-    return None if job.starts_over else Manifest.read(job.run_dir)
 
 
 def _try_on_all(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> list[str]:
@@ -139,18 +122,15 @@ def _failure(predictor: Predictor, batch_size: int, transform: Transform, world:
     return None
 
 
-def find_batch_size(job: Job, transform: Transform, world: World, ready: Callable[[Config], Predictor]) -> int:
+def find_batch_size(setup: Setup) -> int:
     """The batch size to start the job with. Collective: every rank calls this; all get the same."""
-    if job.config.batch_size != "auto":
-        return int(job.config.batch_size)
-    settled: int | None = None
-    with world.together("look for the batch size"):
-        before = _before(job) if world.rank == 0 else None
-        settled = before.batch_size if before else None
-    settled = world.share("batch size", settled)
+    asked, world, transform = setup.job.config.batch_size, setup.world, setup.resolved.transform
+    if asked != "auto":
+        return int(asked)
+    settled = world.share("batch size", setup.before.batch_size if setup.before else None)
     if settled is not None:
-        return settled
-    predictor = ready(job.config)
+        return int(settled)
+    predictor = setup.predictors.get(setup.resolved)
     rates: dict[int, float] = {}
     for batch_size in _doubling():
         rate, room = None, False

@@ -1,10 +1,10 @@
-"""One job: what it is, and the run folder it makes its own."""
+"""A job makes a run folder its own, and tells all ranks where to begin."""
 
 import os
 import platform
 import secrets
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +16,44 @@ from mgpu_ddp import __version__
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.config.schema import ArrayConfig, Config, FolderConfig, ListConfig, Listed, TimmConfig
 from mgpu_ddp.data.array import identity
-from mgpu_ddp.data.datasets import Samples, open_samples
+from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.distributed import slurm
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.inference.gpu_input import decode_of
+from mgpu_ddp.job.context import Claim, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.models.build import Model
 from mgpu_ddp.models.class_names import names_digest
-from mgpu_ddp.models.prepare import embedding_dim, precision_of
+from mgpu_ddp.models.prepare import embedding_dim
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.manifest import Manifest, write_status
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.replace import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.output.run_folder import claim_folder, hold_folder, to_continue
-from mgpu_ddp.preprocess.transform import Transform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """What every rank knows of the run folder once it is this job's."""
-
-    start: int
-    """The job's range of dataset indices is [start, stop)."""
-    stop: int
-    prefix: int
-    """The first index that is not committed yet."""
-    errors: int
-    """Error rows committed before."""
-    batch_size: int
-    token: str
-    """Of this attempt; part names carry it."""
-    manifest: Manifest | None
-    """On rank 0."""
-    held: int | None
-    """On rank 0: the descriptor that keeps other jobs out."""
-    folder: Path
-    samples: Samples
-
-
-def fingerprint(config: Config, model: Model, transform: Transform, world: World) -> dict[str, Any]:
+def fingerprint(setup: Setup) -> dict[str, Any]:
     """The keys that decide what the rows say, resolved. Rank 0 only."""
-    runtime = config.runtime
+    config, model, resolved = setup.job.config, setup.model, setup.resolved
+    runtime, device = config.runtime, setup.world.device
     return {
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
         "listing": identity(config.data) if isinstance(config.data, ArrayConfig) else None,
-        **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(transform).items()},
+        **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(resolved.transform).items()},
         "model.name": ("timm/" if isinstance(config.model, TimmConfig) else "") + config.model.name,
         "model.num_classes": model.num_classes,
         "model.weights": weights_digest(model.module),
         "model.class_names": names_digest(model.class_names) if config.model.class_names else None,
         "strategy": config.strategy,
-        "runtime.device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "runtime.precision": precision_of(runtime, world.device),
+        "runtime.device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "runtime.precision": resolved.precision,
         "runtime.channels_last": runtime.channels_last,
-        "runtime.decode": decode_of(config, world.device),
+        "runtime.decode": resolved.decode,
         "runtime.fold": runtime.fold,
         "runtime.deterministic": runtime.deterministic,
-        "runtime.compile": runtime.compile,
+        "runtime.compile": resolved.compile,
         "output.format": config.output.format,
         "output.fields": sorted(config.output.fields),
         "output.topk": config.output.topk,
@@ -130,26 +108,29 @@ def _begun_by(folder: Path) -> str:
     return manifest.slurm_job if manifest else ""
 
 
-def known_listing(job: Job, world: World) -> Listing | None:
-    """The listing that the run folder was begun with: it alone says which index is which file. Collective.
+def found_manifest(job: Job, world: World) -> Manifest | None:
+    """The manifest that the run folder was begun with, on rank 0; None for a fresh start. Collective."""
+    with world.together("read the manifest"):
+        return Manifest.read(job.run_dir) if world.rank == 0 and not job.starts_over else None
+
+
+def known_listing(job: Job, before: Manifest | None, world: World) -> Listing | None:
+    """The listing of a folder that is continued: it alone says which index is which file. Collective.
 
     On rank 0, and None for a fresh start; a list is its own listing.
     """
     with world.together("read the listing"):
         is_listed = isinstance(job.config.data, Listed) and not isinstance(job.config.data, ListConfig)
-        if world.rank == 0 and is_listed and not job.starts_over and Manifest.read(job.run_dir) is not None:
-            return Listing.open(job.run_dir / FILE_NAME)
-    return None
+        return Listing.open(job.run_dir / FILE_NAME) if before is not None and is_listed else None
 
 
-def claim_job(
-    job: Job, batch_size: int, model: Model, transform: Transform, files: Listing | None, world: World
-) -> Claim:
+def claim_job(setup: Setup) -> Claim:
     """Make the run folder this job's and tell all ranks where to begin. Collective: every rank calls this.
 
     Raises:
         UsageError: the folder holds another job or cannot be written to.
     """
+    job, world, files = setup.job, setup.world, setup.files
     config, run_dir = job.config, job.run_dir
     manifest: Manifest | None = None
     held: int | None = None
@@ -158,10 +139,10 @@ def claim_job(
             length = len(open_samples(config, files))
             start, stop = dataset_range(config, length)
             wanted = Manifest(
-                fingerprint=fingerprint(config, model, transform, world),
+                fingerprint=fingerprint(setup),
                 start=start,
                 stop=stop,
-                batch_size=batch_size_of(config, batch_size, length),
+                batch_size=batch_size_of(config, setup.resolved.batch_size, length),
                 world_sizes=[world.size],
                 versions=versions(),
                 slurm_job=slurm.job_id(),
@@ -181,7 +162,7 @@ def claim_job(
                 resume=resume,
                 overwrite=job.starts_over,
                 batch_size_given=job.batch_size_given,
-                array_columns=array_columns(config, model),
+                array_columns=array_columns(config, setup.model),
                 files=files,
             )
             if config.overwrite:

@@ -8,13 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import Exit, ProofError, UsageError, reason_of
-from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.job.claim import Claim, array_columns
+from mgpu_ddp.job.claim import array_columns
 from mgpu_ddp.job.collector import Ending
-from mgpu_ddp.job.job import Job
-from mgpu_ddp.models.build import Model
+from mgpu_ddp.job.context import Claim, JobContext
 from mgpu_ddp.output.manifest import Manifest, write_status
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.replace import put_in_place
@@ -58,34 +55,29 @@ def _mark_failed(folder: Path, reason: str) -> None:
         log.error("%s must be writable to say that the job failed, got: %s", folder / "status.json", error)
 
 
-def finish_job(job: Job, claim: Claim, model: Model, world: World, clock: Clock, ending: Ending) -> dict[str, Any]:
+def finish_job(context: JobContext, ending: Ending) -> dict[str, Any]:
     """Prove, report and mark the folder. Collective: every rank calls this; all get the summary.
 
     Raises:
         ProofError: the folder does not hold exactly one row per sample.
     """
-    measured = metrics.measure(world, clock)
+    world = context.world
+    measured = metrics.measure(world, context.clock)
     ranks = [metrics.RankMetrics(**values) for values in world.exchange("metrics", asdict(measured))]
     summary: dict[str, Any] = {}
     with world.together("prove the table"):
-        if world.rank == 0:
-            assert claim.manifest is not None
+        if context.claim.manifest is not None:
             try:
-                summary = _conclude(job, claim, claim.manifest, model, world, ending, ranks)
+                summary = _conclude(context, context.claim.manifest, ending, ranks)
             except OSError as error:
-                raise write_error(job.run_dir, error) from error
+                raise write_error(context.claim.folder, error) from error
     return dict(world.share("summary", summary))
 
 
 def _conclude(
-    job: Job,
-    claim: Claim,
-    manifest: Manifest,
-    model: Model,
-    world: World,
-    ending: Ending,
-    ranks: Sequence[metrics.RankMetrics],
+    context: JobContext, manifest: Manifest, ending: Ending, ranks: Sequence[metrics.RankMetrics]
 ) -> dict[str, Any]:
+    job, claim, model, world = context.job, context.claim, context.model, context.world
     run_dir, how = job.run_dir, job.config.output.format
     # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
     remove_unlisted(run_dir, manifest)

@@ -1,21 +1,30 @@
 """Which windows a job has, and what `dry_run` prints of them."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, parse_shard
 from mgpu_ddp.data.datasets import open_samples
-from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.sharding import Plan
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import Exit
 from mgpu_ddp.inference.pipeline import held_batches
+from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.loader.loader import num_workers
-from mgpu_ddp.models.build import Model
 from mgpu_ddp.reporting import console
 
 log = logging.getLogger("mgpu_ddp")
+
+WINDOW_BYTES = 64 << 20
+"""Of the rows that travel to rank 0 in one window, from all ranks together."""
+MUCH = 8
+"""Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
+STRETCH_BYTES = 8 << 20
+"""Of the rows that one rank writes itself in one window."""
+EMBEDDING_DIM = 2048
+"""Assumed where the width of an embedding only sizes buffers."""
 
 
 def dataset_range(config: Config, length: int) -> tuple[int, int]:
@@ -30,22 +39,6 @@ def batch_size_of(config: Config, batch_size: int, length: int) -> int:
     return max(1, min(batch_size, length, length if config.limit is None else config.limit))
 
 
-WINDOW_BYTES = 64 << 20
-"""Of the rows that travel to rank 0 in one window, from all ranks together."""
-
-
-MUCH = 8
-"""Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
-
-
-STRETCH_BYTES = 8 << 20
-"""Of the rows that one rank writes itself in one window."""
-
-
-EMBEDDING_DIM = 2048
-"""Assumed where the width of an embedding only sizes buffers."""
-
-
 def row_bytes(config: Config, num_classes: int) -> int:
     """About how many bytes one row takes on its way."""
     fields = config.output.fields
@@ -54,64 +47,60 @@ def row_bytes(config: Config, num_classes: int) -> int:
     return 64 + (2 if config.output.dtype == "fp16" else 4) * numbers + 8 * config.output.topk
 
 
-def make_plan(
-    config: Config,
-    start: int,
-    stop: int,
-    *,
-    contiguous: bool,
-    block: int,
-    batch_size: int,
-    num_classes: int,
-    world: World,
-) -> Plan:
-    """Windows over [start, stop). Collective: every rank calls this."""
-    ahead = num_workers(config, world) * config.loader.prefetch + 1
-    ahead += held_batches(config, batch_size, world)
-    if config.output.commit_every == "auto":
-        step = world.size * batch_size
-        smallest = max(world.exchange("batches read ahead", ahead)) * step
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planner:
+    """Plans the windows of a job's tasks."""
+
+    config: Config
+    resolved: Resolved
+    num_classes: int
+    world: World
+
+    def plan(self, start: int, stop: int) -> Plan:
+        """Windows over [start, stop) as the job asks for them. Collective: every rank calls this."""
+        return self._plan(start, stop, contiguous=self.resolved.collect == "shards", block=self.config.loader.block)
+
+    def plan_few(self, number: int) -> Plan:
+        """Windows over a few samples that lie apart, numbered from 0. Collective: every rank calls this."""
+        return self._plan(0, number, contiguous=False, block=1)
+
+    def _plan(self, start: int, stop: int, *, contiguous: bool, block: int) -> Plan:
+        smallest, largest = self._window_rows(contiguous=contiguous)
+        return Plan(
+            start=start,
+            stop=stop,
+            size=self.world.size,
+            batch_size=self.resolved.batch_size,
+            contiguous=contiguous,
+            smallest_rows=smallest,
+            largest_rows=largest,
+            block=block,
+        )
+
+    def _window_rows(self, *, contiguous: bool) -> tuple[int, int]:
+        """The fewest and the most rows of a window."""
+        config, resolved, world = self.config, self.resolved, self.world
+        if config.output.commit_every != "auto":
+            return int(config.output.commit_every), int(config.output.commit_every)
+        ahead = resolved.workers * config.loader.prefetch + 1 + held_batches(resolved, world)
+        smallest = max(world.exchange("batches read ahead", ahead)) * world.size * resolved.batch_size
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
-        largest = budget // row_bytes(config, num_classes)
+        largest = budget // row_bytes(config, self.num_classes)
         if not contiguous and smallest > MUCH * largest:
             log.warning(
                 "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
                 world.size,
                 f"{smallest:,}",
             )
-    else:
-        smallest = largest = int(config.output.commit_every)
-    return Plan(
-        start=start,
-        stop=stop,
-        size=world.size,
-        batch_size=batch_size,
-        contiguous=contiguous,
-        smallest_rows=smallest,
-        largest_rows=largest,
-        block=block,
-    )
+        return smallest, largest
 
 
-def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict[str, Any]:
+def dry_run(setup: Setup) -> dict[str, Any]:
     """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
-    start, stop = world.share(
-        "samples",
-        dataset_range(job.config, len(open_samples(job.config, files))) if world.rank == 0 else None,
-    )
-    contiguous = job.config.collect == "shards"
-    # auto is found when the job starts, and needs the device for it.
-    batch_size = 32 if job.config.batch_size == "auto" else int(job.config.batch_size)
-    plan = make_plan(
-        job.config,
-        start,
-        stop,
-        contiguous=contiguous,
-        block=job.config.loader.block,
-        batch_size=batch_size,
-        num_classes=model.num_classes,
-        world=world,
-    )
+    job, world, num_classes = setup.job, setup.world, setup.model.num_classes
+    length = len(open_samples(job.config, setup.files)) if world.rank == 0 else 0
+    start, stop = world.share("samples", dataset_range(job.config, length))
+    plan = Planner(config=job.config, resolved=setup.resolved, num_classes=num_classes, world=world).plan(start, stop)
     summary = {
         "status": "planned",
         "exit_code": int(Exit.COMPLETE),
@@ -119,7 +108,7 @@ def dry_run(job: Job, model: Model, files: Listing | None, world: World) -> dict
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print(describe_plan(job, plan, model.num_classes))
+        print(describe_plan(job, plan, num_classes))
         console.print_summary(summary)
     return summary
 

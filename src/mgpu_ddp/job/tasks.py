@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,21 +11,18 @@ import numpy.typing as npt
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import ChosenSamples, Samples
 from mgpu_ddp.distributed.channel import Channel
-from mgpu_ddp.distributed.sharding import Plan
-from mgpu_ddp.distributed.signals import StopWish
-from mgpu_ddp.distributed.world import World
+from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.errors import SampleError
-from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.pipeline import held_batches, predict
 from mgpu_ddp.inference.predictor import NONFINITE
-from mgpu_ddp.job.claim import Claim
+from mgpu_ddp.inference.trace import Profile
 from mgpu_ddp.job.collector import Collector
-from mgpu_ddp.job.job import Job
-from mgpu_ddp.job.plan import make_plan
-from mgpu_ddp.models.build import Model
-from mgpu_ddp.output.parts import MendedTable, Table, open_writer
+from mgpu_ddp.job.context import JobContext
+from mgpu_ddp.job.plan import Planner
+from mgpu_ddp.loader.loader import load_batches
+from mgpu_ddp.output.parts import MendedTable, PartWriter, Table, open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.verify import error_rows
-from mgpu_ddp.preprocess.transform import Transform
 from mgpu_ddp.reporting import console
 from mgpu_ddp.reporting.console import Progress
 
@@ -47,82 +44,91 @@ class Task:
     """Errors that count against `max_errors` besides those of this task."""
 
 
-def tasks(job: Job, claim: Claim, model: Model, world: World) -> Iterator[Task]:
+def tasks(context: JobContext) -> Iterator[Task]:
     """The samples without a row, then those to retry. Collective: every rank walks it to its end or leaves it."""
-    config, samples = job.config, claim.samples
-    sizes = {"batch_size": claim.batch_size, "num_classes": model.num_classes}
-    contiguous, block = config.collect == "shards", config.loader.block
-    plan = make_plan(config, claim.prefix, claim.stop, contiguous=contiguous, block=block, **sizes, world=world)
+    config, claim, world = context.config, context.claim, context.world
+    num_classes = context.model.num_classes
+    planner = Planner(config=config, resolved=context.resolved, num_classes=num_classes, world=world)
     yield Task(
         name="rows",
-        plan=plan,
-        samples=samples,
+        plan=planner.plan(claim.prefix, claim.stop),
+        samples=claim.samples,
         chosen=None,
         total=claim.stop - claim.start,
         errors_before=claim.errors,
     )
-    if not config.retry_failed:
-        return
-    failed: list[int] = []
-    with world.together("find the failed rows"):
+    if config.retry_failed:
+        chosen = _failed_rows(context)
+        yield Task(
+            name="failed rows",
+            plan=planner.plan_few(len(chosen)),
+            samples=ChosenSamples(claim.samples, chosen),
+            chosen=chosen,
+            total=len(chosen),
+            errors_before=0,
+        )
+
+
+def _failed_rows(context: JobContext) -> npt.NDArray[np.int64]:
+    """Dataset indices of the error rows. Collective: every rank calls this."""
+    claim, failed = context.claim, list[int]()
+    with context.world.together("find the failed rows"):
         if claim.manifest is not None:
-            failed = [
-                index for index, _, _ in error_rows(job.run_dir, claim.manifest, config.output.format, samples.path)
-            ]
-    chosen = np.array(world.share("failed rows", failed), dtype=np.int64)
-    # They are few, and lie apart.
-    plan = make_plan(config, 0, len(chosen), contiguous=False, block=1, **sizes, world=world)
-    yield Task(
-        name="failed rows",
-        plan=plan,
-        samples=ChosenSamples(samples, chosen),
-        chosen=chosen,
-        total=len(chosen),
-        errors_before=0,
-    )
+            rows = error_rows(claim.folder, claim.manifest, context.config.output.format, claim.samples.path)
+            failed = [index for index, _, _ in rows]
+    return np.array(context.world.share("failed rows", failed), dtype=np.int64)
 
 
 @contextmanager
-def collecting(
-    job: Job, task: Task, claim: Claim, model: Model, transform: Transform, world: World, stop: StopWish, clock: Clock
-) -> Iterator[Collector]:
+def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
     """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
-    config, plan = job.config, task.plan
-    channel = Channel(world, f"{job.name}/{task.name}", config.dist.timeout_s)
-    # A task may choose among the samples; parts name them as the dataset does.
-    names_of = claim.samples.names
-    writer = open_writer(job.run_dir, config.output.format, names_of, model.class_names, claim.token, claim.start)
-    table: Table | None = None
-    if claim.manifest is not None:
-        table = Table(job.run_dir, claim.manifest, writer)
-        if task.chosen is not None:
-            table = MendedTable(job.run_dir, claim.manifest, writer, task.chosen)
+    config, claim, world, plan = context.config, context.claim, context.world, task.plan
+    channel = Channel(world, f"{context.job.name}/{task.name}", config.dist.timeout_s)
+    writer, table = _open_table(context, task)
     collector = Collector(
-        job=job.name,
+        job=context.job.name,
         world=world,
         plan=plan,
         channel=channel,
         writer=writer,
         table=table,
-        clock=clock,
-        stop=stop,
+        clock=context.clock,
+        stop=context.stop,
         errors_before=task.errors_before,
         max_errors=error_limit(config, claim.stop - claim.start),
     )
-    with console.log_into(job.run_dir, world), Progress(world, task.total, task.total - plan.rows_left), collector:
-        height, width = transform.out_size
-        model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
-        console.log_plan(world, config, model_bytes, claim.batch_size * 3 * height * width * 4)
-        log.info(
-            "%s; batch_size %d; %s of %s %s to do",
-            model.origin,
-            claim.batch_size,
-            f"{plan.rows_left:,}",
-            f"{task.total:,}",
-            task.name,
-        )
+    with console.log_into(claim.folder, world), Progress(world, task.total, task.total - plan.rows_left), collector:
+        _log_task(context, task)
         yield collector
     channel.close()
+
+
+def _open_table(context: JobContext, task: Task) -> tuple[PartWriter, Table | None]:
+    """This rank's writer, and on rank 0 the table that it adds to."""
+    config, claim, class_names = context.config, context.claim, context.model.class_names
+    # A task may choose among the samples; parts name them as the dataset does.
+    names_of = claim.samples.names
+    writer = open_writer(claim.folder, config.output.format, names_of, class_names, claim.token, claim.start)
+    if claim.manifest is None:
+        return writer, None
+    if task.chosen is not None:
+        return writer, MendedTable(claim.folder, claim.manifest, writer, task.chosen)
+    return writer, Table(claim.folder, claim.manifest, writer)
+
+
+def _log_task(context: JobContext, task: Task) -> None:
+    resolved, model = context.resolved, context.model
+    height, width = resolved.transform.out_size
+    model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    console.log_plan(context.world, resolved, model_bytes, resolved.batch_size * 3 * height * width * 4)
+    log.info(
+        "%s; batch_size %d; %s of %s %s to do",
+        model.origin,
+        resolved.batch_size,
+        f"{task.plan.rows_left:,}",
+        f"{task.total:,}",
+        task.name,
+    )
 
 
 def error_limit(config: Config, total: int) -> float:
@@ -133,20 +139,45 @@ def error_limit(config: Config, total: int) -> float:
     return limit * total if isinstance(limit, float) and limit < 1 else limit
 
 
-def too_many_errors(job: Job, claim: Claim) -> bool:
+def too_many_errors(context: JobContext) -> bool:
     """Whether the folder holds more errors than `max_errors` before anything is predicted."""
-    return not job.config.retry_failed and claim.errors > error_limit(job.config, claim.stop - claim.start)
+    config, claim = context.config, context.claim
+    return not config.retry_failed and claim.errors > error_limit(config, claim.stop - claim.start)
 
 
-def refuse_bad_samples(rows: Rows, job: Job, samples: Samples) -> None:
+def refuse_bad_samples(rows: Rows, config: Config, samples: Samples) -> None:
     """End the job for a bad sample, as `on_error=raise` and `output.nonfinite=raise` ask.
 
     Raises:
         SampleError: names the file and the reason.
     """
-    config = job.config
     for index, reason in rows.errors.items():
         key = "output.nonfinite" if reason == NONFINITE else "on_error"
         if (config.output.nonfinite if reason == NONFINITE else config.on_error) == "raise":
             name = samples.path(index) or f"sample {index}"
-            raise SampleError(f"{name} (index {index}) must be predicted, got {reason}. Mend it or set {key}=record.")
+            raise SampleError(f"{name} (index {index}) cannot be predicted: {reason}. Fix it or set {key}=record.")
+
+
+def predict_task(context: JobContext, task: Task, collector: Collector) -> None:
+    """Predict this rank's share of a task, with nothing collective in the loop."""
+    world, resolved, clock = context.world, context.resolved, context.clock
+    sampler = ShardSampler(task.plan, world.rank)
+    held = held_batches(resolved, world)
+    loaded = load_batches(task.samples, sampler, context.config.loader, resolved, world, held=held)
+    with loaded as batches, closing(predict(batches, context.predictor, clock, world)) as predicted:
+        for rows in predicted:
+            refuse_bad_samples(rows, context.config, task.samples)
+            collector.add(rows)
+            if collector.over:
+                return
+
+
+def profiled(context: JobContext) -> AbstractContextManager[None]:
+    """Trace some of the batches in the block, where that was asked for."""
+    if not context.config.runtime.profile:
+        return nullcontext()
+    claim, world = context.claim, context.world
+    num_batches = (claim.stop - claim.prefix) // (world.size * context.resolved.batch_size)
+    profile = Profile(world, claim.folder, num_batches)
+    context.clock.on_batch = profile.step
+    return profile.tracing()

@@ -35,8 +35,6 @@ class Order:
 
     indices: list[int]
     slot: int = 0
-    decode: int = 0
-    """How many of them, from the first on, the worker decodes even where the GPU could."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +107,7 @@ class BatchMaker:
                 try:
                     with limit:
                         data = self._samples.read(index, clock) if self._packed else None
-                        to_gpu = data is not None and place >= order.decode
-                        if data is not None and to_gpu and self._pack(made, packed, place, data, room):
+                        if data is not None and self._pack(made, packed, place, data, room):
                             labels[place] = self._samples.known_label(index)
                         else:
                             pixels, labels[place] = self._samples.load(index, self._transform, clock, data)

@@ -6,6 +6,7 @@ import itertools
 import torch
 from torch import nn
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, RuntimeConfig
 from mgpu_ddp.distributed.world import World, share_weights
 from mgpu_ddp.models.build import Model
@@ -25,7 +26,7 @@ def precision_of(config: RuntimeConfig, device: torch.device) -> str:
     return ("fp16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
 
 
-def prepare(model: Model, config: Config, world: World, *, keep: bool = False) -> nn.Module:
+def prepare(model: Model, config: Config, resolved: Resolved, world: World, *, keep: bool = False) -> nn.Module:
     """Share, fold, move and compile the module. Collective: every rank calls this.
 
     Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes). With
@@ -33,11 +34,11 @@ def prepare(model: Model, config: Config, world: World, *, keep: bool = False) -
     """
     with world.together("prepare the model"):
         module = share_weights(model.module.eval())
-        return _place(copy.deepcopy(module) if keep else module, config, world.device)
+        return _place(copy.deepcopy(module) if keep else module, config, resolved, world.device)
 
 
-def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    precision = precision_of(config.runtime, device)
+def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> nn.Module:
+    precision = resolved.precision
     if config.runtime.fold:
         folded, classes = fold_batch_norms(module), config.model.num_classes
         # Tracing may dissolve the head, and embeddings are what goes into it.
@@ -50,7 +51,7 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
             and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
         ):
             module = fuse_activations(module, head_of(module, config.model.num_classes))
-    if device.type == "cuda" and config.runtime.compile != "on" and config.strategy == "ddp":
+    if device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp":
         from mgpu_ddp.models.max_pool_kernel import replace_max_pools
 
         replace_max_pools(module)
@@ -67,7 +68,7 @@ def _place(module: nn.Module, config: Config, device: torch.device) -> nn.Module
             tensor.data = tensor.data.contiguous(memory_format=layout)
     if config.strategy == "data_parallel":
         module = nn.DataParallel(module)
-    if config.runtime.compile == "on":
+    if resolved.compile == "on":
         # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
         torch._dynamo.config.recompile_limit = 64
         # Otherwise each process times kernels that add up in other orders, and takes the fastest.

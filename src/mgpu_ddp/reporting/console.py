@@ -15,10 +15,8 @@ from typing import Any, TextIO
 
 import torch
 
-from mgpu_ddp.config.schema import Config
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.inference.gpu_input import decode_of
-from mgpu_ddp.models.prepare import precision_of
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
 
@@ -61,11 +59,9 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
         handler.close()
 
 
-def log_plan(world: World, config: Config, model_bytes: int, batch_bytes: int) -> None:
+def log_plan(world: World, resolved: Resolved, model_bytes: int, batch_bytes: int) -> None:
     """Say which devices there are, what `auto` chose and whether model and batch fit."""
-    runtime = config.runtime
-    chose = f"precision {precision_of(runtime, world.device)}, decode {decode_of(config, world.device)}"
-    chose += f", compile {runtime.compile}"
+    chose = f"precision {resolved.precision}, decode {resolved.decode}, compile {resolved.compile}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)

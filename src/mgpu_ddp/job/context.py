@@ -1,0 +1,102 @@
+"""What a job has at hand: before it claims its run folder, once it has, and while it predicts."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.config.schema import Config
+from mgpu_ddp.data.datasets import Samples
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.prepare import prepare
+from mgpu_ddp.output.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictors:
+    """Makes the predictor for what was resolved, or takes the one that the job before has left."""
+
+    kept: Kept
+    model: Model
+    config: Config
+    world: World
+    warm: Future[None] | None
+    """Done once the device and its decoder are ready."""
+
+    def get(self, resolved: Resolved, *, keep_model: bool = True) -> Predictor:
+        """A predictor. Collective: every rank calls this. Without `keep_model` it may use up the model's module."""
+
+        def make() -> Predictor:
+            module = prepare(self.model, self.config, resolved, self.world, keep=keep_model)
+            return Predictor(module, self.config, resolved, self.world.device)
+
+        key = Predictor.depends_on(self.config, resolved, self.world.device)
+        predictor = self.kept.get("predictor", key, make)
+        if self.warm is not None:
+            # Before a graph is recorded, which another thread's work would spoil, and before the loader forks: a
+            # thread amid its imports would leave their locks held in the workers.
+            self.warm.result()
+        return predictor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """A job that is ready to claim its run folder."""
+
+    job: Job
+    world: World
+    """With the device."""
+    model: Model
+    files: Listing | None
+    """On rank 0, where the data have a listing."""
+    before: Manifest | None
+    """What the run folder was begun with, where the job goes on with it. On rank 0."""
+    resolved: Resolved
+    predictors: Predictors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What every rank knows of the run folder once it is this job's."""
+
+    start: int
+    """The job's range of dataset indices is [start, stop)."""
+    stop: int
+    prefix: int
+    """The first index that is not committed yet."""
+    errors: int
+    """Error rows committed before."""
+    batch_size: int
+    token: str
+    """Of this attempt; part names carry it."""
+    manifest: Manifest | None
+    """On rank 0."""
+    held: int | None
+    """On rank 0: the descriptor that keeps other jobs out."""
+    folder: Path
+    samples: Samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobContext:
+    """A job that has claimed its run folder: what predicting and finishing it needs."""
+
+    job: Job
+    world: World
+    stop: StopWish
+    model: Model
+    resolved: Resolved
+    claim: Claim
+    predictor: Predictor
+    clock: Clock
+
+    @property
+    def config(self) -> Config:
+        return self.job.config

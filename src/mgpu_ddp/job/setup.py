@@ -1,0 +1,85 @@
+"""Everything a job needs before it claims its run folder: device, place, model, listing, and each `auto` decided."""
+
+from dataclasses import replace
+
+from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.data.datasets import find_listing
+from mgpu_ddp.distributed import host
+from mgpu_ddp.distributed.devices import choose_device
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.gpu_input import decode_of, warm_up
+from mgpu_ddp.inference.pipeline import in_flight
+from mgpu_ddp.job.autotune import DEFAULT_BATCH_SIZE, choose_compile, find_batch_size
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.claim import found_manifest, known_listing, place_job
+from mgpu_ddp.job.context import Claim, JobContext, Predictors, Setup
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.loader.loader import num_workers
+from mgpu_ddp.models.build import choose_transform, load_model
+from mgpu_ddp.models.prepare import precision_of
+from mgpu_ddp.output.arrow import keep_pandas_out
+
+
+def set_up(job: Job, world: World, kept: Kept) -> Setup:
+    """Find or make what the job needs, and touch nothing. Collective: every rank calls this.
+
+    Raises:
+        UsageError: no such device, model, weights or images, or the run folder is in use.
+    """
+    kept.begin()
+    config = job.config
+    world.pulse.timeout_s = config.dist.timeout_s
+    world = choose_device(config, world)
+    keep_pandas_out()
+    decode = decode_of(config, world.device)
+    # Before there are threads and workers, which inherit it.
+    host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
+    warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
+    job = place_job(job, world)
+    # Before the images are listed, which may take minutes: a model that is not there is told in seconds.
+    model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
+    before = found_manifest(job, world)
+    files = find_listing(config, known_listing(job, before, world), world)
+    predictors = Predictors(kept=kept, model=model, config=config, world=world, warm=warm)
+    setup = Setup(
+        job=job,
+        world=world,
+        model=model,
+        files=files,
+        before=before,
+        predictors=predictors,
+        resolved=Resolved(
+            precision=precision_of(config.runtime, world.device),
+            decode=decode,
+            compile=config.runtime.compile,
+            workers=num_workers(config, world),
+            collect=config.collect,
+            batch_size=DEFAULT_BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size),
+            transform=choose_transform(config, model),
+        ),
+    )
+    return setup if config.dry_run else _measured(setup)
+
+
+def _measured(setup: Setup) -> Setup:
+    """With what takes the model to decide. Collective."""
+    setup = replace(setup, resolved=replace(setup.resolved, compile=choose_compile(setup)))
+    return replace(setup, resolved=replace(setup.resolved, batch_size=find_batch_size(setup)))
+
+
+def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
+    """Make the predictor and start the clock. Collective: every rank calls this."""
+    kept = setup.predictors.kept
+    predictor = setup.predictors.get(setup.resolved, keep_model=setup.job.in_sweep)
+    return JobContext(
+        job=setup.job,
+        world=setup.world,
+        stop=stop,
+        model=setup.model,
+        resolved=replace(setup.resolved, batch_size=claim.batch_size),
+        claim=claim,
+        predictor=predictor,
+        clock=Clock(warm_up=in_flight(setup.world), began=kept.began, reused=tuple(kept.reused)),
+    )

@@ -265,7 +265,7 @@ def main() -> None:
     sizes = (args.batch_size, 2 * args.batch_size)
     found["forward"] = {f"batches of {size}": forward(args, size, config, world) for size in sizes}
     print(json.dumps({"name": "ceilings", "images_per_s": found, "workers": workers}), flush=True)
-    # The pulse and the decoder's threads are of no use to anybody any more.
+    # The heartbeat and the decoder's threads are of no use to anybody any more.
     os._exit(0)
 
 

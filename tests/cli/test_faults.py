@@ -101,17 +101,15 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path: Path) -> None:
         since = time.monotonic()
         hanging = worker_pids(launcher.pid)[1]
         os.kill(hanging, signal.SIGSTOP)
-        wait_until(lambda: "sign of life" in (tmp_path / "stderr.txt").read_text(), launcher)
+        wait_until(lambda: "sent no heartbeat" in (tmp_path / "stderr.txt").read_text(), launcher)
         # A beat may be a second old already, and is looked at once a second.
         assert time.monotonic() - since < 5 + 5
         # torchrun itself would wait 30 s for a worker that takes no signal.
         os.kill(hanging, signal.SIGKILL)
         ended = finish(launcher, tmp_path, since)
     assert ended.code == 1
-    line = "rank 1 of 2 must give a sign of life within dist.timeout_s=5"
+    line = "rank 1 of 2 sent no heartbeat for 5 s (dist.timeout_s), last seen at: "
     assert line in ended.err
-    # Where that was, it told with its last beat.
-    assert "last seen at: " in ended.err
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["status"] == "failed"
     assert line in status["reason"]

@@ -99,7 +99,7 @@ def ended(out: Path, case: str, size: int) -> list[Any]:
 
 @dataclass
 class _AtRows:
-    """Send this process a signal as soon as its pulse reports so many rows."""
+    """Send this process a signal as soon as its heartbeat reports so many rows."""
 
     world: Any
     rows: int
@@ -107,7 +107,7 @@ class _AtRows:
 
     def watch(self) -> None:
         while not self.over.wait(0.001):
-            if int(self.world.pulse.progress.get("rows", 0)) >= self.rows:
+            if int(self.world.heartbeat.progress.get("rows", 0)) >= self.rows:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -133,7 +133,7 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
         session = Session(world, stop, kept, lambda job, stop=stop, kept=kept: infer(job, world, stop, kept))
         disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == rank else None
         if disturb is not None:
-            world.pulse.progress = {"at": "start"}
+            world.heartbeat.progress = {"at": "start"}
             threading.Thread(target=disturb.watch, daemon=True).start()
         try:
             if case.call is not None:

@@ -286,7 +286,7 @@ class OutputConfig:
 @dataclass(kw_only=True, slots=True)
 class DistConfig:
     timeout_s: float = 180.0
-    """Seconds without a sign of life after which a rank counts as lost."""
+    """Seconds without a heartbeat after which a rank counts as lost."""
 
     def __post_init__(self) -> None:
         at_least("dist.timeout_s", self.timeout_s, 2, 180, high=A_DAY_S)

@@ -167,7 +167,7 @@ def _gather(mine: list[tuple[int, Indexed]], rounds: int, world: World) -> dict[
         return dict(mine)
     found: dict[int, Indexed] = {}
     # A name that no other channel of this process has.
-    channel = Channel(world, f"index/{world.link.turn}", world.pulse.timeout_s)
+    channel = Channel(world, f"index/{world.link.turn}", world.heartbeat.timeout_s)
     for turn in range(rounds):
         payload = mine[turn] if turn < len(mine) else None
         for heard in channel.gather(turn, payload):

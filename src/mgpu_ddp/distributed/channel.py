@@ -24,7 +24,7 @@ class Channel:
     """
 
     def __init__(self, world: World, job: str, timeout_s: float) -> None:
-        self._pulse, self._size, self._rank = world.pulse, world.size, world.rank
+        self._heartbeat, self._size, self._rank = world.heartbeat, world.size, world.rank
         self._store = PrefixStore(f"channel/{job}", world.link.store.clone())
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -43,7 +43,7 @@ class Channel:
                 # Whoever posted this window has left the one before.
                 for key in (f"posted/{window - 1}", f"go/{window - 1}"):
                     self._store.delete_key(key)
-            wait_for_keys(self._store, [f"go/{window}"], self._pulse)
+            wait_for_keys(self._store, [f"go/{window}"], self._heartbeat)
         payloads: list[Any] = [None] * self._size
         with self._naming_lost(window):
             dist.all_gather_object(payloads, payload, group=self._group)
@@ -66,8 +66,8 @@ class Channel:
             yield
         except RuntimeError as error:
             first = str(error).splitlines()[0].partition(". ")[0]
-            # The pulse can say who it was: at once of a process that is gone, soon of one that hangs.
-            self._pulse.wait_for_lost(NAMING_S if "Timed out" in first else BEAT_S)
+            # The heartbeat can say who it was: at once of a process that is gone, soon of one that hangs.
+            self._heartbeat.wait_for_lost(NAMING_S if "Timed out" in first else BEAT_S)
             raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
 
     def close(self) -> None:

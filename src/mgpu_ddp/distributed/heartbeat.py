@@ -1,4 +1,4 @@
-"""Signs of life: each rank beats once a second, rank 0 watches all beats, every wait looks at what it saw."""
+"""Heartbeats: each rank beats once a second, rank 0 watches all beats, every wait looks at what it saw."""
 
 import functools
 import json
@@ -30,14 +30,14 @@ def _lives(pid: int) -> bool:
         return False
 
 
-class Pulse(threading.Thread):
+class Heartbeat(threading.Thread):
     """Tell the others that this rank lives and how far it is; learn whether they live.
 
     The thread owns its store client: a client blocks while it waits, and a beat must not.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        super().__init__(name="pulse", daemon=True)
+        super().__init__(name="heartbeat", daemon=True)
         self.rank, self.size = rank, size
         self.timeout_s = DEFAULT_TIMEOUT_S
         self.progress: dict[str, Any] = {"at": "start"}
@@ -72,21 +72,20 @@ class Pulse(threading.Thread):
     def _beat(self) -> None:
         self._beats += 1
         beat = {**self.progress, "beat": self._beats, "process": self._process}
-        self._store.set(f"pulse/{self.rank}", json.dumps(beat))
+        self._store.set(f"heartbeat/{self.rank}", json.dumps(beat))
 
     def _look(self) -> None:
         # Rank 0 looks at every rank, the others at rank 0: the store answers O(size) requests per beat.
         watched = range(self.size) if self.rank == 0 else (0,)
         now = time.monotonic()
-        for rank, beat in zip(watched, self._store.multi_get([f"pulse/{r}" for r in watched]), strict=True):
+        for rank, beat in zip(watched, self._store.multi_get([f"heartbeat/{r}" for r in watched]), strict=True):
             if beat != self._last[rank][0]:
                 self._last[rank] = (beat, now)
                 self.peers[rank] = json.loads(beat)
             elif now - self._last[rank][1] > self.timeout_s:
-                silent_s, at = now - self._last[rank][1], self.peers[rank].get("at")
                 text = (
-                    f"rank {rank} of {self.size} must give a sign of life within dist.timeout_s={self.timeout_s:g},"
-                    f" got none for {silent_s:.0f} s, last seen at: {at}"
+                    f"rank {rank} of {self.size} sent no heartbeat for {self.timeout_s:g} s (dist.timeout_s),"
+                    f" last seen at: {self.peers[rank].get('at')}"
                 )
                 self._store.set("lost", text)
             elif self._is_gone(rank, beat):
@@ -105,7 +104,7 @@ class Pulse(threading.Thread):
             time.sleep(BEAT_S / 10)
 
     def _look_for_the_dead(self) -> None:
-        for rank, beat in enumerate(self._store.multi_get([f"pulse/{r}" for r in range(self.size)])):
+        for rank, beat in enumerate(self._store.multi_get([f"heartbeat/{r}" for r in range(self.size)])):
             if self._is_gone(rank, beat):
                 self.lost = self._died(rank, json.loads(beat))
                 return

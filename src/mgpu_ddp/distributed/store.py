@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from mgpu_ddp.distributed.heartbeat import Pulse
+from mgpu_ddp.distributed.heartbeat import Heartbeat
 from mgpu_ddp.errors import PeerLostError
 
 POLL_S = 0.05
@@ -16,12 +16,12 @@ RANKS_PER_POLL = 256
 """That may ask a store so often: beyond, each asks less often, or the store would do nothing but answer."""
 
 
-def wait_for_keys(store: Store, keys: list[str], pulse: Pulse) -> None:
+def wait_for_keys(store: Store, keys: list[str], heartbeat: Heartbeat) -> None:
     """Wait until the keys are there, as long as every rank lives."""
     # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
-    pause_s, longest_s = 0.001, POLL_S * max(1, pulse.size / RANKS_PER_POLL)
+    pause_s, longest_s = 0.001, POLL_S * max(1, heartbeat.size / RANKS_PER_POLL)
     while not store.check(keys):
-        pulse.check()
+        heartbeat.check()
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, longest_s)
 

@@ -3,7 +3,7 @@
 One process group per process, opened by `join()` outside Hydra for all jobs of a sweep. Two ways to talk:
 small JSON values through the launcher's store (`exchange`, `share`, `together`), and windows through
 `all_gather_object` on a gloo group of their own (`Channel`). Neither ever waits for a rank that is
-dead: each rank's `Pulse` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
+dead: each rank's `Heartbeat` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from mgpu_ddp.distributed import slurm
-from mgpu_ddp.distributed.heartbeat import Pulse
+from mgpu_ddp.distributed.heartbeat import Heartbeat
 from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
 from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError
 
@@ -34,13 +34,13 @@ have it, four fifths. Source: CUDA C++ Programming Guide, CUDA_DEVICE_MAX_CONNEC
 
 @dataclass(slots=True)
 class Link:
-    """What a world holds open: its stores, its pulse, and how many exchanges it has had."""
+    """What a world holds open: its stores, its heartbeat, and how many exchanges it has had."""
 
     launch: Store
     """Lives as long as the launcher: across restarts of the workers."""
     store: Store
     """Of this attempt alone: a restarted worker must not read what a dead attempt wrote."""
-    pulse: Pulse
+    heartbeat: Heartbeat
     turn: int = 0
 
 
@@ -61,8 +61,8 @@ class World:
     link: Link = field(repr=False, compare=False)
 
     @property
-    def pulse(self) -> Pulse:
-        return self.link.pulse
+    def heartbeat(self) -> Heartbeat:
+        return self.link.heartbeat
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Give every rank the JSON values of all ranks. Collective: every rank calls this.
@@ -79,10 +79,10 @@ class World:
             store.set(f"{key}/{self.rank}", json.dumps([topic, value]))
             if self.rank == 0:
                 parts = [f"{key}/{rank}" for rank in range(self.size)]
-                wait_for_keys(store, parts, self.pulse)
+                wait_for_keys(store, parts, self.heartbeat)
                 equal = [(len(list(run)), part.decode()) for part, run in itertools.groupby(store.multi_get(parts))]
                 store.set(f"{key}/all", "[" + ",".join(f"[{count},{part}]" for count, part in equal) + "]")
-            wait_for_keys(store, [f"{key}/all"], self.pulse)
+            wait_for_keys(store, [f"{key}/all"], self.heartbeat)
             heard = [part for count, part in json.loads(store.get(f"{key}/all")) for _ in range(count)]
         topics = sorted({other for other, _ in heard})
         if topics != [topic]:
@@ -100,7 +100,7 @@ class World:
         A rank that raised raises again; the others raise `PeerFailedError` that names it, or the same
         `UsageError` where the mistake was the user's.
         """
-        self.pulse.progress["at"] = topic
+        self.heartbeat.progress["at"] = topic
         error: Exception | None = None
         try:
             yield
@@ -161,9 +161,9 @@ def join() -> World:
         launch, rank, size = HashStore(), 0, 1
     # A restarted worker would read the dead attempt's addresses from the agent's store: one prefix per attempt.
     store = PrefixStore(f"mgpu_ddp/attempt/{attempt}", launch)
-    pulse = Pulse(store.clone(), rank, size)
+    heartbeat = Heartbeat(store.clone(), rank, size)
     dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
-    pulse.start()
+    heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpus = frozenset(os.sched_getaffinity(0))
     # On a cluster that does not bind its jobs to CPUs, every process may use those of all jobs.
@@ -177,7 +177,7 @@ def join() -> World:
         share_of_cpus=max(1, allowed // local_size) if task is None else min(len(cpus), task.cpus),
         attempt=attempt,
         device=torch.device("cpu"),
-        link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, pulse=pulse),
+        link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, heartbeat=heartbeat),
     )
 
 
@@ -185,13 +185,13 @@ def leave(world: World) -> None:
     """End the process group. Collective: every rank calls this, on the success path only."""
     world.exchange("leave", None)
     if world.rank != 0:
-        world.pulse.end()
+        world.heartbeat.end()
     # Without torchrun rank 0 hosts the store, in which the others have yet to read that all leave: it goes last.
     with store_must_answer():
         world.link.store.set(f"left/{world.rank}", "")
         if world.rank == 0:
-            wait_for_keys(world.link.store, [f"left/{rank}" for rank in range(world.size)], world.pulse)
-    world.pulse.end()
+            wait_for_keys(world.link.store, [f"left/{rank}" for rank in range(world.size)], world.heartbeat)
+    world.heartbeat.end()
     dist.destroy_process_group()
 
 

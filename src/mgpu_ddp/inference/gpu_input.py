@@ -19,7 +19,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import Config, Listed
 from mgpu_ddp.errors import HangError, OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch, Jpegs
-from mgpu_ddp.loader.worker import Integers, reason_of
+from mgpu_ddp.loader.worker import Integers, row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess.transform import Transform, decode, imagenet
 
@@ -228,7 +228,7 @@ class GpuInput:
             pixels = self._transform.geometry(decode(jpegs.content(number)))
             batch.pixels[place] = torch.from_numpy(np.ascontiguousarray(pixels))
         except Exception as error:  # decoders raise all kinds; each bad image is one row
-            batch.errors[int(batch.index[place])] = reason_of(error)
+            batch.errors[int(batch.index[place])] = row_error(error)
 
 
 def _as_rgb(decoded: Images | Planes) -> Images:

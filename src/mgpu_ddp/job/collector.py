@@ -89,13 +89,13 @@ class Collector:
     @property
     def over(self) -> bool:
         """Whether the loop should end: all agreed to, a rank failed, or this process was asked to stop."""
-        pulse = self._world.pulse
+        heartbeat = self._world.heartbeat
         return (
             self._over
             or self._error is not None
             or bool(self._stop)
-            or pulse.alarm is not None
-            or pulse.lost is not None
+            or heartbeat.alarm is not None
+            or heartbeat.lost is not None
         )
 
     def __enter__(self) -> "Collector":
@@ -110,7 +110,7 @@ class Collector:
         self._window_rows += len(rows)
         self._done_rows += len(rows)
         self._errors += len(rows.errors)
-        self._world.pulse.progress = {
+        self._world.heartbeat.progress = {
             "at": f"row {int(rows.index[-1])}",
             "rows": self._done_rows,
             "errors": self._errors,

@@ -98,8 +98,8 @@ class Session:
         A user's mistake is told once, by rank 0. Anything else that fails raises, but in a sweep only the loss of
         a rank or a device does: what failed alike on all ranks leaves the next job unharmed.
         """
-        self.world.pulse.check()
-        self.world.pulse.watch_alarm(f"alarm/{job.name}")
+        self.world.heartbeat.check()
+        self.world.heartbeat.watch_alarm(f"alarm/{job.name}")
         try:
             with self.world.together(f"job {job.name}"):
                 outcome = self._act(job)

@@ -30,7 +30,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     """
     kept.begin()
     config = job.config
-    world.pulse.timeout_s = config.dist.timeout_s
+    world.heartbeat.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     keep_pandas_out()
     decode = decode_of(config, world.device)

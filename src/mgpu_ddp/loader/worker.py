@@ -117,7 +117,7 @@ class BatchMaker:
                 except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                     view[place] = 0
                     labels[place] = self._samples.known_label(index)
-                    made.errors[index] = reason_of(error)
+                    made.errors[index] = row_error(error)
         if self._packed:
             clock("pack", time.perf_counter() - started - sum(seconds.values()))
         else:
@@ -153,7 +153,7 @@ class TookTooLongError(BaseException):
     """A sample's time is over. No Exception, so that no decoder's own `except Exception` can swallow it."""
 
 
-def reason_of(error: BaseException) -> str:
+def row_error(error: BaseException) -> str:
     """Why a sample has no prediction, in words, without the path: the row carries that."""
     if isinstance(error, UnidentifiedImageError):
         return "UnidentifiedImageError: empty, or not an image in an allowed format"

@@ -38,7 +38,7 @@ class WorkerPool:
         # Its `put` never waits.
         self._orders: Any = context.Queue()
         with warnings.catch_warnings():
-            # They are forked beside the pulse thread: they use neither its store client nor CUDA nor gloo.
+            # They are forked beside the heartbeat thread: they use neither its store client nor CUDA nor gloo.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
             for _ in range(min(workers, slots)):
                 results, into = context.Pipe(duplex=False)

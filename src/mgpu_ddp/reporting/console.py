@@ -75,7 +75,7 @@ def log_plan(world: World, resolved: Resolved, model_bytes: int, batch_bytes: in
 
 
 class Progress:
-    """Rows of all ranks, rate and ETA, read from the ranks' pulses. Rank 0 shows it; elsewhere it does nothing."""
+    """Rows of all ranks, rate and ETA, read from the ranks' heartbeats. Rank 0 shows it; elsewhere it does nothing."""
 
     def __init__(self, world: World, total: int, done_before: int) -> None:
         self._world, self._total, self._before = world, total, done_before
@@ -99,7 +99,7 @@ class Progress:
 
     def _run(self) -> None:
         while not self._over.wait(0.5 if self._bar else 5.0):
-            mine, *peers = [self._world.pulse.progress, *self._world.pulse.peers[1:]]
+            mine, *peers = [self._world.heartbeat.progress, *self._world.heartbeat.peers[1:]]
             now = sum(int(peer.get("rows", 0)) for peer in (mine, *peers))
             errors = sum(int(peer.get("errors", 0)) for peer in (mine, *peers))
             rate = now / (time.monotonic() - self._started)

@@ -1,16 +1,23 @@
-"""Starting the real command in its three ways, and watching it."""
+"""Starting the command, and watching it: by its three real ways, or as ranks forked from a preloaded process.
+
+Real starts cost seconds each, to import torch. They are for what launchers and fresh interpreters do; all other tests
+take `ranks`.
+"""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support import forks
 
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 150
@@ -56,22 +63,85 @@ def mgpu_infer(*settings: str) -> list[str]:
     return [str(BIN / "mgpu-infer"), *settings]
 
 
-Process = subprocess.Popen[str]
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """A command as its ranks alone, without a launcher."""
+
+    size: int
+    settings: tuple[str, ...]
+
+
+def ranks(size: int, *settings: str) -> Ranks:
+    """What `torchrun(size, ...)` runs, or for one rank `python_m(...)`, at the cost of a fork."""
+    return Ranks(size=size, settings=settings)
+
+
+class World:
+    """Forked ranks as one process, of which rank 0 speaks for all that end alike."""
+
+    def __init__(self, command: Ranks, cwd: Path) -> None:
+        places = [{}] if command.size == 1 else places_in_world(command.size)
+        self.ranks = [forks.fork(_infer, *command.settings, cwd=cwd, **place) for place in places]
+
+    @property
+    def pid(self) -> int:
+        return self.ranks[0].pid
+
+    def poll(self) -> int | None:
+        codes = [rank.poll() for rank in self.ranks]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        return next((code for code in [rank.wait(timeout) for rank in self.ranks] if code), 0)
+
+    def terminate(self) -> None:
+        for rank in self.ranks:
+            rank.terminate()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+
+def places_in_world(size: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun sets it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def _infer(*settings: str) -> None:
+    """Be `python -m mgpu_ddp.infer`."""
+    from mgpu_ddp import cli, infer
+
+    sys.argv = [infer.__file__, *settings]
+    cli.main(infer.infer)
+
+
+Process = subprocess.Popen[str] | World
 
 
 @contextmanager
-def started(command: list[str], cwd: Path) -> Iterator[Process]:
+def started(command: list[str] | Ranks, cwd: Path) -> Iterator[Process]:
     """Start a command, its output in files in its working folder; whatever is left of it at the end is killed."""
+    process: Process
     with (cwd / "stdout.txt").open("w") as out, (cwd / "stderr.txt").open("w") as err:
-        process = subprocess.Popen(
-            command, cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, start_new_session=True
-        )
+        if isinstance(command, Ranks):
+            process = World(command, cwd)
+        else:
+            process = subprocess.Popen(
+                command, cwd=cwd, stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+            )
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for leader in process.ranks if isinstance(process, World) else [process]:
+            with suppress(ProcessLookupError):
+                os.killpg(leader.pid, signal.SIGKILL)
+            leader.wait()
 
 
 def finish(process: Process, cwd: Path, since: float) -> Ended:
@@ -84,7 +154,7 @@ def finish(process: Process, cwd: Path, since: float) -> Ended:
     )
 
 
-def run(command: list[str], cwd: Path) -> Ended:
+def run(command: list[str] | Ranks, cwd: Path) -> Ended:
     with started(command, cwd) as process:
         return finish(process, cwd, time.monotonic())
 
@@ -104,6 +174,14 @@ def committed_rows(run_dir: Path) -> int:
         return sum(part["rows"] for part in json.loads((run_dir / "manifest.json").read_text())["parts"])
     except FileNotFoundError:
         return 0
+
+
+def run_all(commands: Sequence[list[str] | Ranks], folders: Sequence[Path]) -> list[Ended]:
+    """Run commands side by side, each in a folder of its own."""
+    since = time.monotonic()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(started(*each)) for each in zip(commands, folders, strict=True)]
+        return [finish(process, cwd, since) for process, cwd in zip(processes, folders, strict=True)]
 
 
 def worker_pids(launcher: int) -> list[int]:

@@ -1,14 +1,12 @@
 """A world of real processes over real gloo, started once and kept for many jobs.
 
-Each rank is a spawned process that joins, runs every case as a job of its own (as a sweep does) and leaves.
+Each rank is a forked process that joins, runs every case as a job of its own (as a sweep does) and leaves.
 What a case ended with on each rank lies in OUT/<case>.rank<r>.json.
 """
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +25,8 @@ from mgpu_ddp.config.schema import (
     RuntimeConfig,
     TransformConfig,
 )
+from tests.support import forks
+from tests.support.starting import places_in_world
 
 WORLD_TIMEOUT_S = 200
 
@@ -75,21 +75,14 @@ def folder(root: Path) -> FolderConfig:
 def run_world(size: int, cases: Iterable[Case], out: Path) -> None:
     """Run all cases in one world of `size` ranks, and see every process end well."""
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, size, port, list(cases), out)) for rank in range(size)]
-    for rank in ranks:
-        rank.start()
+    ranks = [forks.fork(_rank, list(cases), out, cwd=out, **place) for place in places_in_world(size)]
     deadline = time.monotonic() + WORLD_TIMEOUT_S
-    for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-    hung = [number for number, rank in enumerate(ranks) if rank.is_alive()]
-    for rank in ranks:
-        rank.kill()
-    assert not hung, f"ranks {hung} of {size} hang"
-    assert [rank.exitcode for rank in ranks] == [0] * size
+    try:
+        codes = [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
+        assert codes == [0] * size, (out / "stderr.txt").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def ended(out: Path, case: str, size: int) -> list[Any]:
@@ -112,9 +105,7 @@ class _AtRows:
                 return
 
 
-def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {**address, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+def _rank(cases: list[Case], out: Path) -> None:
     from mgpu_ddp.distributed.signals import StopWish
     from mgpu_ddp.distributed.world import join, leave
     from mgpu_ddp.infer import infer
@@ -131,7 +122,7 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
         stop.install()
         kept = Kept()
         session = Session(world, stop, kept, lambda job, stop=stop, kept=kept: infer(job, world, stop, kept))
-        disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == rank else None
+        disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == world.rank else None
         if disturb is not None:
             world.heartbeat.progress = {"at": "start"}
             threading.Thread(target=disturb.watch, daemon=True).start()
@@ -146,5 +137,5 @@ def _rank(rank: int, size: int, port: int, cases: list[Case], out: Path) -> None
             ending = {"raised": type(error).__name__, "text": str(error)}
         if disturb is not None:
             disturb.over.set()
-        (out / f"{case.name}.rank{rank}.json").write_text(json.dumps(ending))
+        (out / f"{case.name}.rank{world.rank}.json").write_text(json.dumps(ending))
     leave(world)

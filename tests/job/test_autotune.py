@@ -166,7 +166,7 @@ def test_what_cannot_be_compiled_is_not_or_is_told(
     monkeypatch.setattr(logging.getLogger("mgpu_ddp"), "propagate", True)
     assert choose(job(tmp_path, batch_size=16), world, Broken()) == ("off", [])
     assert caplog.messages[-1].startswith(
-        "runtime.compile=auto is off, for the model cannot be compiled: rank 0 of 1: ValueError: no compiler"
+        "runtime.compile=auto is off, because the model cannot be compiled: rank 0 of 1: ValueError: no compiler"
     )
     assert len(caplog.messages[-1]) < 500
     with pytest.raises(

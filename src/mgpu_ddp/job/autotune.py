@@ -1,10 +1,11 @@
-"""What `auto` finds before a job's first start, one answer for all ranks: `runtime.compile` and `batch_size`."""
+"""Resolves `runtime.compile` and `batch_size` by trying the model, before a job's first start."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.models.prepare import operations
-from mgpu_ddp.preprocess.transform import Transform
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -38,110 +38,105 @@ WORTH_COMPILING = 1e15
 17 % of the two hours that they take two cores, and is worth its while up to about sixty-four of them."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompilePlan:
+    """What rank 0 makes of `runtime.compile`."""
+
+    compiled: bool
+    may_fall_back: bool = False
+    """Whether the job goes on without, should the model not compile."""
+    batch_size: int | None = None
+    """To try it with. None: nothing is left to predict, or nothing is compiled."""
+
+
 def choose_compile(setup: Setup) -> str:
-    """`runtime.compile` as on or off, tried where it is on. Collective: every rank calls this.
+    """Resolve `runtime.compile` to on or off, and try it where it is on. Collective: every rank calls this.
 
     The job's work decides, and nothing that differs between worlds: a compiled model's last bits are its own.
 
     Raises:
-        UsageError: the model does not compile, and is to be.
+        UsageError: `on` was asked for, or the folder was begun with it, and the model does not compile.
     """
     asked, world = setup.job.config.runtime.compile, setup.world
     if asked == "off":
         return "off"
-    settled: tuple[bool, bool, int | None] | None = None
+    mine: dict[str, Any] | None = None
     with world.together("choose whether to compile"):
         if world.rank == 0:
-            settled = _settle_compile(setup)
-    compiled, is_free, batch_size = world.share("compile", settled)
-    if compiled and batch_size is not None:
-        log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
-        predictor = setup.predictors.get(replace(setup.resolved, compile="on"))
-        failures = _try_on_all(predictor, batch_size, setup.resolved.transform, world)
-        if failures and not is_free:
-            raise UsageError(
-                f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
-                " what it needs, or set runtime.compile=off, in another folder if this one was begun with on."
-            )
-        if failures and world.rank == 0:
-            log.warning("runtime.compile=auto is off, for the model cannot be compiled: %s", failures[0])
-        compiled = not failures
-    return "on" if compiled else "off"
+            mine = asdict(_plan_compile(setup))
+    plan = CompilePlan(**world.share("compile", mine))
+    if not plan.compiled or plan.batch_size is None:
+        return "on" if plan.compiled else "off"
+    log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
+    failures = _compile_on_all(Trial.of(setup, compile="on"), plan.batch_size)
+    if failures and not plan.may_fall_back:
+        raise UsageError(
+            f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
+            " what it needs, or set runtime.compile=off, in another folder if this one was begun with on."
+        )
+    if failures and world.rank == 0:
+        log.warning("runtime.compile=auto is off, because the model cannot be compiled: %s", failures[0])
+    return "off" if failures else "on"
 
 
-def _settle_compile(setup: Setup) -> tuple[bool, bool, int | None]:
-    """(whether to compile, whether a failure may change that, the batch size to try, if any). Rank 0 only."""
-    job, before = setup.job, setup.before
-    config = job.config
+def _plan_compile(setup: Setup) -> CompilePlan:
+    """Decide by what was asked, by how the folder was begun, and by the work there is. Rank 0 only."""
+    config, before = setup.job.config, setup.before
     asked_on = config.runtime.compile == "on"
     if before and before.fingerprint.get("runtime.compile") != "on":
         # Where it is asked for nevertheless, the folder is refused when it is claimed.
-        return asked_on, False, None
+        return CompilePlan(compiled=asked_on)
     if not before and not asked_on and not _may_be_compiled(config, setup.world):
-        return False, True, None
+        return CompilePlan(compiled=False)
     length = len(open_samples(config, setup.files))
     start, stop = dataset_range(config, length)
-    batch_size = batch_size_of(config, SMALLEST if config.batch_size == "auto" else int(config.batch_size), length)
+    asked = SMALLEST if config.batch_size == "auto" else int(config.batch_size)
+    batch_size = batch_size_of(config, asked, length)
     if before:
         is_left = not before.complete or stop > before.stop or config.retry_failed
-        tried = batch_size if job.batch_size_given else before.batch_size
-        return True, False, tried if is_left else None
+        used = batch_size if setup.job.batch_size_given else before.batch_size
+        return CompilePlan(compiled=True, batch_size=used if is_left else None)
     work = (stop - start) * operations(setup.model.module, setup.resolved.transform)
-    return asked_on or work >= WORTH_COMPILING, not asked_on, batch_size
+    compiled = asked_on or work >= WORTH_COMPILING
+    return CompilePlan(compiled=compiled, may_fall_back=not asked_on, batch_size=batch_size)
 
 
 def _may_be_compiled(config: Config, world: World) -> bool:
-    """Whether auto leaves it to the job's work."""
+    """Whether auto leaves the choice to the amount of work."""
     # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
     return world.device.type == "cpu" and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
 
 
-def _try_on_all(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> list[str]:
-    """Why ranks cannot predict a batch, for each that cannot. Collective: every rank calls this."""
+def _compile_on_all(trial: "Trial", batch_size: int) -> list[str]:
+    """Compile on every rank, and return one reason for each rank that failed. Collective: every rank calls this."""
+    world, failures = trial.world, list[str]()
     # What the first rank of a host compiles, the others find in Inductor's cache.
-    failures = []
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
-        failure = _failure(predictor, batch_size, transform, world) if is_turn else None
+        failure = trial.failure(batch_size) if is_turn else None
         found = enumerate(world.exchange("compile", failure))
         failures += [f"rank {rank} of {world.size}: {text}" for rank, text in found if text]
     return failures
 
 
-def _failure(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> str | None:
-    """Why this rank cannot predict a batch, None where it can."""
-    batch = _noise(batch_size, transform, world)
-    try:
-        _predict_one(batch, predictor, world)
-    except OutOfMemoryError:
-        # The job has its own ways with that.
-        return None
-    except Exception as error:
-        # A compiler has much to say, and the cause in its last words.
-        reason = reason_of(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]
-        return reason if len(reason) < 400 else f"{reason[:150]} ... {reason[-250:]}"
-    return None
-
-
 def find_batch_size(setup: Setup) -> int:
-    """The batch size to start the job with. Collective: every rank calls this; all get the same."""
-    asked, world, transform = setup.job.config.batch_size, setup.world, setup.resolved.transform
+    """Resolve `batch_size`, the same on all ranks. Collective: every rank calls this."""
+    asked, world = setup.job.config.batch_size, setup.world
     if asked != "auto":
         return int(asked)
-    settled = world.share("batch size", setup.before.batch_size if setup.before else None)
-    if settled is not None:
-        return int(settled)
-    predictor = setup.predictors.get(setup.resolved)
-    rates: dict[int, float] = {}
+    before = world.share("batch size", setup.before.batch_size if setup.before else None)
+    if before is not None:
+        return int(before)
+    trial, rates = Trial.of(setup), dict[int, float]()
     for batch_size in _doubling():
-        rate, room = None, False
+        rate, has_room = None, False
         with world.together(f"try batches of {batch_size}"):
-            rate, room = _measure(predictor, batch_size, transform, world)
-        found = world.exchange("rate", [rate, room])
+            rate, has_room = trial.measure(batch_size)
+        found = world.exchange("rate", [rate, has_room])
         if any(rate is None for rate, _ in found):
             break
         rates[batch_size] = sum(rate for rate, _ in found)
         log.info("batch_size=auto: %s images/s with %d", f"{rates[batch_size]:,.1f}", batch_size)
-        if _flat(list(rates.values())) or not all(room for _, room in found):
+        if _flat(list(rates.values())) or not all(has_room for _, has_room in found):
             break
     chosen = smallest_near_best(rates)
     log.info("batch_size=auto chose %d", chosen)
@@ -162,55 +157,82 @@ def _doubling() -> Iterator[int]:
 
 
 def _flat(rates: Sequence[float]) -> bool:
-    """Whether the last two doublings have brought next to nothing."""
+    """Whether the last two doublings gained next to nothing."""
     return len(rates) > 2 and max(rates[-2:]) < GAIN * max(rates[:-2])
 
 
-def _measure(predictor: Predictor, batch_size: int, transform: Transform, world: World) -> tuple[float | None, bool]:
-    """Images/s of this rank's model with batches of one size, None where they do not fit; whether twice as many may."""
-    on_gpu = world.device.type == "cuda"
-    free = torch.cuda.mem_get_info(world.device)[0] if on_gpu else available_bytes() // world.local_size
-    kind = "peak_gpu_bytes" if on_gpu else "peak_host_bytes"
-    reset_peaks()
-    before = peaks()[kind]
-    batch = _noise(batch_size, transform, world)
-    clock = Clock(warm_up=in_flight(world), began=time.perf_counter())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """Predicts noise, to see whether and how fast this rank does it."""
 
-    def batches() -> Iterator[tuple[Batch, float]]:
-        while len(clock.batch_s) < 2 * clock.warm_up or time.perf_counter() - clock.started < MEASURED_S:
-            yield batch, 0.0
+    predictor: Predictor
+    image_size: tuple[int, int]
+    world: World
 
-    try:
-        # The model may have to be compiled for it.
-        _predict_one(batch, predictor, world)
-        clock.started = time.perf_counter()
-        _predict_all(batches(), predictor, clock, world)
-    except OutOfMemoryError:
-        return None, False
-    used = peaks()[kind] - before
-    if clock.split_rows or used > SHARE_OF_MEMORY * free:
-        return None, False
-    rows, seconds = clock.steady
-    return rows / seconds, 2 * used < SHARE_OF_MEMORY * free
+    @classmethod
+    def of(cls, setup: Setup, **choices: str) -> "Trial":
+        """A trial of what was resolved so far, with other choices. Collective: every rank calls this."""
+        resolved = replace(setup.resolved, **choices)  # type: ignore[arg-type]
+        predictor = setup.predictors.get(resolved)
+        return cls(predictor=predictor, image_size=resolved.transform.out_size, world=setup.world)
+
+    def failure(self, batch_size: int) -> str | None:
+        """Why one batch cannot be predicted, None where it can."""
+        try:
+            self._predict_one(self._noise(batch_size))
+        except OutOfMemoryError:
+            # The job has its own ways with that.
+            return None
+        except Exception as error:
+            # Compiler errors are long; the cause comes last.
+            reason = reason_of(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]
+            return reason if len(reason) < 400 else f"{reason[:150]} ... {reason[-250:]}"
+        return None
+
+    def measure(self, batch_size: int) -> tuple[float | None, bool]:
+        """(images/s, None where batches of this size do not fit; whether batches of twice the size may)."""
+        on_gpu = self.world.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.world.device)[0] if on_gpu else available_bytes() // self.world.local_size
+        kind = "peak_gpu_bytes" if on_gpu else "peak_host_bytes"
+        reset_peaks()
+        before = peaks()[kind]
+        batch = self._noise(batch_size)
+        clock = Clock(warm_up=in_flight(self.world), began=time.perf_counter())
+        try:
+            # The model may have to be compiled for it.
+            self._predict_one(batch)
+            clock.started = time.perf_counter()
+            self._predict(_repeated(batch, clock), clock)
+        except OutOfMemoryError:
+            return None, False
+        used = peaks()[kind] - before
+        if clock.split_rows or used > SHARE_OF_MEMORY * free:
+            return None, False
+        rows, seconds = clock.steady
+        return rows / seconds, 2 * used < SHARE_OF_MEMORY * free
+
+    def _noise(self, batch_size: int) -> Batch:
+        shape = (batch_size, *self.image_size, 3)
+        pinned = self.world.device.type == "cuda"
+        return Batch(
+            index=np.arange(batch_size),
+            label=np.zeros(batch_size, dtype=np.int32),
+            pixels=torch.randint(0, 256, shape, dtype=torch.uint8, pin_memory=pinned),
+            jpegs=None,
+            errors={},
+            seconds={},
+        )
+
+    def _predict_one(self, batch: Batch) -> None:
+        self._predict([(batch, 0.0)], Clock(warm_up=1, began=time.perf_counter()))
+
+    def _predict(self, batches: Iterable[tuple[Batch, float]], clock: Clock) -> None:
+        with closing(predict(batches, self.predictor, clock, self.world)) as predicted:
+            for _ in predicted:
+                pass
 
 
-def _noise(batch_size: int, transform: Transform, world: World) -> Batch:
-    shape = (batch_size, *transform.out_size, 3)
-    return Batch(
-        index=np.arange(batch_size),
-        label=np.zeros(batch_size, dtype=np.int32),
-        pixels=torch.randint(0, 256, shape, dtype=torch.uint8, pin_memory=world.device.type == "cuda"),
-        jpegs=None,
-        errors={},
-        seconds={},
-    )
-
-
-def _predict_one(batch: Batch, predictor: Predictor, world: World) -> None:
-    _predict_all([(batch, 0.0)], predictor, Clock(warm_up=1, began=time.perf_counter()), world)
-
-
-def _predict_all(batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World) -> None:
-    with closing(predict(batches, predictor, clock, world)) as predicted:
-        for _ in predicted:
-            pass
+def _repeated(batch: Batch, clock: Clock) -> Iterator[tuple[Batch, float]]:
+    """The same batch, until the clock has seen enough of it."""
+    while len(clock.batch_s) < 2 * clock.warm_up or time.perf_counter() - clock.started < MEASURED_S:
+        yield batch, 0.0

@@ -1,4 +1,4 @@
-"""What one job leaves to the next one of its process."""
+"""A cache of what is costly to make, from one job to the next one of its process."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Thing = TypeVar("Thing")
 class Kept:
     """Things that were costly to make, each with what it depends on.
 
-    All ranks must have the same or none: forget all once a job has failed, for it may have failed on one rank alone.
+    All ranks must hold the same things: forget all after a failed job, which may have failed on one rank alone.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class Kept:
         self.began = 0.0
         """When the current job's start-up began, by `time.perf_counter`: for the first job, with the process."""
         self.reused: list[str] = []
-        """Names of what the current job has from one before it."""
+        """Names of what the current job took over from an earlier one."""
 
     def begin(self) -> None:
-        """Another job begins."""
+        """Begin another job."""
         self.began = time.perf_counter() - (0 if self._jobs else process_age_s())
         self.reused = []
         self._jobs += 1
         reset_peaks()
 
     def get(self, name: str, depends_on: Any, make: Callable[[], Thing]) -> Thing:
-        """The thing of this name that was made for the same, or a new one in its place."""
+        """Return the thing of this name if it depends on the same, else make it anew."""
         if name in self._things and self._things[name][0] == depends_on:
             if name not in self.reused and self._things[name][1] != self._jobs:
                 self.reused.append(name)

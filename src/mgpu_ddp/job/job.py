@@ -17,14 +17,14 @@ class Job:
     run_dir: Path
     """Where it works."""
     replaces: Path | None = None
-    """The folder with an older result whose place `run_dir` takes once it is complete."""
+    """The folder with an older result that `run_dir` replaces once it is complete."""
     starts_over: bool = False
-    """Whether what `run_dir` holds is discarded."""
+    """Discard what `run_dir` holds."""
     batch_size_given: bool = True
     in_sweep: bool = False
-    """Whether other jobs may come before and after it."""
+    """Other jobs may come before and after it."""
     hydra_files: dict[str, Any] | None = None
-    """What goes into RUN/.hydra, by file name. On rank 0."""
+    """The content of RUN/.hydra, by file name. On rank 0."""
 
     @property
     def home(self) -> Path:
@@ -32,7 +32,7 @@ class Job:
         return self.replaces or self.run_dir
 
     def order(self) -> dict[str, Any]:
-        """What the other ranks need to run it, as JSON values."""
+        """Return what the other ranks need to run it, as JSON values."""
         return {
             "name": self.name,
             "config": pack(self.config),

@@ -1,6 +1,7 @@
-"""One process's jobs, one after another; each ends alike on all ranks before the next begins.
+"""The jobs of one process, one after another; each ends alike on all ranks before the next begins.
 
-Rank 0 alone runs Hydra. What Hydra composes is a job; the other ranks are told of it and of nothing else.
+Rank 0 leads: it alone runs Hydra, which composes the jobs. The other ranks follow: they are told of jobs and of nothing
+else.
 """
 
 import ctypes
@@ -43,7 +44,7 @@ LINGER_S = 3.0
 
 
 class Session:
-    """What happened so far, and how the process will leave."""
+    """Runs jobs, remembers how they ended, and leaves the process with the exit code that follows."""
 
     def __init__(self, world: World, stop: StopWish, kept: Kept, act: Callable[[Job], dict[str, Any]]) -> None:
         self.world, self.stop = world, stop
@@ -52,13 +53,13 @@ class Session:
         self.made: list[Path] = []
         """Folders this launch made, deepest first."""
         self._act = act
-        self._heard = True
-        """Whether the other ranks wait for another job."""
+        self._others_wait = True
+        """For another job."""
 
     def lead(self, make: Callable[[], Job], apart: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`.
 
-        With `apart` it runs elsewhere, once its configuration has been found good.
+        With `apart` it runs in processes of its own, once its configuration has been checked.
         """
         try:
             job = make()
@@ -73,12 +74,12 @@ class Session:
 
     def end(self, error: BaseException | None) -> None:
         """Tell the other ranks that there are no more jobs. Rank 0 only."""
-        if self._heard and not isinstance(error, PeerLostError):
+        if self._others_wait and not isinstance(error, PeerLostError):
             usage = str(error) if isinstance(error, UsageError) else None
             self.world.share("next job", {"usage": usage, "failed": None if error is None else reason_of(error)})
 
     def follow(self) -> UsageError | None:
-        """Run the jobs that rank 0 makes, and return the user's mistake that ended them, if any. All but rank 0."""
+        """Run the jobs that rank 0 makes; return the user's mistake that ended them, if any. All but rank 0."""
         while True:
             order = self.world.share("next job", None)
             if "job" in order:
@@ -118,7 +119,7 @@ class Session:
                 console.print_summary(outcome)
             self.outcomes.append(outcome)
             if raised:
-                self._heard = False
+                self._others_wait = False
                 raise
             forget_frames(error)
         else:
@@ -128,7 +129,7 @@ class Session:
         return outcome
 
     def _what_failed(self, error: Exception) -> dict[str, Any]:
-        """Why a job failed, by the rank that first could not go on, and the most memory that any used. Collective."""
+        """Describe a failure by the rank that could not go on, with the most memory that any rank used. Collective."""
         # torch's own error for a lack of memory has the same name as ours.
         oom = type(error).__name__ == OutOfMemoryError.__name__ or isinstance(error, MemoryError)
         oom = oom or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -156,7 +157,7 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """The worst ending of all jobs; that a batch size does not fit is an answer where another one did."""
+        """The worst of all jobs' exit codes. In a sweep, running out of memory is an answer unless no job did better."""
         outcomes = [outcome for outcome in self.outcomes if outcome["status"] != "oom"] or self.outcomes
         codes = {int(outcome["exit_code"]) for outcome in outcomes}
         order = [Exit.FAILED, Exit.USAGE, Exit.TOO_MANY_ERRORS, Exit.PREEMPTED]
@@ -188,7 +189,7 @@ class Session:
 
 
 def _say(error: BaseException) -> None:
-    """What went wrong, with no more words than it needs."""
+    """Log an error: with a traceback only where one helps."""
     if isinstance(error, PeerError):
         log.warning("%s: %s", type(error).__name__, error)
     elif isinstance(error, StateError):
@@ -198,7 +199,7 @@ def _say(error: BaseException) -> None:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Clear what the frames of an error, and of those that led to it, hold: the job's tensors among it."""
+    """Free what the frames of an error and of its causes hold, such as the job's tensors."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
@@ -206,9 +207,9 @@ def forget_frames(error: BaseException | None) -> None:
 
 
 def _let_go() -> None:
-    """Give back the memory of a job that is over."""
+    """Free the memory of a job that is over."""
     gc.collect()
-    # What the C library holds of it would count as the next job's.
+    # Memory that the C library keeps would count as the next job's.
     ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """How jobs end: together on all ranks, with what was committed kept, and the next job unharmed."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, share_weights
-from mgpu_ddp.errors import PeerFailedError, UsageError
+from mgpu_ddp.errors import PeerFailedError, ProtocolError, UsageError
 from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import choose_compile
 from mgpu_ddp.job.cache import Kept
@@ -30,14 +32,36 @@ SIZE = 3
 MANY = 4000
 
 
-def buffers_from_rank_0(world: World) -> dict[str, Any]:
-    """Give the ranks different weights and BatchNorm statistics, share them, and say what each ended with."""
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with torch.no_grad():
-        for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.fill_(world.rank + 1)
-    shared = share_weights(module)
-    return {name: value.double().flatten().tolist() for name, value in shared.state_dict().items()}
+def weights_shared(world: World) -> dict[str, Any]:
+    """Share weights and statistics of every kind, which differ between the ranks, our way and by DDP."""
+    torch.manual_seed(world.rank)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 5).to(torch.float16))
+    module[0].weight.data = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    module[2].weight.data = torch.randn(6, 5).to(torch.float16).T
+    module[1].num_batches_tracked += world.rank
+    for name, buffer in {
+        "mask": torch.rand(3) > 0.5,
+        "none": torch.empty(0),
+        "index": torch.randint(9, (2, 2)),
+    }.items():
+        module.register_buffer(name, buffer, persistent=name != "index")
+    ours = copy.deepcopy(module)
+    share_weights(ours.requires_grad_(False), world)
+    of_ddp = DistributedDataParallel(module).module
+    pairs = zip([*ours.parameters(), *ours.buffers()], [*of_ddp.parameters(), *of_ddp.buffers()], strict=True)
+    return {
+        "as DDP": [torch.equal(mine, its) for mine, its in pairs],
+        "weights": [value.double().flatten().tolist() for value in [*ours.parameters(), *ours.buffers()]],
+    }
+
+
+def other_weights_on_rank_1(world: World) -> str:
+    """Share a module that is wider on one rank."""
+    try:
+        share_weights(nn.Linear(3, 4 + (world.rank == 1)).requires_grad_(False), world)
+    except ProtocolError as error:
+        return str(error)
+    return "nothing"
 
 
 def fails_on_rank_1(world: World) -> str:
@@ -156,7 +180,8 @@ def jobs(root: Path, bad: Path) -> list[Case]:
     stopped_shards = tiny(data={"size": MANY}, output={**steps, "collect": "shards", "format": "jsonl"})
     resumed = {"data": {"size": MANY}, "output": {"collect": "shards", "format": "jsonl"}}
     return [
-        Case(name="buffers", call=buffers_from_rank_0),
+        Case(name="weights", call=weights_shared),
+        Case(name="other-weights", call=other_weights_on_rank_1),
         Case(name="block", call=fails_on_rank_1),
         Case(name="topics", call=at_different_topics),
         Case(name="sweep", call=sweep_with_a_failing_rank),
@@ -214,9 +239,13 @@ Ends = Callable[[str], list[Any]]
 
 
 def test_weights_and_statistics_come_from_rank_0(end_of: Ends) -> None:
-    first, *others = end_of("buffers")
-    assert all(value == 1 for values in first.values() for value in values)
+    first, *others = end_of("weights")
+    assert first["as DDP"] == [True] * 12
     assert all(other == first for other in others)
+
+
+def test_a_model_that_differs_between_ranks_is_refused_on_all(end_of: Ends) -> None:
+    assert all("the same parameters on all ranks" in text for text in end_of("other-weights"))
 
 
 def test_a_block_fails_on_all_or_none(end_of: Ends) -> None:

@@ -1,6 +1,8 @@
 """The oracle: the output of W ranks equals the output of one rank, row by row, bit by bit."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torchvision import transforms
 from mgpu_ddp.config.schema import ArrayConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.job import autotune
+from mgpu_ddp.models.lazy_dynamo import UTILS, StandIn
 from tests.support.runs import assert_proved, make_images, read_rows, read_table
 from tests.support.worlds import Case, ended, folder, run_world, tiny
 
@@ -68,11 +71,35 @@ def compile_always(_world: World) -> None:
     autotune.WORTH_COMPILING = 0
 
 
+def imported_compilers(_world: World) -> list[str]:
+    """Find what only compiling needs among what this process has imported for its jobs."""
+    return [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
+
+
+def detect(_world: World) -> bool:
+    """Have torchvision compile a detector's roi_align, as it does on GPUs with deterministic algorithms."""
+    images, boxes = torch.rand(1, 3, 16, 16), [torch.tensor([[0.0, 0.0, 8.0, 8.0]])]
+    expected = torchvision.ops.roi_align(images, boxes, 2)
+    torchvision.ops.roi_align.__globals__["_has_ops"] = lambda: False
+    return torch.allclose(torchvision.ops.roi_align(images, boxes, 2), expected)
+
+
+def want_more(_world: World) -> bool:
+    """Import from the stand-in what it does not have, as another release of torchvision may."""
+    sys.modules[UTILS] = StandIn(UTILS)
+    counters = importlib.import_module(UTILS).counters
+    return counters is importlib.import_module(UTILS).counters is sys.modules["torch._dynamo"].utils.counters
+
+
+LIGHT = Case(name="light", call=imported_compilers)
+MORE = Case(name="more", call=want_more)
+
 COMPILED = [
     Case(name="always", call=compile_always),
     Case(name="compiled", config=tiny(output={"commit_every": 24, "fields": ["topk", "logits", "embedding"]})),
 ]
 """They take half a minute: two worlds run them."""
+DETECT = Case(name="detect", call=detect)
 
 
 def array(images: Path) -> ArrayConfig:
@@ -99,7 +126,8 @@ class Worlds(dict[int, Path]):
 
     def __missing__(self, size: int) -> Path:
         self[size] = self._out / str(size)
-        run_world(size, [*grid(self._images), *(COMPILED if size <= 2 else [])], self[size])
+        compiled = {1: [MORE, *COMPILED, DETECT], 2: COMPILED}.get(size, [])
+        run_world(size, [*grid(self._images), LIGHT, *compiled], self[size])
         return self[size]
 
 
@@ -129,6 +157,13 @@ def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds) -> None:
     assert read_rows(one) == read_rows(two)
     eager = read_table(worlds[1] / "out-parquet-gather-1")["logits"].to_numpy()
     assert np.allclose(np.stack(read_table(one)["logits"].to_numpy()), np.stack(eager), atol=1e-5)
+
+
+def test_jobs_import_no_compiler_until_they_compile(worlds: Worlds) -> None:
+    for size in SIZES:
+        assert ended(worlds[size], "light", size) == [[]] * size
+    # What torchvision was imported without comes when it is called for.
+    assert ended(worlds[1], "more", 1) == ended(worlds[1], "detect", 1) == [True]
 
 
 def test_every_run_proves_itself(worlds: Worlds) -> None:

@@ -6,6 +6,7 @@ small JSON values through the launcher's store (`exchange`, `share`, `together`)
 dead: each rank's `Heartbeat` thread beats once a second, rank 0 watches all beats, and every wait looks at that.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from mgpu_ddp.distributed import slurm
 from mgpu_ddp.distributed.heartbeat import Heartbeat
@@ -195,13 +195,23 @@ def leave(world: World) -> None:
     dist.destroy_process_group()
 
 
-def share_weights(module: nn.Module) -> nn.Module:
-    """Give every rank rank 0's parameters and buffers, by DDP's construction. Collective: every rank calls this.
+def share_weights(module: nn.Module, world: World) -> None:
+    """Give every rank rank 0's parameters and buffers, as constructing DDP would. Collective: every rank calls this.
 
-    DDP's defaults matter: `broadcast_buffers=False` would leave the BatchNorm statistics of the other ranks as
-    they were. The bare module comes back because DDP's own forward broadcasts buffers at every step, which
-    hangs ranks with uneven shards.
+    DDP itself would import torch._dynamo, and its forward broadcasts buffers at every step, which hangs ranks with
+    uneven shards.
+
+    Raises:
+        ProtocolError: the module is not of the same shape on all ranks.
     """
-    module.requires_grad_(True)
-    shared: nn.Module = DistributedDataParallel(module).module
-    return shared.requires_grad_(False)
+    if world.size == 1:
+        return
+    tensors = [tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers())]
+    shapes = repr([(tensor.dtype, tensor.shape) for tensor in tensors])
+    digests = world.exchange("weights", hashlib.sha256(shapes.encode()).hexdigest())
+    if len(set(digests)) > 1:
+        raise ProtocolError("the model does not have the same parameters on all ranks: install one torchvision on all.")
+    for tensor in tensors:
+        received = tensor.contiguous()
+        dist.broadcast(received, src=0)
+        tensor.copy_(received)

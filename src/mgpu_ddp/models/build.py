@@ -14,6 +14,7 @@ from mgpu_ddp.config.schema import ArrayConfig, Config, ModelConfig, TimmConfig
 from mgpu_ddp.data.array import open_array
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.models.class_names import read_class_names
+from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from mgpu_ddp.models.timm_models import build_timm, class_names_of
 from mgpu_ddp.models.weights import CHECKPOINTS, load_weights
 from mgpu_ddp.preprocess.transform import Transform, from_weights, imagenet, plain
@@ -58,8 +59,7 @@ def load_model(config: Config, world: World) -> Model:
 
 def build_model(config: Config) -> Model:
     """Build the model on the CPU, without its weights."""
-    import torchvision
-
+    torchvision = import_torchvision()
     wanted: ModelConfig = config.model
     if isinstance(wanted, TimmConfig):
         return _build_timm(config, wanted)

@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, RuntimeConfig
@@ -33,7 +36,8 @@ def prepare(model: Model, config: Config, resolved: Resolved, world: World, *, k
     `keep` it is a copy, and the model can be prepared again.
     """
     with world.together("prepare the model"):
-        module = share_weights(model.module.eval())
+        module = model.module.eval().requires_grad_(False)
+        share_weights(module, world)
         return _place(copy.deepcopy(module) if keep else module, config, resolved, world.device)
 
 
@@ -82,12 +86,36 @@ def operations(module: nn.Module, transform: Transform) -> int:
 
     A multiplication and the addition after it are two. Attention that torch has fused is left out.
     """
-    # Takes half a second, which jobs on GPUs need not wait.
-    from torch.utils.flop_counter import FlopCounterMode
+    # Imports Triton, for which jobs on GPUs need not wait here.
+    from torch.utils.flop_counter import flop_registry
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _Operations(flop_registry) as counted, torch.no_grad():
         module.eval()(torch.zeros(1, 3, *transform.out_size))
-    return int(counter.get_total_flops())
+    return int(counted.total)
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the floating-point operations of what runs under it, by torch's formulas.
+
+    torch's own FlopCounterMode does the same, and imports torch._dynamo for it.
+    """
+
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
+        super().__init__()
+        self.total, self._formulas = 0, formulas
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To be skipped it would have to be imported.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func.overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        return out
 
 
 def embedding_dim(module: nn.Module, num_classes: int) -> int:

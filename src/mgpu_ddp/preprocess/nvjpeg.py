@@ -11,6 +11,7 @@ https://docs.nvidia.com/cuda/nvjpeg/index.html.
 
 import ctypes
 import functools
+import importlib.util
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,9 +145,10 @@ def chroma_sizes(sizes: Integers, shared: Integers) -> Integers:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """nvJPEG, or None where there is none."""
-    import torchvision
-
-    bundled = Path(torchvision.__file__).parent.parent / "torchvision.libs"
+    # Found rather than imported: how a process first imports torchvision is for mgpu_ddp.models to say.
+    torchvision = importlib.util.find_spec("torchvision")
+    assert torchvision is not None
+    bundled = Path(str(torchvision.origin)).parent.parent / "torchvision.libs"
     for name in [*map(str, sorted(bundled.glob("libnvjpeg*.so*"))), *NAMES]:
         try:
             found = ctypes.CDLL(name)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu_ddp.config import command_line
-from mgpu_ddp.config.help import register
+from mgpu_ddp.config.compose import register
 from mgpu_ddp.distributed.world import World, join, leave
 from tests.support.runs import make_images
 
@@ -34,7 +33,6 @@ def world() -> Iterator[World]:
 def registered() -> None:
     """The schema and the resolvers as the job itself registers them."""
     register()
-    command_line.register_resolvers()
 
 
 @pytest.fixture(scope="session")

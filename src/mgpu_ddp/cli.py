@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.command_line import Command, check_command, explain, register_resolvers
-from mgpu_ddp.config.help import register
+from mgpu_ddp.config.command_line import Command, check_command
+from mgpu_ddp.config.compose import VERSION_BASE, explain, register
 from mgpu_ddp.config.schema import to_config
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, join
@@ -27,7 +28,7 @@ from mgpu_ddp.job.session import Session
 from mgpu_ddp.output.run_folder import make_folder, remove_empty
 from mgpu_ddp.reporting import console
 from mgpu_ddp.sweep.isolated import run_apart
-from mgpu_ddp.sweep.sweep import Sweep, point_of
+from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
 
 Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
 
@@ -62,7 +63,6 @@ def lead(session: Session, argv: list[str]) -> None:
     error: BaseException | None = None
     try:
         register()
-        register_resolvers()
         command = check_command(argv)
         if command.folder:
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
@@ -70,7 +70,7 @@ def lead(session: Session, argv: list[str]) -> None:
         if command.multirun:
             run_sweep(session, command)
         else:
-            run(command, lambda cfg: session.lead(lambda: configure(cfg, in_sweep=False)))
+            run_hydra(command, partial(run_job, session))
     except BaseException as raised:
         error = raised
         raise
@@ -78,66 +78,72 @@ def lead(session: Session, argv: list[str]) -> None:
         session.end(error)
 
 
-def run_sweep(session: Session, command: Command) -> None:
-    """Run the points of a sweep, and end with its answer. Rank 0 only."""
-    sweep = Sweep(Path(command.folder), command.swept, stop_on_oom=command.stop_on_oom)
-
-    errors: list[Exception] = []
-    size = session.world.size
-    remedy = "Start the sweep by python -m mgpu_ddp.infer, which starts the processes of each job."
-    require(not command.isolated or size == 1, "hydra/launcher", f"basic for {size} processes", "another", remedy)
-
-    def run_point(cfg: DictConfig) -> float:
-        point = point_of(cfg, command.swept)
-
-        def apart() -> dict[str, Any]:
-            return run_apart(point.overrides, sweep.folder, session.stop)
-
-        def act() -> dict[str, Any]:
-            return session.lead(lambda: configure(cfg, in_sweep=True), apart if command.isolated else None)
-
-        try:
-            return sweep.run(point, act)
-        except Exception as error:
-            # Raised to Hydra it would come out as Hydra's own words, once for each point that is left.
-            errors.append(error)
-            return 0.0
-        finally:
-            # Hydra makes one also for a point that was refused.
-            remove_empty([Path(HydraConfig.get().runtime.output_dir)])
-
-    run(command, run_point)
-    if errors and isinstance(errors[0], UsageError):
-        raise errors[0]
-    console.print_summary(sweep.conclude(int(Exit.FAILED) if errors else session.exit_code))
-    if errors:
-        raise errors[0]
-
-
-def run(command: Command, act: Callable[[DictConfig], Any]) -> None:
-    """Have Hydra act on a checked command. Rank 0 only."""
+def run_hydra(command: Command, act: Callable[[DictConfig], Any]) -> None:
+    """Have Hydra act on each configuration that a checked command composes. Rank 0 only."""
     # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *command.argv]
-
-    @hydra.main(version_base="1.3", config_path="pkg://mgpu_ddp.conf", config_name="config")
-    @record
-    def task(cfg: DictConfig) -> Any:
-        return act(cfg)
-
+    start = hydra.main(config_path="pkg://mgpu_ddp.conf", config_name="config", **VERSION_BASE)
     try:
-        task()
+        start(record(act))()
     except SystemExit as left:
         # Hydra's --help leaves this way, and so does its argument parser, which has said why.
         if left.code:
             raise UsageError("the command line must be one that Hydra accepts, see above. See --help.") from None
     except (HydraException, OmegaConfBaseException) as error:
         # A sweep has values that were not composed before.
-        raise UsageError(explain(error, command.words)) from None
+        raise UsageError(explain(error)) from None
+
+
+def run_job(session: Session, cfg: DictConfig) -> None:
+    """Run the one job of a command. Rank 0 only."""
+    session.lead(partial(configure, cfg, in_sweep=False))
+
+
+def run_sweep(session: Session, command: Command) -> None:
+    """Run the points of a sweep, and end with its answer. Rank 0 only."""
+    size = session.world.size
+    remedy = "Start the sweep by python -m mgpu_ddp.infer, which starts the processes of each job."
+    require(not command.isolated or size == 1, "hydra/launcher", f"basic for {size} processes", "another", remedy)
+    points = Points(session, command)
+    run_hydra(command, points.run)
+    if isinstance(points.error, UsageError):
+        raise points.error
+    console.print_summary(points.sweep.conclude(int(Exit.FAILED) if points.error else session.exit_code))
+    if points.error is not None:
+        raise points.error
+
+
+class Points:
+    """The points of a sweep, each run as Hydra composes it. Rank 0 only."""
+
+    def __init__(self, session: Session, command: Command) -> None:
+        self._session, self._command = session, command
+        self.sweep = Sweep(Path(command.folder), command.swept, stop_on_oom=command.stop_on_oom)
+        self.error: Exception | None = None
+        """The first that was raised: raised to Hydra it would come out in Hydra's words, once for each point left."""
+
+    def run(self, cfg: DictConfig) -> float:
+        """Run a point, and return its images/s for the sweeper."""
+        point = point_of(cfg, self._command.swept)
+        try:
+            return self.sweep.run(point, partial(self._run_job, cfg, point))
+        except Exception as error:
+            self.error = self.error or error
+            return 0.0
+        finally:
+            # Hydra makes one also for a point that was refused.
+            remove_empty([Path(HydraConfig.get().runtime.output_dir)])
+
+    def _run_job(self, cfg: DictConfig, point: Point) -> dict[str, Any]:
+        make = partial(configure, cfg, in_sweep=True)
+        if not self._command.isolated:
+            return self._session.lead(make)
+        return self._session.lead(make, partial(run_apart, point.overrides, self.sweep.folder, self._session.stop))
 
 
 def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:
-    """The job that Hydra composed."""
+    """Make the job that Hydra composed."""
     composed = HydraConfig.get()
     settings = to_config(cfg)
     if in_sweep and settings.runtime.on_oom == "auto":

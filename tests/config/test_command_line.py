@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 
 from mgpu_ddp.config.command_line import Command, check_command
+from mgpu_ddp.config.compose import compose_config
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.run_folder import make_folder, remove_empty
 
@@ -102,8 +102,7 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
     folder = str(Path(name).absolute())
     for multirun in (False, True):
         command = Command(words=["seed=1"], informational=False, multirun=multirun, folder=folder)
-        with initialize_config_module("mgpu_ddp.conf", version_base="1.3"):
-            hydra = compose("config", overrides=command.argv, return_hydra_config=True).hydra
+        hydra = compose_config(command.argv).hydra
         assert (hydra.sweep.dir if multirun else hydra.run.dir) == folder
 
 
@@ -119,7 +118,7 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
         ("batch_size=1.5", "batch_size must be an integer or text, got '1.5'"),
         ("data.size=1.5", "data.size must be an integer, got '1.5'"),
         ("resume=perhaps", "resume must be true or false, got 'perhaps'"),
-        ("data.image_size=3", "data.image_size must be a list, got '3'"),
+        ("data.image_size=3", "data.image_size must be a list of integers, got '3'"),
         ("output=csv", "output must be a group of keys, got 'csv'"),
         ("data=imagefolder", "data must be one of fake, folder, list, webdataset, parquet, array, got 'imagefolder'"),
         ("transform=crop", "transform must be one of auto, plain, imagenet, got 'crop'"),

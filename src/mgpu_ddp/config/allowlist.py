@@ -1,9 +1,9 @@
-"""What a command line may say: flags and keys that cannot run code, each told from a mistake in one line.
+"""What a command line and a config folder may say: nothing that can run code.
 
-Hydra imports and calls whatever a `_target_` names (callbacks, launchers, log handlers) while it starts.
+Hydra imports and calls whatever a `_target_` names (callbacks, launchers, log handlers) while it starts. Whether a
+key exists and takes its value is for `overrides` to check.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,6 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.help import documented_keys
 from mgpu_ddp.config.schema import GROUPS
 from mgpu_ddp.errors import UsageError
 
@@ -42,21 +41,28 @@ SHORT = {
 }
 SWEEPS = ("batch_size",)
 """The sweeps of conf/sweep."""
-OPEN_KEYS = (
-    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.verbose"),
-    *("hydra.launcher.nproc_per_node", "hydra.launcher.max_restarts", "hydra.launcher.nodes"),
-    *("hydra.launcher.ntasks_per_node", "hydra.launcher.gpus_per_node", "hydra.launcher.cpus_per_task"),
-    *("hydra.launcher.mem", "hydra.launcher.time", "hydra.launcher.partition", "hydra.launcher.account"),
-    *("hydra.launcher.qos", "hydra.launcher.constraint"),
-    *("hydra.sweeper.n_trials", "hydra.sweeper.direction", "hydra.sweeper.study_name", "hydra.sweeper.sampler.seed"),
-)
-"""The keys of Hydra's own configuration that cannot make it import code or open files."""
 OPEN_GROUPS = {
     "hydra/launcher": ("basic", "torchrun", "slurm"),
     "hydra/sweeper": ("basic", "optuna"),
     "hydra/sweeper/sampler": ("tpe", "random", "grid"),
 }
 """Hydra chooses launchers and sweepers by `_target_`; these are the ones it may."""
+OPEN_KEYS = {
+    **dict.fromkeys(("run.dir", "sweep.dir", "sweep.subdir", "job.name", "verbose"), ""),
+    **dict.fromkeys(("launcher.nproc_per_node", "launcher.max_restarts"), "hydra/launcher=torchrun"),
+    **dict.fromkeys(("launcher.nodes", "launcher.ntasks_per_node"), "hydra/launcher=slurm"),
+    **dict.fromkeys(("launcher.gpus_per_node", "launcher.cpus_per_task", "launcher.mem"), "hydra/launcher=slurm"),
+    **dict.fromkeys(("launcher.time", "launcher.partition", "launcher.account"), "hydra/launcher=slurm"),
+    **dict.fromkeys(("launcher.qos", "launcher.constraint"), "hydra/launcher=slurm"),
+    **dict.fromkeys(("sweeper.n_trials", "sweeper.direction", "sweeper.study_name"), "hydra/sweeper=optuna"),
+    "sweeper.sampler.seed": "hydra/sweeper=optuna",
+}
+"""The keys below hydra that cannot make it import code or open files, each with the choice it needs."""
+
+NAME = r"[\w-][\w .-]*"
+DEFAULT = re.compile(rf"/?{NAME}(/{NAME})*(@[\w.]+)?")
+"""An entry of a defaults list that stays within the folder: Hydra takes // and .. to lead out of it."""
+DEFAULT_OPTION = re.compile(rf"{NAME}(/{NAME})*")
 
 
 def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -81,7 +87,8 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
     return flags, words
 
 
-def parse(words: list[str]) -> list[Override]:
+def parse(words: Sequence[str]) -> list[Override]:
+    """Parse overrides by Hydra's grammar, and refuse those that could run code."""
     parser = OverridesParser.create()
     overrides: list[Override] = []
     for word in words:
@@ -92,54 +99,56 @@ def parse(words: list[str]) -> list[Override]:
                 f"override must be key=value in Hydra's grammar, got {word!r}. Quote values that hold , = ~ or braces,"
                 " also for the shell: 'key=\"value\"'."
             ) from None
-        _refuse_key(override)
+        _refuse_code(override)
         overrides.append(override)
     return overrides
 
 
-def _refuse_key(override: Override) -> None:
+def _refuse_code(override: Override) -> None:
     key, line = override.key_or_group, str(override.input_line)
     require(bool(key) and override.package is None, "override", "key=value", line, "Leave @package out.")
-    require(key != "sweep.repeat", key, "left to sweep.repeats", line, "Leave it out.")
+    require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
+    require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
     if key == "sweep":
         ok = override.is_add() and override.value() in SWEEPS
         require(ok, key, f"added as {' or '.join(f'+sweep={name}' for name in SWEEPS)}", line, "See --help.")
-        return
-    require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
-    if key in OPEN_GROUPS:
+    elif key in OPEN_GROUPS:
         require(override.value() in OPEN_GROUPS[key], key, " or ".join(OPEN_GROUPS[key]), line, f"Leave {key} out.")
     elif key.split(".")[0].split("/")[0] == "hydra":
-        rule = f"one of Hydra's harmless keys ({', '.join(OPEN_KEYS)})"
-        require(key in OPEN_KEYS and not override.is_delete(), key, rule, line, "Leave it out; --multirun sweeps.")
-    else:
-        is_name = override.is_delete() or override.is_sweep_override() or isinstance(override.value(), str)
-        require(key not in GROUPS or is_name, key, f"one of {', '.join(GROUPS.get(key, ()))}", line, "See --help.")
-        require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
-        if (override.is_add() or override.is_force_add()) and key not in documented_keys():
-            raise UsageError(unknown_key(key, line))
+        rule = f"one of Hydra's harmless keys ({', '.join(f'hydra.{name}' for name in OPEN_KEYS)})"
+        remedy = "Leave it out; --multirun sweeps."
+        require(key.removeprefix("hydra.") in OPEN_KEYS and key.startswith("hydra."), key, rule, line, remedy)
+    elif key in GROUPS:
+        is_name = override.is_sweep_override() or isinstance(override.value(), str)
+        require(is_name, key, f"one of {', '.join(GROUPS[key])}", line, "See --help.")
 
 
 def refuse_code_in_files(folder: Path) -> None:
-    """Refuse a config folder in which any file speaks of Hydra or of targets, chosen or not: a sweep may choose it."""
+    """Refuse a config folder in which any file speaks of Hydra or of targets, or leads out of the folder.
+
+    Chosen or not: a sweep may choose it.
+    """
     for name in ("config.yaml", "schema.yaml"):
-        require(
-            not (folder / name).exists(), "--config-dir", f"without {name}", str(folder), "Name the file otherwise."
-        )
-    # Links are followed, as Hydra follows them.
-    paths = [Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names]
-    for path in sorted(path for path in paths if path.suffix in (".yaml", ".yml")):
+        remedy = "Give the file another name."
+        require(not (folder / name).exists(), "--config-dir", f"without {name}", str(folder), remedy)
+    for path in yaml_files(folder):
         try:
-            text = path.read_text()
-            spoken = [
-                text,
-                *(f"{key} {value}" for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(path)), "")),
-            ]
+            text, content = path.read_text(), OmegaConf.to_container(OmegaConf.load(path))
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"--config-dir must hold readable YAML, got {str(path)!r} ({reason}). Mend it.") from None
+            raise UsageError(f"--config-dir must hold readable YAML, got {str(path)!r} ({reason}). Fix it.") from None
+        spoken = [str(path.relative_to(folder)), text, *(f"{key} {value}" for key, value in _leaves(content, ""))]
         for word in ("hydra", "_target_"):
             ok = not any(word in part for part in spoken)
             require(ok, "--config-dir", f"free of {word}", str(path), "Configuration files cannot steer Hydra.")
+        ok = not isinstance(content, dict) or _stays_inside(content.get("defaults", []))
+        require(ok, "--config-dir", "without defaults that lead out of it", str(path), "Name files of the folder.")
+
+
+def yaml_files(folder: Path) -> list[Path]:
+    """The YAML files of a config folder. Links are followed, as Hydra follows them."""
+    paths = (Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in paths if path.suffix in (".yaml", ".yml"))
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -155,11 +164,15 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
 
 
-def unknown_key(name: str, override: str) -> str:
-    if name in documented_keys():
-        group = name.partition(".")[0]
-        options = [option for option, schema in GROUPS.get(group, {}).items() if hasattr(schema, name.split(".")[-1])]
-        return f"{name} must belong to the chosen {group}, got {override!r}. Add {group}={' or '.join(options)}."
-    near = difflib.get_close_matches(name, documented_keys(), n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"{name} must be a known key, got {override!r}. {hint}--help lists every key."
+def _stays_inside(defaults: Any) -> bool:
+    """Check that a defaults list names only what is in the folder, or in the package's own configuration."""
+    if not isinstance(defaults, list):
+        return False
+    for entry in defaults:
+        groups = entry if isinstance(entry, dict) else {entry: None}
+        for group, options in groups.items():
+            names = options if isinstance(options, list) else [options]
+            known = all(name is None or DEFAULT_OPTION.fullmatch(str(name)) for name in names)
+            if not (known and DEFAULT.fullmatch(str(group))):
+                return False
+    return True

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.command_line import quote
+from mgpu_ddp.config.compose import quote
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, num_processes, outcome_in
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.errors import Exit

@@ -28,8 +28,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.data.datasets import FakeSamples, FileSamples
-from mgpu_ddp.data.files import find_images
+from mgpu_ddp.data.fake import FakeSamples
+from mgpu_ddp.data.files import FileSamples, find_images
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.host import interrupted_cpus, keep_off

@@ -40,7 +40,7 @@ def test_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
 
 MISTAKES = {
     ("data=folder", "data.root=nowhere"): "/nowhere' (No such file or directory). Name another.",
-    ("data=folder", "data.root=empty"): "data.root must hold at least one image",
+    ("data=folder", "data.root=empty"): "holds no image (jpg",
     ("model.name=resnet19",): "model.name must be a torchvision classification model, got 'resnet19'. Did you mean",
     ("runtime.device=cuda",): "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.",
     ("output.dir=/proc/nowhere",): "output.dir must be a writable folder, got '/proc/nowhere'",

@@ -58,7 +58,7 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
         told.append(locked_out.err)
         assert locked_out.code == 1
         reason = json.loads((tmp_path / "out" / "status.json").read_text())["reason"]
-        assert "must be readable with the credentials at hand, got " in reason
+        assert "cannot be read with these credentials (" in reason
         assert "ExpiredToken" in reason
         assert "stores.py" not in locked_out.err, "a traceback says no more than the line"
         assert kept < committed_rows(tmp_path / "out") < COUNT

@@ -4,6 +4,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from mgpu_ddp.config.schema import (
     TransformConfig,
     WebDatasetConfig,
 )
-from mgpu_ddp.data import parquet
-from mgpu_ddp.data.archives import Indexed, expand, index_shards, root_of
+from mgpu_ddp.data import parquet, row_group_cache
+from mgpu_ddp.data.archives import ArchiveIndex, index_archives
 from mgpu_ddp.data.datasets import find_listing
-from mgpu_ddp.data.encoded import ImageSamples
-from mgpu_ddp.data.files import read_list
+from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.parquet import ParquetSamples, index_parquet
+from mgpu_ddp.data.patterns import expand, root_of
 from mgpu_ddp.data.tar import TarSamples, index_tar
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
@@ -64,7 +66,7 @@ def test_stars_find_files_in_order(tmp_path: Path) -> None:
     assert expand(f"{tmp_path}/[1].tar") == [f"{tmp_path}/[1].tar"], "a file of that very name"
     assert root_of(f"{tmp_path}/x/{{a,b}}/*.tar") == f"{tmp_path}/x"
     for pattern in (f"{tmp_path}/*.gone", "{0..99999999999}", "{0..999}{0..999}{0..9}", "{a,{b,c}}"):
-        with pytest.raises(UsageError, match=r"^data\.urls must .*got "):
+        with pytest.raises(UsageError, match=r"^data\.urls"):
             expand(pattern)
 
 
@@ -159,8 +161,8 @@ def test_links_are_the_images_they_stand_for_and_others_are_error_rows(tmp_path:
         with pytest.raises(ValueError, match="a sparse file, or a link to no image of this tar"):
             samples.fetch(places[f"{name}.jpg"])
         with pytest.raises(ValueError, match="a sparse file, or a link to no image of this tar"):
-            samples._begin(places[f"{name}.jpg"]).result()
-    with pytest.raises(UsageError, match=r"must name whole numbers, got b'' in './1\.cls'"):
+            samples._request(places[f"{name}.jpg"]).result()
+    with pytest.raises(UsageError, match=r"'\./1\.cls' in '.*x\.tar' holds b'', not a whole number"):
         indexed(tmp_path / "x.tar", world, label_extension="cls")
 
 
@@ -189,9 +191,7 @@ def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path: Path, wo
     first, second = (tar_of(tmp_path / f"{n}.tar", {f"{n}.jpg": JPEG}) for n in "ab")
     joined = tmp_path / "ab.tar"
     joined.write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(
-        UsageError, match=r"must be single tars, got '.*ab\.tar' \(something follows its end at byte 1,536\)"
-    ):
+    with pytest.raises(UsageError, match=r"something follows the end of the tar '.*ab\.tar' at byte 1,536"):
         indexed(joined, world)
     # What GNU tar itself does: its own way to join, an appended member, and large records of padding.
     joined.write_bytes(first.read_bytes())
@@ -212,13 +212,13 @@ def compressed(data: bytes) -> bytes:
     ("spoil", "said"),
     [
         (lambda data: data[:600], "byte"),
-        (lambda data: data[:1024], "no end, it was cut off at byte 1,024"),
+        (lambda data: data[:1024], "broken at byte 1,024 (it was cut off)"),
         (lambda data: data[:700] + b"", "byte"),
-        (lambda data: data[:1024] + b"garbage!" * 64 + data[1536:], "no header at byte 1,024"),
-        (lambda data: data[:1024] + data[1024:1100], "cut off at byte 1,024"),
+        (lambda data: data[:1024] + b"garbage!" * 64 + data[1536:], "broken at byte 1,024 (no header)"),
+        (lambda data: data[:1024] + data[1024:1100], "broken at byte 1,024 (it was cut off)"),
         (lambda _data: b"", "empty"),
         (lambda _data: b"no tar at all", "truncated"),
-        (compressed, "a compressed one, which has no random access"),
+        (compressed, "is compressed, so it has no random access. Unpack it."),
     ],
 )
 def test_a_broken_tar_among_others_is_named_in_one_line(
@@ -238,11 +238,11 @@ def test_a_broken_tar_among_others_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("members", "settings", "said"),
     [
-        ({"a.txt": b""}, {}, "must hold at least one image"),
-        ({"a.jpg": b"", "a.cls": b"cat"}, {"label_extension": "cls"}, "got b'cat' in 'a.cls'"),
+        ({"a.txt": b""}, {}, "none of the files holds an image"),
+        ({"a.jpg": b"", "a.cls": b"cat"}, {"label_extension": "cls"}, "'a.cls' in "),
         ({"a.jpg": b"", "a.cls": b"1" * 40}, {"label_extension": "cls"}, "data.label_extension"),
         ({"a.jpg": b"", "b.cls": b"1"}, {"label_extension": "cls"}, "right before or after its images, got 'cls'"),
-        (None, {}, "must name files that are there"),
+        (None, {}, "cannot be read (No such file or directory)"),
     ],
 )
 def test_what_a_tar_lacks_is_said_in_one_line(
@@ -261,13 +261,13 @@ def test_only_what_has_changed_is_indexed_again(tmp_path: Path, world: World) ->
         tar_of(tmp_path / f"{number}.tar", {f"{number}.jpg": bytes([number]) * 9, f"{number}b.jpg": b"b"})
     seen: list[str] = []
 
-    def index(path: str, *, name: str) -> Indexed:
+    def index(path: str, name: str) -> ArchiveIndex:
         seen.append(name)
-        return index_tar(WebDatasetConfig(urls="x"), path, name=name)
+        return index_tar(WebDatasetConfig(urls="x"), path, name)
 
     def again(known: Listing | None) -> Listing:
         seen.clear()
-        files = index_shards(f"{tmp_path}/*.tar", index, known, world)
+        files = index_archives(f"{tmp_path}/*.tar", index, known, world)
         assert files is not None
         return files
 
@@ -275,6 +275,7 @@ def test_only_what_has_changed_is_indexed_again(tmp_path: Path, world: World) ->
     assert seen == ["0.tar", "1.tar", "2.tar", "3.tar"]
     (tmp_path / FILE_NAME).write_bytes(first.buffer)
     known = Listing.open(tmp_path / FILE_NAME)
+    assert b"shards" in known.table.schema.metadata, "the key by which folders of earlier versions have it"
     assert again(known) is known
     assert seen == []
     tar_of(tmp_path / "1.tar", {"new.txt": b"", "1.jpg": b"one", "1b.jpg": b"b"})
@@ -300,7 +301,7 @@ def test_shards_of_a_job_may_have_seen_their_tars_touched(tmp_path: Path, world:
     assert identities[0] == identities[1] != identities[2]
 
 
-def batches(samples: ImageSamples, world: World, *, workers: int = 2, size: int = 1, block: int = 1) -> list[Batch]:
+def batches(samples: EncodedSamples, world: World, *, workers: int = 2, size: int = 1, block: int = 1) -> list[Batch]:
     """All batches of all ranks, copied."""
     plan = Plan(
         start=0,
@@ -322,7 +323,7 @@ def batches(samples: ImageSamples, world: World, *, workers: int = 2, size: int 
 
 @pytest.mark.parametrize("change", ["rewritten", "touched", "gone"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_changes_while_it_is_read_ends_the_job_in_one_line(
+def test_an_archive_that_changes_while_it_is_read_ends_the_job_in_one_line(
     tmp_path: Path, world: World, change: str, workers: int
 ) -> None:
     for number in range(2):
@@ -335,7 +336,7 @@ def test_a_shard_that_changes_while_it_is_read_ends_the_job_in_one_line(
         os.utime(path)
     else:
         path.unlink()
-    with pytest.raises(StateError, match=r"1\.tar' must stay as it was indexed, got ") as raised:
+    with pytest.raises(StateError, match=r"1\.tar' has changed since it was indexed \(") as raised:
         batches(samples, world, workers=workers)
     assert "\n" not in str(raised.value)
 
@@ -347,7 +348,7 @@ def parquet_of(path: Path, group: int = 3, **columns: Any) -> Path:
 
 def parquet_samples(path: Path, world: World, **settings: Any) -> ParquetSamples:
     data = ParquetConfig(urls=str(path), **settings)
-    files = index_shards(data.urls, lambda path, name: index_parquet(data, path, name=name), None, world)
+    files = index_archives(data.urls, partial(index_parquet, data), None, world)
     assert files is not None
     return ParquetSamples(files, data.column)
 
@@ -397,10 +398,10 @@ def test_keys_name_the_rows(tmp_path: Path, world: World) -> None:
     ("settings", "said"),
     [
         ({"column": "photo"}, "data.column must be one column of every file, got 'photo'"),
-        ({"column": "word"}, "data.column must hold bytes or a struct with bytes, got string"),
+        ({"column": "word"}, "data.column must be a column of bytes or of a struct with bytes, got string"),
         ({"label_column": "class"}, "data.label_column must be one column of every file, got 'class'"),
-        ({"label_column": "word"}, "must hold whole numbers, got string"),
-        ({"key_column": "half"}, "data.key_column must hold text, bytes or whole numbers, got double"),
+        ({"label_column": "word"}, "holds string, not whole numbers"),
+        ({"key_column": "half"}, "data.key_column must be a column of text, bytes or whole numbers, got double"),
         ({"key_column": "image.path"}, "data.key_column must be one column of every file"),
     ],
 )
@@ -441,7 +442,7 @@ def test_a_torn_file_is_one_line(tmp_path: Path, world: World) -> None:
         parquet_of(tmp_path / f"{name}.parquet", image=[b"x"])
     torn = tmp_path / "b.parquet"
     torn.write_bytes(torn.read_bytes()[:-20])
-    with pytest.raises(UsageError, match=rf"^data\.urls must be readable Parquet files, got '{torn}' \(") as raised:
+    with pytest.raises(UsageError, match=rf"^data\.urls: '{torn}' cannot be read \(") as raised:
         parquet_samples(tmp_path / "*.parquet", world)
     assert "\n" not in str(raised.value)
 
@@ -463,7 +464,7 @@ def test_a_broken_row_group_costs_its_own_rows_alone(tmp_path: Path, world: Worl
 def test_repeated_images_need_more_room_than_their_file_says(
     tmp_path: Path, world: World, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "SHARED_BYTES", shared)
+    monkeypatch.setattr(row_group_cache, "SHARED_BYTES", shared)
     # One entry of a dictionary, many times.
     path = parquet_of(tmp_path / "x.parquet", 50, image=[JPEG] * 100)
     samples = parquet_samples(path, world)

@@ -9,8 +9,9 @@ from torchvision import transforms
 from torchvision.datasets import FakeData
 
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.data.datasets import FakeSamples, FileSamples, find_listing, open_samples
-from mgpu_ddp.data.files import find_images
+from mgpu_ddp.data.datasets import find_listing, open_samples
+from mgpu_ddp.data.fake import FakeSamples
+from mgpu_ddp.data.files import FileSamples, find_images
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
@@ -86,7 +87,7 @@ def folder_config(root: Path) -> Config:
 
 def test_a_folder_without_images_is_the_users_mistake(tmp_path: Path, world: World) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UsageError, match=r"data\.root must hold at least one image \(jpg, jpeg, .*\), got "):
+    with pytest.raises(UsageError, match=r"data\.root='.*' holds no image \(jpg, jpeg, .*\)\. "):
         find_listing(folder_config(tmp_path), None, world)
 
 

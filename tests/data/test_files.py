@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mgpu_ddp.config.schema import ListConfig
-from mgpu_ddp.data.files import FileSamples, read_list
+from mgpu_ddp.data.files import FileSamples
+from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 
@@ -63,26 +64,26 @@ def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("missing.csv", None, "must be a readable list"),
-        ("empty.txt", b"", "must be a readable list"),
-        ("empty.csv", b"path,label\n", "must name at least one image"),
-        ("other.csv", b"file,label\na.jpg,1\n", "must have a column path, got "),
-        ("other.parquet", {"file": ["a"]}, "must have a column path, got "),
-        ("none.parquet", {"path": ["a", None]}, "must have a path in every row, got 1 rows without"),
-        ("none.csv", b"path,label\na.jpg,1\n,2\n  ,3\n", "must have a path in every row, got 2 rows without"),
-        ("number.parquet", {"path": [1, 2]}, "must have text in its column path, got int64"),
-        ("struct.parquet", {"path": [{"path": "a"}]}, "must have text in its column path, got struct"),
+        ("missing.csv", None, "cannot be read ("),
+        ("empty.txt", b"", "cannot be read ("),
+        ("empty.csv", b"path,label\n", "names no image"),
+        ("other.csv", b"file,label\na.jpg,1\n", "has no column path, but '"),
+        ("other.parquet", {"file": ["a"]}, "has no column path, but '"),
+        ("none.parquet", {"path": ["a", None]}, "has 1 rows without a path"),
+        ("none.csv", b"path,label\na.jpg,1\n,2\n  ,3\n", "has 2 rows without a path"),
+        ("number.parquet", {"path": [1, 2]}, "has int64 in its column path, not text"),
+        ("struct.parquet", {"path": [{"path": "a"}]}, "has struct"),
         ("twice.csv", b"path, path\na,b\n", "a list with one column path and one label, got ['path', ' path']"),
         ("tabs.csv", b"path\tlabel\na\t1\n", "Separate columns by commas."),
-        ("semicolons.csv", b"path;label\na;1\n", "with 'path;label'. Separate columns by commas."),
+        ("semicolons.csv", b"path;label\na;1\n", "but 'path;label'. Separate columns by commas."),
         ("list.tsv", b"path\tlabel\na\t1\n", "or a text of one path a line, got"),
         ("list.csv.gz", b"\x1f\x8b", "or a text of one path a line, got"),
-        ("words.csv", b"path,label\na.jpg,cat\n", "must hold whole numbers, got string"),
-        ("halves.csv", b"path,label\na.jpg,0.5\n", "must hold class numbers, got: Float value 0.5"),
-        ("infinite.parquet", {"path": ["a"], "label": [float("inf")]}, "must hold class numbers, got"),
-        ("large.csv", b"path,label\na.jpg,3000000000\n", "must hold class numbers, got"),
-        ("torn.parquet", b"PAR1", "must be a readable list"),
-        ("ragged.csv", b"path,label\na.jpg,1\nb.jpg\n", "must be a readable list"),
+        ("words.csv", b"path,label\na.jpg,cat\n", "holds string, not whole numbers"),
+        ("halves.csv", b"path,label\na.jpg,0.5\n", "holds no class numbers: Float value 0.5"),
+        ("infinite.parquet", {"path": ["a"], "label": [float("inf")]}, "holds no class numbers: "),
+        ("large.csv", b"path,label\na.jpg,3000000000\n", "holds no class numbers: "),
+        ("torn.parquet", b"PAR1", "cannot be read ("),
+        ("ragged.csv", b"path,label\na.jpg,1\nb.jpg\n", "cannot be read ("),
     ],
 )
 def test_what_is_no_list_is_refused_in_one_line(tmp_path: Path, name: str, content: Any, said: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mgpu_ddp.config.command_line import check_command
 from mgpu_ddp.config.help import documented_keys
 from mgpu_ddp.config.schema import LoaderConfig
-from mgpu_ddp.data.datasets import FileSamples
+from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.loader.batch import as_batch

@@ -91,7 +91,7 @@ def test_a_grown_listing_keeps_every_index_and_label() -> None:
 def test_a_damaged_listing_is_refused_in_one_line(tmp_path: Path, kept: int) -> None:
     data = bytes(Listing.build([b"a/1.png", b"a/2.png"]).buffer)
     (tmp_path / "listing.arrow").write_bytes(data[:kept])
-    with pytest.raises(UsageError, match=r"listing\.arrow must be the listing this job began with") as raised:
+    with pytest.raises(UsageError, match=r"listing\.arrow cannot be read \(") as raised:
         Listing.open(tmp_path / "listing.arrow")
     assert "\n" not in str(raised.value)
 

@@ -23,8 +23,10 @@ from mgpu_ddp.config.schema import (
     TransformConfig,
     WebDatasetConfig,
 )
-from mgpu_ddp.data import object_store
-from mgpu_ddp.data.datasets import Samples, find_listing, open_samples
+from mgpu_ddp.data import object_store, retry
+from mgpu_ddp.data.datasets import find_listing, open_samples
+from mgpu_ddp.data.read_ahead import ReadAhead
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import StateError, UsageError
@@ -40,7 +42,7 @@ COUNT = 30
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bucket: images, and the same in shards."""
+    """A bucket: images, and the same in archives."""
     bucket = tmp_path_factory.mktemp("served") / "bucket"
     images = make_images(bucket / "photos", COUNT)
     sources(bucket, images, [index % 3 for index in range(COUNT)])
@@ -56,7 +58,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[i
 
 @pytest.fixture
 def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
     with s3.proxied(server) as proxy:
         s3.use(monkeypatch, proxy.port)
         yield proxy
@@ -75,15 +77,15 @@ def test_what_is_listed_is_what_is_there(proxy: s3.Proxy, folder: Path) -> None:
     assert object_store.glob("s3://bucket/shard-*.tar") == [f"s3://bucket/shard-0{number}.tar" for number in range(3)]
     assert object_store.find("s3://bucket/nothing/here") == []
     tar = folder / "shard-00.tar"
-    before = object_store.look_at("s3://bucket/shard-00.tar")
+    before = object_store.size_and_version("s3://bucket/shard-00.tar")
     assert before[0] == tar.stat().st_size
     content = tar.read_bytes()
     try:
         tar.write_bytes(content[:-1] + b"x")
-        assert object_store.look_at("s3://bucket/shard-00.tar") != before
+        assert object_store.size_and_version("s3://bucket/shard-00.tar") != before
     finally:
         tar.write_bytes(content)
-    with pytest.raises(UsageError, match=r"data.root must be there and may be listed, got 's3://none/x'"):
+    with pytest.raises(UsageError, match=r"data\.root='s3://none/x' cannot be listed \("):
         object_store.find("s3://none/x")
     with object_store.open_file("s3://bucket/shard-00.tar") as file:
         file.seek(1000)
@@ -94,7 +96,7 @@ def test_what_is_listed_is_what_is_there(proxy: s3.Proxy, folder: Path) -> None:
 def test_what_goes_over_by_itself_is_asked_for_again(proxy: s3.Proxy, folder: Path) -> None:
     faults = [*s3.SLOW_DOWN, "reset", (429, "TooMany")]
     proxy.fault = lambda number: faults[number // 3 % 4] if number % 3 == 0 else None
-    asked = [object_store.begin(f"s3://bucket/photos/{name}") for name in names(folder)]
+    asked = [object_store.start_read(f"s3://bucket/photos/{name}") for name in names(folder)]
     assert [each.result() for each in asked] == [(folder / "photos" / name).read_bytes() for name in names(folder)]
     assert {"SlowDown", "InternalError", "reset", "TooMany"} == set(proxy.faults)
 
@@ -104,12 +106,12 @@ def test_a_store_that_stays_away_ends_the_job_and_not_its_images(
 ) -> None:
     url = f"s3://bucket/photos/{names(folder)[0]}"
     proxy.fault = lambda number: s3.SLOW_DOWN[0]
-    with pytest.raises(StateError, match=rf"'{url}' must be readable, got .*SlowDown.* {object_store.ATTEMPTS} times"):
-        object_store.begin(url).result()
-    assert proxy.asked == object_store.ATTEMPTS
+    with pytest.raises(StateError, match=rf"'{url}' could not be read in {retry.ATTEMPTS} attempts \(.*SlowDown"):
+        object_store.start_read(url).result()
+    assert proxy.asked == retry.ATTEMPTS
     s3.use(monkeypatch, 9)
-    with pytest.raises(StateError, match="must be readable, got EndpointConnectionError"):
-        object_store.begin(url).result()
+    with pytest.raises(StateError, match=r"could not be read in 9 attempts \(EndpointConnectionError"):
+        object_store.start_read(url).result()
 
 
 def test_credentials_that_are_refused_end_the_job_at_once(
@@ -117,30 +119,30 @@ def test_credentials_that_are_refused_end_the_job_at_once(
 ) -> None:
     url = f"s3://bucket/photos/{names(folder)[0]}"
     proxy.fault = lambda number: s3.EXPIRED
-    with pytest.raises(StateError, match=r"credentials at hand, got .*ExpiredToken.* Renew them, and start again"):
-        object_store.begin(url).result()
+    with pytest.raises(StateError, match=r"with these credentials \(.*ExpiredToken.* Renew them and start again"):
+        object_store.start_read(url).result()
     assert proxy.asked == 1
     proxy.fault = lambda number: None
     s3.use(monkeypatch, proxy.port)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-    with pytest.raises(StateError, match="must be readable with the credentials at hand") as refused:
-        object_store.begin(url).result()
+    with pytest.raises(StateError, match="cannot be read with these credentials") as refused:
+        object_store.start_read(url).result()
     assert "another" not in str(refused.value)
     s3.use(monkeypatch, proxy.port)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(StateError, match=r"got NoCredentialsError"):
-        object_store.begin(url).result()
+    with pytest.raises(StateError, match=r"\(NoCredentialsError"):
+        object_store.start_read(url).result()
 
 
 def test_what_is_wrong_with_one_image_is_its_own(proxy: s3.Proxy) -> None:
     with pytest.raises(FileNotFoundError):
-        object_store.begin("s3://bucket/photos/none.jpg").result()
+        object_store.start_read("s3://bucket/photos/none.jpg").result()
     proxy.fault = lambda number: (403, "AccessDenied")
     before = proxy.asked
     with pytest.raises(PermissionError):
-        object_store.begin("s3://bucket/photos/none.jpg").result()
+        object_store.start_read("s3://bucket/photos/none.jpg").result()
     assert proxy.asked == before + 1
 
 
@@ -157,7 +159,7 @@ def opened(data: Any, world: World) -> Samples:
     return open_samples(config(data), find_listing(config(data), None, world))
 
 
-REFUSED = r"s3://bucket/.*' must be readable with the credentials at hand, got .* Renew them, and start again"
+REFUSED = r"s3://bucket/.*' cannot be read with these credentials \(.* Renew them and start again"
 
 
 @pytest.mark.parametrize("source", ["list", "webdataset", "parquet"])
@@ -207,8 +209,8 @@ def test_a_wrong_secret_is_told_as_such_at_the_start(
 @pytest.mark.parametrize(
     ("fault", "at_start", "later"),
     [
-        ((403, "AccessDenied"), r"\(as asked\)", "none that may be read"),
-        ((404, "NoSuchKey"), r"\(bucket/shard-00\.\w+\)", "no such file"),
+        ((403, "AccessDenied"), r"\(as asked\)", "it may no longer be read"),
+        ((404, "NoSuchKey"), r"\(bucket/shard-00\.\w+\)", "it is gone"),
     ],
 )
 def test_a_file_that_is_forbidden_or_gone_is_told_as_such(
@@ -216,16 +218,16 @@ def test_a_file_that_is_forbidden_or_gone_is_told_as_such(
 ) -> None:
     samples = opened(far_files(source), world)
     proxy.fault = lambda number: fault
-    with pytest.raises(UsageError, match=rf"data.urls must name files that are there .*00\.\w+' {at_start}\. Mend it"):
+    with pytest.raises(UsageError, match=rf"data\.urls: '.*00\.\w+' cannot be read {at_start}\. Fix it"):
         opened(far_files(source), world)
-    with pytest.raises(StateError, match=rf"00\.\w+' must stay as it was indexed, got {later}\. "):
+    with pytest.raises(StateError, match=rf"00\.\w+' has changed since it was indexed \({later}\)"):
         loaded(samples, world, workers=0)
 
 
 def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(proxy: s3.Proxy, folder: Path) -> None:
     proxy.latency_s = 0.5
     some = names(folder)
-    ahead = object_store.Ahead(lambda index: object_store.begin(f"s3://bucket/photos/{some[index % COUNT]}"))
+    ahead = ReadAhead(lambda index: object_store.start_read(f"s3://bucket/photos/{some[index % COUNT]}"))
     ahead.expect(range(100))
     assert ahead.take(0) == (folder / "photos" / some[0]).read_bytes()
     assert [ahead.take(index) for index in range(1, 100)]
@@ -310,7 +312,7 @@ def test_a_server_that_sends_files_whole_cannot_hold_tars(folder: Path, world: W
     with listing_server(folder.parent) as port:
         asked = config(WebDatasetConfig(urls=f"http://127.0.0.1:{port}/bucket/shard-00.tar"))
         samples = open_samples(asked, find_listing(asked, None, world))
-        with pytest.raises(StateError, match=r"shard-00.tar' must be on a server that sends parts of files, got all"):
+        with pytest.raises(StateError, match=r"shard-00.tar' sends whole files, not parts of them"):
             loaded(samples, world, workers=2)
 
 

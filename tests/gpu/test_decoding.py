@@ -29,9 +29,9 @@ from mgpu_ddp.config.schema import (
     TransformConfig,
 )
 from mgpu_ddp.data.array import ArraySamples
-from mgpu_ddp.data.datasets import FileSamples, Samples
-from mgpu_ddp.data.files import find_images
+from mgpu_ddp.data.files import FileSamples, find_images
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World, join, leave

@@ -19,7 +19,8 @@ from mgpu_ddp.config.schema import (
     TransformConfig,
     WebDatasetConfig,
 )
-from mgpu_ddp.data.datasets import Samples, find_listing
+from mgpu_ddp.data.datasets import find_listing
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError

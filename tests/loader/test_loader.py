@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.config.schema import ArrayConfig, Config, FakeConfig, LoaderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.data.datasets import FakeSamples, FileSamples, Samples
+from mgpu_ddp.data.fake import FakeSamples
+from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.gpu_input import copied
@@ -181,10 +183,8 @@ def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) ->
                 assert np.array_equal(pixels[0].numpy(), expected)
 
 
-class Odd:
+class Odd(Samples):
     """A dataset whose samples raise what they are told to."""
-
-    looks_ahead = False
 
     def __init__(self, *errors: Callable[[], Exception] | None) -> None:
         self._errors = errors
@@ -200,17 +200,8 @@ class Odd:
             raise error()
         return np.full((*transform.out_size, 3), 7, dtype=np.uint8), index
 
-    def read(self, index: int, clock: StageClock) -> bytes | None:
-        return None
-
-    def expect(self, indices: Sequence[int]) -> None:
-        pass
-
     def known_label(self, index: int) -> int:
         return index + 100
-
-    def path(self, index: int) -> str | None:
-        return None
 
 
 def test_any_exception_of_a_decoder_is_one_bounded_line() -> None:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from mgpu_ddp.config.schema import FakeConfig
-from mgpu_ddp.data.datasets import FakeSamples, Samples
+from mgpu_ddp.data.fake import FakeSamples
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import ProofError, UsageError, WriteError
 from mgpu_ddp.output import atomic_files, run_folder
 from mgpu_ddp.output import verify as proofs

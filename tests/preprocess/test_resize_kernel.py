@@ -13,7 +13,8 @@ from torchvision.transforms import functional as tvf
 
 from mgpu_ddp.config.schema import ArrayConfig, FakeConfig, LoaderConfig
 from mgpu_ddp.data.array import ArraySamples
-from mgpu_ddp.data.datasets import FakeSamples, Samples
+from mgpu_ddp.data.fake import FakeSamples
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.loader.batch import as_batch
 from mgpu_ddp.loader.shared_slots import Ring
 from mgpu_ddp.loader.worker import BatchMaker, Order

@@ -1,7 +1,6 @@
 """What the rows say together is what a plain loop over them says, whatever the format and the parts."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from mgpu_ddp.config.schema import FakeConfig
-from mgpu_ddp.data.datasets import FakeSamples
+from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.class_names import read_class_names
@@ -32,9 +31,6 @@ FOLDERS = ("Dog", "crane", "newt", "snow_leopard", "bee")
 
 
 class Labelled(FakeSamples):
-    def expect(self, indices: Sequence[int]) -> None:
-        pass
-
     def known_label(self, index: int) -> int:
         return int(LABELS[index])
 

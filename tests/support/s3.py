@@ -12,7 +12,7 @@ __all__ = ["EXPIRED", "KEY", "SECRET", "SLOW_DOWN", "Proxy", "proxied", "served"
 
 def use(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     """Let S3's clients find the server and its credentials where their users put them."""
-    object_store._systems.clear()
+    object_store._file_systems.clear()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in credentials(port).items():

@@ -12,11 +12,13 @@ from PIL import Image
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import ArrayConfig
 from mgpu_ddp.data.listing import no_names
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform, copy_pixels
 
 MAPPED_BYTES = 1 << 16
-"""Of memory that is shared, at a fault. Source: fault_around_bytes of Linux."""
+"""What a read fault maps of shared memory. Source: fault_around_bytes of Linux."""
+SAVE_IMAGES = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
 
 
 def open_array(path: str) -> Pixels:
@@ -25,54 +27,39 @@ def open_array(path: str) -> Pixels:
     Raises:
         UsageError: there is no such array there.
     """
-    remedy = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
-    require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, remedy)
-    # To open a pipe could last for ever.
-    require(not os.path.exists(path) or os.path.isfile(path), "data.path", "a regular file", path, remedy)
+    require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, SAVE_IMAGES)
+    # Opening a pipe could block for ever.
+    require(not os.path.exists(path) or os.path.isfile(path), "data.path", "a regular file", path, SAVE_IMAGES)
     try:
-        # Takes no archive of arrays, whatever its name, and no array of objects, which could run code.
+        # Refuses archives of arrays, whatever their name, and arrays of objects, which could run code.
         array: Any = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(
-            f"data.path must be a readable .npy, got {path!r} ({' '.join(text.split())}). {remedy}"
-        ) from None
-    ok = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
-    ok = ok and 0 not in array.shape[1:]
-    require(
-        ok,
-        "data.path",
-        "uint8 images of three channels and at least one pixel",
-        f"{path}: {array.dtype} {array.shape}",
-        remedy,
-    )
+        text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise UsageError(f"data.path={path!r} cannot be read as a .npy ({text}). {SAVE_IMAGES}") from None
+    is_images = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
+    is_images = is_images and 0 not in array.shape[1:]
+    rule = "uint8 images of three channels and at least one pixel"
+    require(is_images, "data.path", rule, f"{path}: {array.dtype} {array.shape}", SAVE_IMAGES)
     images: Pixels = array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
     return images
 
 
-class ArraySamples:
+class ArraySamples(Samples):
     """The images of an array, in its order."""
-
-    looks_ahead = False
 
     def __init__(self, config: ArrayConfig) -> None:
         images: Any = open_array(config.path)
         self._images, self._offset = images, int(images.offset)
         self._path, self._state = config.path, _state_of(os.stat(config.path))
         _, height, width, _ = images.shape
-        self.layout = Layout(height=height, width=width, planar=images.strides[-1] != 1)
+        self._planar = images.strides[-1] != 1
+        self.layout = Layout(height=height, width=width, planar=self._planar)
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def expect(self, indices: Sequence[int]) -> None:
-        pass
-
-    def read(self, index: int, clock: StageClock) -> bytes | None:
-        return None
-
     def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
-        """Copy images into the first rows of a batch at once; False where they must be resized one by one.
+        """Copy images into the first rows of a batch at once; False if they must be resized one by one.
 
         Raises:
             StateError: the file is not what it was when the job began.
@@ -91,12 +78,12 @@ class ArraySamples:
         return True
 
     def _read(self, indices: range, pixels: Pixels) -> bool:
-        """Read whole images to where they belong, without the page faults of a mapping; False if they lie otherwise."""
-        order = (0, 3, 1, 2) if self.layout.planar else (0, 1, 2, 3)
+        """Read whole images into place, without the page faults of a mapping; False if their layout differs."""
+        order = (0, 3, 1, 2) if self._planar else (0, 1, 2, 3)
         stored, into = self._images.transpose(order), pixels.transpose(order)
         if stored.shape[1:] != into.shape[1:] or not stored.flags.c_contiguous or not into.flags.c_contiguous:
             return False
-        # What another worker has filled before is mapped 16 pages at a fault by a read, one page at a fault by a write.
+        # Slots that another worker has filled are mapped 16 pages per fault by a read, one page per fault by a write.
         into.reshape(-1)[::MAPPED_BYTES].max()
         runs = [(indices.start, into)] if indices.step == 1 else zip(indices, into, strict=True)
         with open(self._path, "rb", buffering=0) as file:
@@ -108,7 +95,7 @@ class ArraySamples:
                     read = os.preadv(file.fileno(), [left], at)
                     same, left, at = read > 0, left[read:], at + read
         if not same:
-            raise StateError(f"{self._path} must stay as it is during a job, but it was changed. Restore it.")
+            raise StateError(f"{self._path} (data.path) was changed while the job read it. Restore it and start again.")
         return True
 
     def load(
@@ -122,12 +109,6 @@ class ArraySamples:
         clock("resize", time.perf_counter() - was_read)
         return pixels, -1
 
-    def known_label(self, index: int) -> int:
-        return -1
-
-    def path(self, index: int) -> str | None:
-        return None
-
     def names(self, indices: npt.NDArray[np.int64]) -> Any:
         return no_names(len(indices))
 
@@ -137,5 +118,5 @@ def _state_of(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def identity(config: ArrayConfig) -> str:
-    """What tells one array from another without reading it."""
+    """Tell one array from another without reading it."""
     return f"{open_array(config.path).shape}, modified {os.stat(config.path).st_mtime_ns}"

@@ -1,44 +1,39 @@
-"""Encoded images that a listing names: read, decoded and brought to size one by one, wherever their bytes lie."""
+"""Encoded images that a listing names, wherever their bytes lie: read, decoded and brought to size one by one."""
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.data import listing
-from mgpu_ddp.data.listing import Listing
-from mgpu_ddp.data.object_store import Ahead, Request
+from mgpu_ddp.data.listing import Listing, readable
+from mgpu_ddp.data.read_ahead import ReadAhead, Request
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, decode
 
 
-class ImageSamples(ABC):
-    """The images of a listing, in its order; a source says how the bytes of one are fetched."""
-
-    layout = None
+class EncodedSamples(Samples):
+    """The images of a listing, in its order. A source implements `fetch`."""
 
     def __init__(self, files: Listing, request: Request | None = None) -> None:
-        """`request` begins to fetch an image that lies far away."""
+        """With a `request`, which starts to fetch an image over the network, `fetch` is not called."""
         self.files = files
-        self._ahead = Ahead(request) if request is not None else None
+        self._ahead = ReadAhead(request) if request is not None else None
+        self.looks_ahead = self._ahead is not None
 
     @abstractmethod
     def fetch(self, index: int) -> bytes:
-        """The encoded bytes of an image.
+        """Fetch the encoded bytes of an image.
 
         Raises:
-            StateError: the source is not what was listed, so that none of its images can be trusted. All else that
-                it raises is this image's own.
+            StateError: the source is not what was listed, so that none of its images can be trusted. Any other
+                exception makes an error row of this image alone.
         """
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def looks_ahead(self) -> bool:
-        return self._ahead is not None
 
     def expect(self, indices: Sequence[int]) -> None:
         if self._ahead is not None:
@@ -67,7 +62,7 @@ class ImageSamples(ABC):
         return self.files.label(index)
 
     def path(self, index: int) -> str | None:
-        return listing.readable(self.files.path(index))
+        return readable(self.files.path(index))
 
     def names(self, indices: npt.NDArray[np.int64]) -> Any:
         return self.files.names(indices)

@@ -1,11 +1,11 @@
-"""The listing of an image folder: index → path and label, written once by rank 0 and mapped by every process.
+"""The listing: index → path and label of every image, written once by rank 0 and memory-mapped by every process.
 
-`listing.arrow` is an Arrow IPC file with the columns `path` (raw bytes relative to the root, since names need
-not be UTF-8) and `label` (int32, null where folders are not classes). It is sorted by the bytes of the path;
-what a later start finds besides is appended. It alone defines which index is which file.
+`listing.arrow` is an Arrow IPC file with the columns `path` (raw bytes relative to the root, since names need not be
+UTF-8) and `label` (int32, or null). It alone defines which index is which image. A folder's is sorted by the bytes of
+the path, and images that a later start finds besides are appended; other sources have an order of their own.
 
-Other sources list the names of their images in an order of their own. Where many images lie in one file, the metadata
-says which files these are, and for tars the columns `offset` and `size` (int64) where in its file each image lies.
+Where archives hold the images, the metadata lists the archives. For tars, the columns `offset` and `size` (int64) say
+where in its tar each image lies.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from mgpu_ddp.errors import UsageError
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp", b".tif", b".tiff")
 FILE_NAME = "listing.arrow"
+ARCHIVES_KEY = "shards"
+"""Of the metadata. Archives were called shards once, and the run folders of that time must stay readable."""
 
 
 def is_image(name: bytes) -> bool:
@@ -28,7 +30,7 @@ def is_image(name: bytes) -> bool:
 
 
 def class_labels(paths: list[bytes]) -> tuple[list[int] | None, list[str]]:
-    """Labels and class names where every image sits in exactly one level of folders; else (None, [])."""
+    """Labels and class names where every image lies in exactly one level of folders; else (None, [])."""
     if not paths or any(path.count(b"/") != 1 for path in paths):
         return None, []
     folders = [path.partition(b"/")[0] for path in paths]
@@ -37,22 +39,22 @@ def class_labels(paths: list[bytes]) -> tuple[list[int] | None, list[str]]:
 
 
 def readable(path: bytes) -> str:
-    r"""A path as text that every format can hold: bytes that are not UTF-8 become \udcXX, as surrogateescape has it."""
+    r"""A path as text that every format can hold: bytes that are not UTF-8 become the text \udcXX."""
     return path.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def no_names(count: int) -> Any:
-    """In the place of names, where images have none: an Arrow array of strings."""
+    """An Arrow array of strings that are all null, for images without names."""
     import pyarrow as pa
 
     return pa.nulls(count, pa.string())
 
 
 def as_labels(column: Any, what: str) -> Any:
-    """Arrow values as class numbers, int32; null where they are null or negative, as some data sets have it.
+    """Convert an Arrow column to class numbers, int32, null where they are null or negative.
 
     Raises:
-        UsageError: they are no whole numbers, or too large.
+        UsageError: they are not whole numbers, or too large. The message begins with `what`.
     """
     import pyarrow as pa
     from pyarrow import compute
@@ -60,31 +62,31 @@ def as_labels(column: Any, what: str) -> Any:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if pa.types.is_floating(column.type):
-        # Where some are missing, pandas makes floats of the others.
+        # pandas writes whole numbers as floats where some are missing.
         column = column.cast(pa.float64())
         column = compute.if_else(compute.is_nan(column), None, column)
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
         raise UsageError(
-            f"{what} must hold whole numbers, got {column.type}. Number the classes from 0, or leave it out."
+            f"{what} holds {column.type}, not whole numbers. Number the classes from 0, or leave the labels out."
         )
     try:
         labels = column.cast(pa.int32())
     except pa.ArrowInvalid as error:
-        raise UsageError(f"{what} must hold class numbers, got: {error}. Number them from 0.") from None
+        raise UsageError(f"{what} holds no class numbers: {error}. Number the classes from 0.") from None
     return compute.if_else(compute.less(labels, 0), pa.scalar(None, pa.int32()), labels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """A file that holds many images, as it was when they were listed."""
+class Archive:
+    """A file that holds many images (a tar, or a Parquet file), as it was when they were listed."""
 
     path: str
     num_bytes: int
     modified_ns: int
     groups: list[int]
-    """Images of each of its row groups, or of the whole file."""
+    """The number of images in each row group; of a tar, in the whole file."""
     group_bytes: int = 0
-    """Of the images in its largest row group."""
+    """The bytes of the images in the largest row group."""
 
 
 class Listing:
@@ -95,16 +97,18 @@ class Listing:
 
         self.buffer = buffer
         self.table = table = pa.ipc.open_file(buffer).read_all()
-        self.shards = [Shard(**shard) for shard in json.loads((table.schema.metadata or {}).get(b"shards", b"[]"))]
-        """The files in which the images lie, in the order of the rows."""
+        metadata = table.schema.metadata or {}
+        self.archives = [Archive(**each) for each in json.loads(metadata.get(ARCHIVES_KEY.encode(), b"[]"))]
+        """In the order of the rows; none where each image is a file of its own."""
         self.refreshed = False
-        """Whether it takes the place of a listing whose files have changed."""
-        # One record batch: every lookup is one step into mapped memory.
+        """Whether it replaces a listing whose archives have changed."""
+        # There is one record batch, so a lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)
 
     @classmethod
     def build(cls, paths: list[bytes]) -> "Listing":
+        """The listing of a folder's images."""
         import pyarrow as pa
 
         labels, _names = class_labels(paths)
@@ -114,12 +118,12 @@ class Listing:
         )
 
     @classmethod
-    def of(cls, path: Any, label: Any, *, shards: list[Shard] | None = None, **places: Any) -> "Listing":
-        """A listing of Arrow arrays: large_binary and int32; `places`: `offset` and `size` where they are needed."""
+    def of(cls, path: Any, label: Any, *, archives: list[Archive] | None = None, **places: Any) -> "Listing":
+        """A listing of Arrow arrays: large_binary, int32 and, for tars, the `places` offset and size, int64."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
-        metadata = {"shards": json.dumps([asdict(shard) for shard in shards])} if shards is not None else None
+        metadata = {ARCHIVES_KEY: json.dumps([asdict(each) for each in archives])} if archives is not None else None
         batch = pa.record_batch({"path": path, "label": label, **places}, metadata=metadata)
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
@@ -127,6 +131,11 @@ class Listing:
 
     @classmethod
     def open(cls, path: Path) -> "Listing":
+        """Map a listing.
+
+        Raises:
+            UsageError: it is damaged.
+        """
         import pyarrow as pa
 
         try:
@@ -135,8 +144,7 @@ class Listing:
         except (OSError, pa.ArrowException, IndexError, KeyError, TypeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise UsageError(
-                f"{path} must be the listing this job began with, got a file that cannot be read ({text})."
-                " Choose another output.dir."
+                f"{path} cannot be read ({text}): it is the listing this job began with. Choose another output.dir."
             ) from None
 
     def __len__(self) -> int:
@@ -146,7 +154,7 @@ class Listing:
         return bytes(self._paths[index].as_buffer())
 
     def names(self, indices: npt.NDArray[np.int64]) -> Any:
-        """These paths as `readable` makes them, an Arrow array of strings."""
+        """The paths of these rows as `readable` makes them, an Arrow array of strings."""
         import pyarrow as pa
 
         paths = self._paths.take(pa.array(indices))
@@ -170,7 +178,7 @@ class Listing:
         return digest.hexdigest()
 
     def grown(self, found: list[bytes]) -> "Listing":
-        """This listing with the paths that it lacks appended; what it has keeps its index and its label."""
+        """Append the paths that this listing lacks; what it has keeps its index and its label."""
         import pyarrow as pa
         from pyarrow import compute
 
@@ -189,7 +197,7 @@ class Listing:
         )
 
     def classes(self) -> dict[bytes, int]:
-        """The class folders with their numbers; none where folders are not classes."""
+        """Map class folders to their numbers; empty where folders are not classes."""
         import pyarrow as pa
 
         table = pa.table({"path": self._paths, "label": self._labels}).filter(self._labels.is_valid())

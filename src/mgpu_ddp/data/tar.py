@@ -1,155 +1,212 @@
 """Images in tar files: an index of where each lies, then reads of just those bytes.
 
-Source of the naming: WebDataset. Members in a row whose names are equal up to the first dot of the last component make
-a sample, and what follows that dot says what each is. Only headers are read to index a tar, and members that hold
-labels where those are asked for; nothing is unpickled, and nothing but images is decoded.
+Source of the naming: WebDataset. Consecutive members whose names are equal up to the first dot of the last component
+form a sample, and what follows that dot says what each is. Indexing reads headers only, and members that hold labels
+where those are asked for; nothing is unpickled, and nothing but images is decoded.
 """
 
 import io
+import itertools
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from mgpu_ddp.config.checks import protocol_of
-from mgpu_ddp.config.schema import WebDatasetConfig
+from mgpu_ddp.config.checks import protocol_of, require
+from mgpu_ddp.config.schema import Config, WebDatasetConfig
 from mgpu_ddp.data import object_store
-from mgpu_ddp.data.archives import Indexed, OpenShards, look_at
-from mgpu_ddp.data.encoded import ImageSamples
-from mgpu_ddp.data.listing import EXTENSIONS, Listing, Shard, as_labels
+from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
+from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.listing import Archive, Listing, as_labels, is_image
+from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import MgpuError, UsageError
 
 LABEL_BYTES = 18
-"""More than a whole number takes is no label."""
+"""A longer text is no label."""
 NOWHERE = (0, -1)
 """The place of an image whose bytes do not lie in the tar in one piece."""
 NO_BYTES = "a sparse file, or a link to no image of this tar: unpack and pack it again without"
+COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+"""First bytes of gzip, bzip2, xz and zstd."""
+
+Place = tuple[int, int]
+"""The first byte in the tar, and the number of bytes."""
 
 
-def index_tar(data: WebDatasetConfig, path: str, *, name: str) -> Indexed:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A file of a tar, or a link that may stand for one."""
+
+    name: str
+    sample: str
+    """Its name up to the first dot of the last component."""
+    extension: str
+    """What follows that dot, in lower case."""
+    place: Place
+    target: str | None
+    """The name that a symbolic link leads to."""
+
+
+def list_tars(config: Config, known: Listing | None, world: World) -> Listing | None:
+    """List the images of all tars, on rank 0. Collective: every rank calls this.
+
+    Raises:
+        UsageError: a tar is missing, broken or compressed; labels are asked for and there are none.
+    """
+    data: WebDatasetConfig = config.data
+    files = index_archives(data.urls, partial(index_tar, data), known, world)
+    with world.together("look for labels"):
+        # A folder that is continued may have been begun without this key: its claim says so.
+        none_there = files is not None and known is None and files.table["label"].null_count == len(files)
+        rule = "the extension of a member right before or after its images"
+        found = not (none_there and data.label_extension)
+        require(found, "data.label_extension", rule, data.label_extension, "No image has one: leave it out.")
+    return files
+
+
+def index_tar(data: WebDatasetConfig, path: str, name: str) -> ArchiveIndex:
     """Find the images in a tar.
 
     Raises:
-        UsageError: it cannot be read to its end, or a label is none.
+        UsageError: it cannot be read to its end, or a label is not a whole number.
     """
     import pyarrow as pa
 
     paths: list[bytes] = []
     labels: list[int | None] = []
-    places: list[tuple[int, int]] = []
+    places: list[Place] = []
     links: dict[int, str] = {}
-    seen: dict[str, tuple[int, int]] = {}
-    sample: bytes | None = None
-    first = 0
-    label: int | None = None
-    num_bytes, modified_ns = look_at(path)
-    with _open(path) as opened, _reading(path, opened) as file:
-        for member in _members(file, path, seen):
-            member_name = os.fsencode(member.name)
-            folder, slash, base = member_name.rpartition(b"/")
-            key, _, extension = base.partition(b".")
-            kind = extension.decode("utf-8", "replace").lower()
-            if folder + slash + key != sample:
-                labels += [label] * (len(paths) - first)
-                sample, first, label = folder + slash + key, len(paths), None
-            if kind == data.label_extension:
-                label = _read_label(opened, member.name, seen[member.name], path)
-            elif kind in data.extensions or (
-                not data.extensions and b"." + extension.lower().rpartition(b".")[2] in EXTENSIONS
-            ):
-                if member.issym():
-                    links[len(paths)] = posixpath.join(posixpath.dirname(member.name), member.linkname)
-                paths.append(os.fsencode(name) + b"/" + member_name)
-                places.append(seen[member.name])
-        labels += [label] * (len(paths) - first)
-    if links:
-        known = {posixpath.normpath(member_name): place for member_name, place in seen.items()}
-        for number, target in links.items():
-            places[number] = known.get(posixpath.normpath(target), NOWHERE)
+    by_name: dict[str, Place] = {}
+    num_bytes, modified_ns = size_and_mtime(path)
+    with _open(path) as opened, _read_tar(path, opened) as file:
+        for _, members in itertools.groupby(_members(file, path, by_name), key=lambda member: member.sample):
+            images, label = _read_sample(members, data, opened, path)
+            for image in images:
+                if image.target is not None:
+                    links[len(paths)] = image.target
+                paths.append(os.fsencode(f"{name}/{image.name}"))
+                labels.append(label)
+                places.append(image.place)
+    _follow_links(links, places, by_name)
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    return Indexed(
-        shard=Shard(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)]),
-        rows=pa.record_batch(
-            {
-                "path": pa.array(paths, type=pa.large_binary()),
-                "label": as_labels(pa.array(labels, type=pa.int64()), f"data.label_extension={data.label_extension}"),
-                "offset": pa.array(offsets),
-                "size": pa.array(sizes),
-            }
-        ),
-    )
+    columns = {
+        "path": pa.array(paths, type=pa.large_binary()),
+        "label": as_labels(pa.array(labels, type=pa.int64()), f"data.label_extension={data.label_extension}"),
+        "offset": pa.array(offsets),
+        "size": pa.array(sizes),
+    }
+    archive = Archive(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)])
+    return ArchiveIndex(archive=archive, rows=pa.record_batch(columns))
+
+
+def _read_sample(
+    members: Iterable[Member], data: WebDatasetConfig, opened: io.BufferedReader, path: str
+) -> tuple[list[Member], int | None]:
+    """The images of a sample, and its label."""
+    images: list[Member] = []
+    label: int | None = None
+    for member in members:
+        if member.extension == data.label_extension:
+            label = _read_label(opened, member, path)
+        elif member.extension in data.extensions if data.extensions else is_image(os.fsencode(member.name)):
+            images.append(member)
+    return images, label
+
+
+def _follow_links(links: dict[int, str], places: list[Place], by_name: dict[str, Place]) -> None:
+    """Fill in the places of images that are symbolic links, to the last member of a name."""
+    if links:
+        by_name = {posixpath.normpath(name): place for name, place in by_name.items()}
+        for number, target in links.items():
+            places[number] = by_name.get(posixpath.normpath(target), NOWHERE)
 
 
 def _open(path: str) -> io.BufferedReader:
     try:
         return object_store.open_file(path) if protocol_of(path) else open(path, "rb")
     except OSError as error:
-        raise UsageError(f"data.urls must be readable, got {path!r} ({error.strerror or error}). Mend it.") from None
+        raise unreadable(path, error) from None
 
 
-def _reading(path: str, opened: io.BufferedReader) -> tarfile.TarFile:
+def _read_tar(path: str, opened: io.BufferedReader) -> tarfile.TarFile:
     try:
-        # Bare tars alone: within compressed ones nothing can be found without reading all that comes before it.
         return tarfile.open(fileobj=opened, mode="r:", errors="surrogateescape", encoding="utf-8")
     except (tarfile.TarError, OSError, ValueError) as error:
         opened.seek(0)
-        is_packed = opened.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
-        found = "a compressed one, which has no random access" if is_packed else str(error)
-        raise UsageError(f"data.urls must be tars, got {path!r} ({found}). Mend or unpack it.") from None
+        if opened.read(2) in COMPRESSED:
+            # Nothing in it can be found without unpacking all that comes before it.
+            raise UsageError(f"data.urls: {path!r} is compressed, so it has no random access. Unpack it.") from None
+        raise UsageError(f"data.urls: {path!r} is no tar ({error}). Fix it, or correct the pattern.") from None
 
 
-def _members(file: tarfile.TarFile, path: str, seen: dict[str, tuple[int, int]]) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, and links that may stand for some, to its proper end; `seen` learns where the last of a name
-    lies."""
+def _members(file: tarfile.TarFile, path: str, by_name: dict[str, Place]) -> Iterator[Member]:
+    """Read the headers of a tar to its proper end; `by_name` learns where the last member of each name lies."""
     try:
-        while (member := file.next()) is not None:
-            # It would keep them all.
-            file.members = []  # type: ignore[attr-defined]
+        for info in _headers(file):
             place = NOWHERE
-            if member.isreg() and not member.issparse():
-                place = member.offset_data, member.size
-            elif member.islnk():
-                # It means the one before it, whatever of that name may come later.
-                place = seen.get(member.linkname, NOWHERE)
-            elif not (member.isreg() or member.issym()):
+            if info.isreg() and not info.issparse():
+                place = info.offset_data, info.size
+            elif info.islnk():
+                # It means the member before it, whatever of that name may come later.
+                place = by_name.get(info.linkname, NOWHERE)
+            elif not (info.isreg() or info.issym()):
                 continue
-            seen[member.name] = place
-            yield member
-        # tarfile takes whatever it does not understand for the end.
-        assert file.fileobj is not None
-        file.fileobj.seek(file.offset)
-        last = file.fileobj.read(tarfile.BLOCKSIZE)
-        whole = last == bytes(tarfile.BLOCKSIZE)
-        found = "no end, it was cut off" if len(last) < tarfile.BLOCKSIZE else "no header"
-        if whole and _goes_on(file.fileobj):
-            raise UsageError(
-                f"data.urls must be single tars, got {path!r} (something follows its end at byte {file.offset:,})."
-                " Join tars by tar --concatenate, or name each."
-            )
+            by_name[info.name] = place
+            yield _to_member(info, place)
+        _check_end(file, path)
     except MgpuError:
         raise
     except Exception as error:  # tarfile raises all kinds for what is broken
-        whole, found = False, f"{type(error).__name__}: {error}"
-    if not whole:
-        raise UsageError(
-            f"data.urls must be whole tars, got {path!r} ({found} at byte {file.offset:,}). Copy it again."
-        )
+        raise _broken(file, path, f"{type(error).__name__}: {error}") from None
 
 
-def _goes_on(file: Any) -> bool:
-    """Whether more than padding follows."""
-    while content := file.read(io.DEFAULT_BUFFER_SIZE):
+def _headers(file: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+    while (info := file.next()) is not None:
+        # It would keep them all.
+        file.members = []  # type: ignore[attr-defined]
+        yield info
+
+
+def _to_member(info: tarfile.TarInfo, place: Place) -> Member:
+    folder, slash, base = info.name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return Member(
+        name=info.name,
+        sample=folder + slash + key,
+        extension=extension.lower(),
+        place=place,
+        target=posixpath.join(folder, info.linkname) if info.issym() else None,
+    )
+
+
+def _check_end(file: tarfile.TarFile, path: str) -> None:
+    """Refuse a tar that is cut off or goes on: tarfile takes whatever it does not understand for the end."""
+    assert file.fileobj is not None
+    file.fileobj.seek(file.offset)
+    last = file.fileobj.read(tarfile.BLOCKSIZE)
+    if len(last) < tarfile.BLOCKSIZE:
+        raise _broken(file, path, "it was cut off")
+    if last != bytes(tarfile.BLOCKSIZE):
+        raise _broken(file, path, "no header")
+    while content := file.fileobj.read(io.DEFAULT_BUFFER_SIZE):
         if content.strip(b"\0"):
-            return True
-    return False
+            raise UsageError(
+                f"data.urls: something follows the end of the tar {path!r} at byte {file.offset:,}. Join tars with"
+                " tar --concatenate, or name each."
+            )
 
 
-def _read_label(opened: io.BufferedReader, name: str, place: tuple[int, int], path: str) -> int:
-    first, size = place
+def _broken(file: tarfile.TarFile, path: str, why: str) -> UsageError:
+    return UsageError(f"data.urls: the tar {path!r} is broken at byte {file.offset:,} ({why}). Copy it again.")
+
+
+def _read_label(opened: io.BufferedReader, member: Member, path: str) -> int:
+    first, size = member.place
     opened.seek(first)
     text = opened.read(max(0, min(size, LABEL_BYTES)))
     try:
@@ -158,43 +215,44 @@ def _read_label(opened: io.BufferedReader, name: str, place: tuple[int, int], pa
         return int(text)
     except ValueError:
         raise UsageError(
-            f"data.label_extension must name whole numbers, got {text!r} in {name!r} of {path!r}. Leave it out."
+            f"data.label_extension: {member.name!r} in {path!r} holds {text!r}, not a whole number. Leave the key out,"
+            " or fix the tar."
         ) from None
 
 
-class TarSamples(ImageSamples):
+class TarSamples(EncodedSamples):
     """Images in tars, read by where they lie."""
 
     def __init__(self, files: Listing) -> None:
-        is_far = any(protocol_of(shard.path) for shard in files.shards)
-        super().__init__(files, self._begin if is_far else None)
-        self._stops = np.cumsum([shard.groups[0] for shard in files.shards])
+        is_remote = any(protocol_of(tar.path) for tar in files.archives)
+        super().__init__(files, self._request if is_remote else None)
+        self._stops = np.cumsum([tar.groups[0] for tar in files.archives])
         self._offsets, self._sizes = (files.table[name].chunk(0) for name in ("offset", "size"))
-        self._tars = OpenShards(files.shards, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
-        self._urls: OpenShards[str] = OpenShards(files.shards, str, lambda url: None)
+        self._tars = OpenArchives(files.archives, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
+        self._urls: OpenArchives[str] = OpenArchives(files.archives, str, lambda url: None)
 
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """Which tar, the image's first byte in it, and how many there are.
+    def _find(self, index: int) -> tuple[int, int, int]:
+        """The tar's number, the image's first byte in it, and the number of bytes.
 
         Raises:
-            ValueError: its bytes lie nowhere.
+            ValueError: the image has no bytes of its own.
         """
         size = self._sizes[index].as_py()
         if size < 0:
             raise ValueError(NO_BYTES)
         return int(np.searchsorted(self._stops, index, side="right")), self._offsets[index].as_py(), size
 
-    def _begin(self, index: int) -> Future[bytes]:
+    def _request(self, index: int) -> Future[bytes]:
         try:
-            tar, first, size = self._place(index)
+            tar, first, size = self._find(index)
         except ValueError as error:
-            nothing: Future[bytes] = Future()
-            nothing.set_exception(error)
-            return nothing
-        return object_store.begin(self._urls[tar], first, first + size)
+            failed: Future[bytes] = Future()
+            failed.set_exception(error)
+            return failed
+        return object_store.start_read(self._urls[tar], first, first + size)
 
     def fetch(self, index: int) -> bytes:
-        tar, first, size = self._place(index)
+        tar, first, size = self._find(index)
         data = os.pread(self._tars[tar], size, first)
         if len(data) < size:
             raise EOFError(f"the tar ends {size - len(data):,} bytes before this image does")

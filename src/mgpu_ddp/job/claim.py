@@ -14,9 +14,8 @@ from omegaconf import OmegaConf
 
 from mgpu_ddp import __version__
 from mgpu_ddp.config.checks import protocol_of
-from mgpu_ddp.config.schema import ArrayConfig, Config, FolderConfig, ListConfig, Listed, TimmConfig
-from mgpu_ddp.data.array import identity
-from mgpu_ddp.data.datasets import open_samples
+from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed, TimmConfig
+from mgpu_ddp.data.datasets import identity, open_samples
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.distributed import slurm
 from mgpu_ddp.distributed.world import World
@@ -40,7 +39,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
     runtime, device = config.runtime, setup.world.device
     return {
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
-        "listing": identity(config.data) if isinstance(config.data, ArrayConfig) else None,
+        "listing": identity(config),
         **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(resolved.transform).items()},
         "model.name": ("timm/" if isinstance(config.model, TimmConfig) else "") + config.model.name,
         "model.num_classes": model.num_classes,

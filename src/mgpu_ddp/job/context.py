@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
-from mgpu_ddp.data.datasets import Samples
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock

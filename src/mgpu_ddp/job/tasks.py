@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgpu_ddp.config.schema import Config
-from mgpu_ddp.data.datasets import ChosenSamples, Samples
+from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.errors import SampleError

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import ArrayConfig, Config, LoaderConfig
-from mgpu_ddp.data.datasets import Samples
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.host import available_bytes
 from mgpu_ddp.distributed.sharding import ShardSampler
 from mgpu_ddp.distributed.world import World

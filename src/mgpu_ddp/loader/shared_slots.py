@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from mgpu_ddp.data.shared_memory import MAP_NORESERVE
+from mgpu_ddp.data import shared_memory
 from mgpu_ddp.preprocess.transform import Pixels
 
 JPEG_BYTES = 1 << 20
@@ -39,9 +39,7 @@ class Ring:
         self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
         self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
         self._slot_bytes = self._pixel_bytes + self._room
-        # Anonymous, so that it does not depend on the size of /dev/shm, which containers keep small.
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._memory = torch.frombuffer(mmap.mmap(-1, slots * self._slot_bytes, flags), dtype=torch.uint8)
+        self._memory = torch.frombuffer(shared_memory.allocate(slots * self._slot_bytes), dtype=torch.uint8)
         self._slots = slots
         self._pinned: list[Future[None]] = []
 

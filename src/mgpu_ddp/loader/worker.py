@@ -18,8 +18,7 @@ from PIL import UnidentifiedImageError
 
 from mgpu_ddp.config.schema import LoaderConfig
 from mgpu_ddp.data import object_store
-from mgpu_ddp.data.array import ArraySamples
-from mgpu_ddp.data.datasets import Samples
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.signals import leave_stopping_to_parent
 from mgpu_ddp.errors import StateError
 from mgpu_ddp.loader.shared_slots import Ring
@@ -97,7 +96,7 @@ class BatchMaker:
 
         samples, indices = self._samples, order.indices
         started = time.perf_counter()
-        if isinstance(samples, ArraySamples) and samples.fill(indices, self._transform, view, clock):
+        if samples.fill(indices, self._transform, view, clock):
             view[len(indices) :] = 0
             return made
         samples.expect([*indices, *then])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.data.datasets import Samples
+from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import ARRAY, Manifest, Part
 from mgpu_ddp.reporting.class_table import Classes

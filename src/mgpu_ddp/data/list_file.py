@@ -1,0 +1,138 @@
+"""Lists that name the images: a text of one path a line, a CSV or a Parquet file."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
+from mgpu_ddp.config.schema import ListConfig
+from mgpu_ddp.data import object_store
+from mgpu_ddp.data.listing import Listing, as_labels
+from mgpu_ddp.errors import UsageError
+
+log = logging.getLogger("mgpu_ddp")
+
+NO_DELIMITER = "\x01"
+"""Separates the columns of a text that has one: no sane path holds it."""
+BLANK = r"^\s*$"
+NO_LISTS = (".tsv", ".json", ".jsonl", ".arrow", ".feather", ".npy", ".tar", ".gz", ".bz2", ".xz", ".zst", ".zip")
+"""Suffixes of files that would be read as one path a line, and are not."""
+
+
+def read_list(data: ListConfig) -> Listing:
+    """Read the file that names the images.
+
+    Raises:
+        UsageError: it is missing, cannot be read or lacks what it needs.
+    """
+    import pyarrow as pa
+
+    table = _read_table(data.path)
+    if "path" not in table.column_names:
+        found = ", ".join(table.column_names)
+        remedy = "Separate columns by commas." if "\t" in found or ";" in found else "Rename one."
+        raise UsageError(f"data.path={data.path!r} has no column path, but {found!r}. {remedy}")
+    if not table.num_rows:
+        raise UsageError(f"data.path={data.path!r} names no image. Name another list.")
+    paths = _to_paths(table["path"], data)
+    labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
+    log.info(
+        "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
+    )
+    return Listing.of(paths, as_labels(labels, f"column label of data.path={data.path!r}"))
+
+
+def _read_table(path: str) -> Any:
+    import pyarrow as pa
+
+    suffix = Path(path).suffix.lower()
+    rule = "a .csv or .parquet with a column path, or a text of one path a line"
+    require(suffix not in NO_LISTS, "data.path", rule, path, "Convert it.")
+    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_text)
+    try:
+        return read(path)
+    except (OSError, pa.ArrowException) as error:
+        text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise UsageError(f"data.path={path!r} cannot be read ({text}). Fix it, or name another list.") from None
+
+
+def _to_paths(column: Any, data: ListConfig) -> Any:
+    """The column path as bytes, one in every row, all URLs or none."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    try:
+        paths = column.combine_chunks().cast(pa.large_binary())
+    except pa.ArrowException:
+        raise UsageError(
+            f"data.path={data.path!r} has {column.type} in its column path, not text. Fix the column."
+        ) from None
+    without = paths.null_count + (compute.sum(compute.match_substring_regex(paths, BLANK)).as_py() or 0)
+    if without:
+        raise UsageError(f"data.path={data.path!r} has {without} rows without a path. Delete or complete them.")
+    if not protocol_of(data.root or ""):
+        urls = compute.sum(compute.match_substring_regex(paths, f"^({'|'.join(PROTOCOLS)})://"))
+        rule = "URLs in all rows or in none, unless data.root is one"
+        require(urls.as_py() in (0, len(paths)), "data.path", rule, f"{urls} of {len(paths)} rows", "Split the list.")
+    return paths
+
+
+def _open(path: str) -> Any:
+    import pyarrow as pa
+
+    # Names need not be UTF-8.
+    return pa.PythonFile(object_store.open_file(path), mode="r") if protocol_of(path) else pa.OSFile(os.fsencode(path))
+
+
+def _read_text(path: str) -> Any:
+    from pyarrow import compute, csv
+
+    # A path may hold commas, quotes and bytes that are not UTF-8.
+    lines = csv.read_csv(
+        _open(path),
+        read_options=csv.ReadOptions(column_names=["path"], use_threads=False),
+        parse_options=csv.ParseOptions(delimiter=NO_DELIMITER, quote_char=False),
+        convert_options=_as_bytes({"path": "path"}),
+    )
+    return lines.filter(compute.invert(compute.match_substring_regex(lines["path"], BLANK)))
+
+
+def _read_csv(path: str) -> Any:
+    from pyarrow import csv
+
+    read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(_open(path), read, parse) as reader:
+        names = _columns(reader.schema.names)
+        if "path" not in names:
+            return reader.schema.empty_table()
+    return csv.read_csv(_open(path), read, parse, _as_bytes(names)).rename_columns(list(names))
+
+
+def _read_parquet(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(_open(path), pre_buffer=False)
+    names = _columns(table.schema_arrow.names)
+    if "path" not in names:
+        return table.schema_arrow.empty_table()
+    read = table.read(columns=list(names.values()), use_threads=False)
+    return read.select(list(names.values())).rename_columns(list(names))
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    """Find the columns path and label among the given names, which may have blanks around them."""
+    found = [name for name in given if name.strip() in ("path", "label")]
+    names = {name.strip(): name for name in found}
+    require(len(names) == len(found), "data.path", "a list with one column path and one label", given, "Rename some.")
+    near = [name for name in given if name.strip(" \t\"'").lower() in ("label", "labels")]
+    if "label" not in names and near:
+        log.warning("data.path: column %r is not taken for labels: call it label", near[0])
+    return names
+
+
+def _as_bytes(names: dict[str, str]) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    return csv.ConvertOptions(column_types={names["path"]: pa.large_binary()}, include_columns=list(names.values()))

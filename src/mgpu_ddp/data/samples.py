@@ -1,0 +1,93 @@
+"""The seam between sources of images and everything that reads them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform
+
+
+class Samples(ABC):
+    """A dataset of images: any index from 0 to len - 1, in any order, from any process.
+
+    A source implements `__len__` and `load`. The rest says what a source may know besides; by default it is nothing.
+    """
+
+    layout: Layout | None = None
+    """Of the images as they are stored, where all are decoded and alike: a GPU can then transform them."""
+    looks_ahead: bool = False
+    """Whether `expect` speeds up what is read next."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        """Load one image as uint8 (height, width, 3) after the transform's geometry, and its label or -1.
+
+        `data` is what `read` returned, where the caller has it already.
+        """
+
+    def read(self, index: int, clock: StageClock) -> bytes | None:
+        """Read the encoded image; None from a source of decoded images."""
+        return None
+
+    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+        """Copy images without labels into the first rows of a batch at once; False to have them loaded one by one."""
+        return False
+
+    def expect(self, indices: Sequence[int]) -> None:  # noqa: B027 (most sources need no notice)
+        """Take note of what is read next, in this order."""
+
+    def known_label(self, index: int) -> int:
+        """The label as far as it is known without reading the image, or -1."""
+        return -1
+
+    def path(self, index: int) -> str | None:
+        """The name that a row carries, or None."""
+        return None
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        """The names of several rows, an Arrow array of strings."""
+        import pyarrow as pa
+
+        return pa.array([self.path(index) for index in indices.tolist()], pa.string())
+
+
+class ChosenSamples(Samples):
+    """Some samples of a dataset, numbered from 0."""
+
+    def __init__(self, samples: Samples, chosen: npt.NDArray[np.int64]) -> None:
+        self._samples, self._chosen = samples, chosen
+        self.layout, self.looks_ahead = samples.layout, samples.looks_ahead
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        return self._samples.load(int(self._chosen[index]), transform, clock, data)
+
+    def read(self, index: int, clock: StageClock) -> bytes | None:
+        return self._samples.read(int(self._chosen[index]), clock)
+
+    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+        return self._samples.fill(self._chosen[list(indices)].tolist(), transform, pixels, clock)
+
+    def expect(self, indices: Sequence[int]) -> None:
+        self._samples.expect(self._chosen[list(indices)].tolist())
+
+    def known_label(self, index: int) -> int:
+        return self._samples.known_label(int(self._chosen[index]))
+
+    def path(self, index: int) -> str | None:
+        return self._samples.path(int(self._chosen[index]))
+
+    def names(self, indices: npt.NDArray[np.int64]) -> Any:
+        return self._samples.names(self._chosen[indices])

@@ -14,28 +14,21 @@ import pytest
 import torch
 
 from mgpu_ddp.config.schema import (
-    Config,
     FolderConfig,
     ListConfig,
-    LoaderConfig,
-    ModelConfig,
     ParquetConfig,
-    TransformConfig,
     WebDatasetConfig,
 )
 from mgpu_ddp.data import object_store, retry
-from mgpu_ddp.data.datasets import find_listing, open_samples
+from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.data.read_ahead import ReadAhead
-from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.distributed.sharding import Plan, ShardSampler
+from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import StateError, UsageError
-from mgpu_ddp.loader.loader import load_batches
-from mgpu_ddp.preprocess import transform
 from tests.support import s3
-from tests.support.choices import resolved
+from tests.support.loading import load_all
 from tests.support.runs import make_images
-from tests.support.sources import sources
+from tests.support.sources import config_of, list_source, open_source, sources
 
 COUNT = 30
 
@@ -62,10 +55,6 @@ def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
     with s3.proxied(server) as proxy:
         s3.use(monkeypatch, proxy.port)
         yield proxy
-
-
-def config(data: Any) -> Config:
-    return Config(data=data, transform=TransformConfig(), model=ModelConfig())
 
 
 def names(folder: Path) -> list[str]:
@@ -155,10 +144,6 @@ def far_files(source: str) -> Any:
     }[source]
 
 
-def opened(data: Any, world: World) -> Samples:
-    return open_samples(config(data), find_listing(config(data), None, world))
-
-
 REFUSED = r"s3://bucket/.*' cannot be read with these credentials \(.* Renew them and start again"
 
 
@@ -167,8 +152,8 @@ def test_a_token_that_expires_is_told_as_such_whichever_request_is_the_first_wit
     proxy: s3.Proxy, world: World, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some are HEAD, whose answer has no body that says why."""
-    # So that tars take several.
-    monkeypatch.setattr(object_store, "BUFFER_BYTES", 8192)
+    # So that a tar takes several.
+    monkeypatch.setattr(object_store, "BUFFER_BYTES", 16384)
 
     def expiring(step: Callable[[], object]) -> list[str]:
         """What is said where it expires at each request of a step in turn."""
@@ -184,12 +169,13 @@ def test_a_token_that_expires_is_told_as_such_whichever_request_is_the_first_wit
                 proxy.fault = lambda number: None
                 return told
 
-    listing = expiring(lambda: opened(far_files(source), world))
-    files = find_listing(config(far_files(source)), None, world)
+    listing = expiring(lambda: open_source(far_files(source), world))
+    files = list_source(far_files(source), world)
 
     def load() -> None:
-        _, _, errors = loaded(open_samples(config(far_files(source)), files), world, workers=0)
-        assert errors == {}
+        # A few images of the first archive and one of the last.
+        some = ChosenSamples(open_samples(config_of(far_files(source)), files), np.array([0, 1, COUNT - 1]))
+        assert load_all(some, world, workers=0).errors == {}
 
     loading = expiring(load)
     assert min(len(listing), len(loading)) >= 2
@@ -202,7 +188,7 @@ def test_a_wrong_secret_is_told_as_such_at_the_start(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     with pytest.raises(StateError, match=REFUSED):
-        opened(far_files(source), world)
+        open_source(far_files(source), world)
 
 
 @pytest.mark.parametrize("source", ["webdataset", "parquet"])
@@ -216,16 +202,16 @@ def test_a_wrong_secret_is_told_as_such_at_the_start(
 def test_a_file_that_is_forbidden_or_gone_is_told_as_such(
     proxy: s3.Proxy, world: World, source: str, fault: tuple[int, str], at_start: str, later: str
 ) -> None:
-    samples = opened(far_files(source), world)
+    samples = open_source(far_files(source), world)
     proxy.fault = lambda number: fault
     with pytest.raises(UsageError, match=rf"data\.urls: '.*00\.\w+' cannot be read {at_start}\. Fix it"):
-        opened(far_files(source), world)
+        open_source(far_files(source), world)
     with pytest.raises(StateError, match=rf"00\.\w+' has changed since it was indexed \({later}\)"):
-        loaded(samples, world, workers=0)
+        load_all(samples, world, workers=0)
 
 
 def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(proxy: s3.Proxy, folder: Path) -> None:
-    proxy.latency_s = 0.5
+    proxy.latency_s = 0.3
     some = names(folder)
     ahead = ReadAhead(lambda index: object_store.start_read(f"s3://bucket/photos/{some[index % COUNT]}"))
     ahead.expect(range(100))
@@ -239,30 +225,12 @@ def test_many_requests_are_in_flight_and_more_are_begun_before_they_are_needed(p
     assert proxy.asked <= 102
 
 
-def loaded(samples: Samples, world: World, *, workers: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:
-    plan = Plan(
-        start=0,
-        stop=len(samples),
-        size=1,
-        batch_size=4,
-        contiguous=False,
-        smallest_rows=len(samples),
-        largest_rows=len(samples),
-    )
-    choices = resolved(workers=workers, transform=transform.plain(16))
-    pixels, labels, errors = [], [], {}
-    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=1) as batches:
-        for batch, _ in batches:
-            pixels.append(batch.pixels[: len(batch.index)].clone())
-            labels += batch.label.tolist()
-            errors |= batch.errors
-    return torch.cat(pixels), labels, errors
+SOURCES = ["folder", "list", "urls", "webdataset", "parquet"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("source", ["folder", "list", "urls", "webdataset", "parquet"])
+@pytest.mark.parametrize(("source", "workers"), [*((source, 2) for source in SOURCES), ("webdataset", 0)])
 def test_every_source_gives_the_images_of_the_disk_over_a_bad_network(
-    proxy: s3.Proxy, folder: Path, world: World, source: str, workers: int, tmp_path: Path
+    proxy: s3.Proxy, folder: Path, world: World, source: str, workers: int
 ) -> None:
     faults = [*s3.SLOW_DOWN, "reset"]
     proxy.fault = lambda number: faults[number // 4 % len(faults)] if number % 4 == 0 else None
@@ -276,24 +244,15 @@ def test_every_source_gives_the_images_of_the_disk_over_a_bad_network(
             "parquet": ParquetConfig(urls=f"{root}/*.parquet", label_column="label", key_column="image.path"),
         }[source]
 
-    def samples(root: str) -> Samples:
-        asked = config(data(root))
-        files = find_listing(asked, None, world)
-        return open_samples(asked, files)
-
-    far, near = samples("s3://bucket"), samples(str(folder))
-    got, labels, errors = loaded(far, world, workers=workers)
-    if source == "urls":
-        near = samples("s3://bucket")
-        assert near.path(0) == f"s3://bucket/photos/{names(folder)[0]}"
-        wanted = [np.asarray(near.load(index, transform.plain(16), lambda *_: None)[0]) for index in range(COUNT)]
-        assert np.array_equal(got.numpy(), np.stack(wanted))
-    else:
-        want, want_labels, want_errors = loaded(near, world, workers=0)
-        assert torch.equal(got, want)
-        assert (labels, errors) == (want_labels, want_errors)
-        assert [far.path(index) for index in range(COUNT)] == [near.path(index) for index in range(COUNT)]
-    assert errors == {}
+    far = open_source(data("s3://bucket"), world)
+    got = load_all(far, world, workers=workers)
+    near = open_source(ListConfig(path=str(folder / "list.csv")) if source == "urls" else data(str(folder)), world)
+    want = load_all(near, world, workers=0)
+    assert torch.equal(torch.stack(got.pixels), torch.stack(want.pixels))
+    assert got.errors == want.errors == {}
+    prefix = "s3://bucket/" if source == "urls" else ""
+    assert [far.path(index) for index in range(COUNT)] == [f"{prefix}{near.path(index)}" for index in range(COUNT)]
+    assert got.labels == ([-1] * COUNT if source == "urls" else want.labels)
     assert set(proxy.faults) >= {"SlowDown", "reset"}
 
 
@@ -308,12 +267,11 @@ def listing_server(folder: Path) -> Iterator[int]:
         thread.join()
 
 
-def test_a_server_that_sends_files_whole_cannot_hold_tars(folder: Path, world: World, tmp_path: Path) -> None:
+def test_a_server_that_sends_files_whole_cannot_hold_tars(folder: Path, world: World) -> None:
     with listing_server(folder.parent) as port:
-        asked = config(WebDatasetConfig(urls=f"http://127.0.0.1:{port}/bucket/shard-00.tar"))
-        samples = open_samples(asked, find_listing(asked, None, world))
+        samples = open_source(WebDatasetConfig(urls=f"http://127.0.0.1:{port}/bucket/shard-00.tar"), world)
         with pytest.raises(StateError, match=r"shard-00.tar' sends whole files, not parts of them"):
-            loaded(samples, world, workers=2)
+            load_all(samples, world)
 
 
 @pytest.mark.parametrize("source", ["folder", "webdataset", "parquet"])
@@ -324,23 +282,22 @@ def test_a_web_server_will_do(folder: Path, world: World, source: str, tmp_path:
             "webdataset": WebDatasetConfig(urls=f"{root}/shard-{{00..02}}.tar"),
             "parquet": ParquetConfig(urls=f"{root}/shard-0{{0,1,2}}.parquet"),
         }[source]
-        return open_samples(config(data), find_listing(config(data), None, world))
+        return open_source(data, world)
 
     # rclone does not list folders in a way that fsspec understands, and Python's server sends no parts of files.
     by_rclone = s3.served(folder.parent, tmp_path / "log", "http")
     with listing_server(folder.parent) if source == "folder" else by_rclone as port:
         far, near = samples(f"http://127.0.0.1:{port}/bucket"), samples(str(folder))
         assert [far.path(index) for index in range(COUNT)] == [near.path(index) for index in range(COUNT)]
-        for got, want in zip(loaded(far, world, workers=2), loaded(near, world, workers=0), strict=True):
-            assert torch.equal(got, want) if torch.is_tensor(got) else got == want
+        got, want = load_all(far, world), load_all(near, world, workers=0)
+        assert torch.equal(torch.stack(got.pixels), torch.stack(want.pixels))
+        assert (got.labels, got.errors) == (want.labels, {})
 
 
 def test_an_image_that_has_gone_is_one_bad_row(proxy: s3.Proxy, folder: Path, world: World, tmp_path: Path) -> None:
     lines = [*(folder / "list.txt").read_text().splitlines(), "s3://bucket/photos/gone.jpg"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    asked = config(ListConfig(path=str(tmp_path / "list.txt")))
-    samples = open_samples(asked, find_listing(asked, None, world))
-    _, _, errors = loaded(samples, world, workers=2)
+    errors = load_all(open_source(ListConfig(path=str(tmp_path / "list.txt")), world), world).errors
     assert list(errors) == [COUNT]
     assert errors[COUNT].startswith("FileNotFoundError: ")
 

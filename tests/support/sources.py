@@ -4,11 +4,17 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mgpu_ddp.config.schema import ListConfig, ParquetConfig, WebDatasetConfig
+from mgpu_ddp.config.schema import Config, ListConfig, ModelConfig, ParquetConfig, TransformConfig, WebDatasetConfig
+from mgpu_ddp.data.datasets import find_listing, open_samples
+from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.parquet import ParquetSamples
+from mgpu_ddp.data.samples import Samples
+from mgpu_ddp.distributed.world import World
 
 Source = ListConfig | WebDatasetConfig | ParquetConfig
 
@@ -17,6 +23,49 @@ def member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
+
+
+def tar_of(path: Path, members: dict[str, bytes], **options: Any) -> Path:
+    """A tar of members by name."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members.items():
+            member(tar, name, content)
+    return path
+
+
+def labelled_paths(files: Listing) -> list[tuple[bytes, int]]:
+    """All rows of a listing."""
+    return [(files.path(i), files.label(i)) for i in range(len(files))]
+
+
+def parquet_of(path: Path, group: int = 3, **columns: Any) -> Path:
+    """A Parquet file of columns, in row groups of so many rows."""
+    pq.write_table(pa.table(columns), path, row_group_size=group)
+    return path
+
+
+def config_of(data: Any) -> Config:
+    return Config(data=data, transform=TransformConfig(), model=ModelConfig())
+
+
+def list_source(data: Any, world: World) -> Listing:
+    files = find_listing(config_of(data), None, world)
+    assert files is not None
+    return files
+
+
+def open_source(data: Any, world: World) -> Samples:
+    """List and open the samples of a source."""
+    return open_samples(config_of(data), find_listing(config_of(data), None, world))
+
+
+def index_tars(pattern: Path, world: World, **settings: Any) -> Listing:
+    return list_source(WebDatasetConfig(urls=str(pattern), **settings), world)
+
+
+def parquet_samples(pattern: Path, world: World, **settings: Any) -> ParquetSamples:
+    data = ParquetConfig(urls=str(pattern), **settings)
+    return ParquetSamples(list_source(data, world), data.column)
 
 
 def write_list(path: Path, images: Sequence[Path], labels: Sequence[int | None]) -> ListConfig:
@@ -30,7 +79,7 @@ def write_list(path: Path, images: Sequence[Path], labels: Sequence[int | None])
 
 
 def write_tar(path: Path, images: Sequence[Path], labels: Sequence[int | None]) -> None:
-    """A shard as WebDataset has it: beside each image its class, and what must never be looked into."""
+    """A tar as WebDataset has it: beside each image its class, and what must never be looked into."""
     with tarfile.open(path, "w") as tar:
         for image, label in zip(images, labels, strict=True):
             member(tar, f"{image.stem}.json", b"{")
@@ -41,13 +90,13 @@ def write_tar(path: Path, images: Sequence[Path], labels: Sequence[int | None]) 
 
 
 def write_parquet(path: Path, images: Sequence[Path], labels: Sequence[int | None], *, group: int) -> None:
-    """A shard as Hugging Face datasets have it."""
+    """A Parquet file as Hugging Face datasets have it."""
     values = [{"bytes": image.read_bytes(), "path": image.name} for image in images]
     pq.write_table(pa.table({"image": values, "label": pa.array(labels, pa.int64())}), path, row_group_size=group)
 
 
 def sources(root: Path, images: Sequence[Path], labels: Sequence[int | None]) -> dict[str, Source]:
-    """The images below a root, in their order, as each source, three shards each."""
+    """The images below a root, in their order, as each source, three archives each."""
     third = -(-len(images) // 3)
     for number in range(3):
         mine = slice(number * third, (number + 1) * third)

@@ -27,7 +27,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
 from mgpu_ddp.output.run_folder import make_folder, remove_empty
 from mgpu_ddp.reporting import console
-from mgpu_ddp.sweep.isolated import run_apart
+from mgpu_ddp.sweep.isolated import run_isolated
 from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
 
 Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
@@ -139,7 +139,7 @@ class Points:
         make = partial(configure, cfg, in_sweep=True)
         if not self._command.isolated:
             return self._session.lead(make)
-        return self._session.lead(make, partial(run_apart, point.overrides, self.sweep.folder, self._session.stop))
+        return self._session.lead(make, partial(run_isolated, point.overrides, self.sweep.folder, self._session.stop))
 
 
 def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:

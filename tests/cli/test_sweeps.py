@@ -161,7 +161,7 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
         ended = finish(process, tmp_path, 0)
     assert ended.code == 1, ended.err
     assert statuses(tmp_path) == ["failed", "failed", "complete"]
-    assert "rank 0 left no word" in ledger(tmp_path)[0]["reason"]
+    assert "rank 0 left no outcome" in ledger(tmp_path)[0]["reason"]
     assert_proved(tmp_path / "sweep" / "2", 4000)
     assert ledger(tmp_path)[2]["world_size"] == 2
     logs = sorted((tmp_path / "sweep" / "logs" / "2").rglob("stderr.log"))

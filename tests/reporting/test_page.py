@@ -1,35 +1,55 @@
-"""HTML that nothing can break out of, and the charts' numbers."""
+"""Templates that nothing breaks out of, sections that stay short, and the throughput behind a page's plot."""
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 from mgpu_ddp.inference.clock import PACE_POINTS, Clock
 from mgpu_ddp.reporting import page_sections
-from mgpu_ddp.reporting.class_table import Classes
-from mgpu_ddp.reporting.markup import Html, document, foreign, plot, table, tag
+from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.metrics import MAX_BINS, RankMetrics, throughput
-from mgpu_ddp.reporting.table_stats import BINS, Tally
+from mgpu_ddp.reporting.render import render
+from mgpu_ddp.reporting.table_stats import BINS, TableStats
+
+SUMMARY = {"model": "m", "source": "s", "device": "d", "precision": "p", "folder": "f", "reason": None, "cards": []}
+EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("throughput", "stages", "accuracy", "classes", "samples", "errors")),
+    "title": "t",
+    "summary": SUMMARY,
+    "setup": {"machines": [], "facts": []},
+}
 
 
-def test_what_is_not_markup_is_escaped() -> None:
-    assert tag("b", "<i>", Html("<u>"), 3, title='"><i>') == '<b title="&quot;&gt;&lt;i&gt;">&lt;i&gt;<u>3</b>'
-    assert table(["a<"], [["b<"]]).count("&lt;") == 2
-    assert "<x>" not in plot([1], top="<x>", left="<x>", right="<x>", title="<x>", as_line=True)
-    assert foreign("a\n\x1b\u202e\udcff\0") == f"<bdi>a{5 * chr(0xFFFD)}</bdi>"
-    assert len(foreign("<" * 10_000)) < 2000
-    assert "<script" not in document("</title><script>", "<script>")
+def test_text_from_outside_is_escaped_cleaned_and_shortened() -> None:
+    hostile = SUMMARY | {"model": "a\n\x1b\u202e\udcff\0", "source": "<b>\"'&" * 100, "cards": [("<i>", "<u>")]}
+    text = render("job.html", **EMPTY | {"summary": hostile, "title": "</title><script>"})
+    assert f"<h1><bdi>a{5 * chr(0xFFFD)}</bdi> over <bdi>&lt;b&gt;&#34;&#39;&amp;&lt;b" in text
+    assert text.count("&amp;") == 2 * 150 // len("<b>\"'&")
+    assert "&lt;i&gt;<b>&lt;u&gt;</b>" in text
+    assert "<script" not in text
+    in_attributes = {"images_per_s": [1.0], "begin_s": 0.0, "end_s": 1.0}
+    sample = {"name": "n", "thumbnail": '"><script>', "failed": True, "label": None}
+    text = render("job.html", **EMPTY | {"throughput": in_attributes, "samples": [sample]})
+    assert 'src="&#34;&gt;&lt;script&gt;"' in text
+
+
+def test_a_template_that_asks_for_what_is_not_there_fails() -> None:
+    with pytest.raises(UndefinedError, match="title"):
+        render("job.html", **{key: value for key, value in EMPTY.items() if key != "title"})
 
 
 def test_a_page_of_many_long_names_stays_small() -> None:
     """Every list that the input makes long is cut."""
     many = 21_000
     name = "</title>" * 10_000
-    classes = Classes(num_classes=many, names=(name,) * many, label_names=(name,) * many, num_labels=many)
+    classes = ClassTable(num_classes=many, names=(name,) * many, label_names=(name,) * many, num_labels=many)
     ones = np.ones(many, np.int64)
-    counted = Tally(
+    stats = TableStats(
         preds=ones,
         confidence=np.arange(BINS),
         labelled=many,
@@ -39,22 +59,23 @@ def test_a_page_of_many_long_names_stays_small() -> None:
         top5=ones,
         picked=[],
     )
-    text = document("x", page_sections.accuracy(counted, classes), page_sections.classes(counted, classes))
+    sections = {
+        "accuracy": page_sections.accuracy(stats, classes),
+        "classes": page_sections.predicted_classes(stats, classes),
+    }
+    text = render("job.html", **EMPTY | sections)
     assert len(text) < 1_000_000
-    assert "200 of 21,000 classes" in text
+    assert "200 of 21,000 labels" in text
     assert "20,980 other classes" in text
 
 
 def test_the_errors_of_a_page_are_some_of_them(tmp_path: Path) -> None:
     (tmp_path / "errors.jsonl").write_text('{"index": 1, "path": "<p>", "reason": "E<x>: y"}\n' * 5000)
-
-    class Failed:
-        errors = 5000
-
-    text = page_sections.errors(tmp_path, Failed())  # type: ignore[arg-type]
-    assert "<p>&lt;" not in text
-    assert "<td><bdi>E&lt;x&gt;</bdi></td>" in text
-    assert "4,950 more are in errors.jsonl" in text
+    failed: Any = SimpleNamespace(errors=5000)
+    text = render("job.html", **EMPTY | {"errors": page_sections.errors(tmp_path, failed)})
+    assert "<td><bdi>&lt;p&gt;</bdi></td>" in text
+    assert '<td><bdi>E&lt;x&gt;</bdi></td><td class="n">5,000</td>' in text
+    assert "4,950 more in errors.jsonl" in text
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 100, 5000])

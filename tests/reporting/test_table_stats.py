@@ -1,4 +1,4 @@
-"""What the rows say together is what a plain loop over them says, whatever the format and the parts."""
+"""Statistics over all rows equal those of a plain loop, whatever the format and the parts."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.parts import Table, open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.run_folder import claim_folder
-from mgpu_ddp.reporting.class_table import Classes, find_classes, read_classes
-from mgpu_ddp.reporting.table_stats import BINS, Tally, tally
+from mgpu_ddp.reporting.class_table import ClassTable, find_classes, read_classes
+from mgpu_ddp.reporting.table_stats import BINS, TableStats, count_rows
 from tests.support.samples import texts
 
 CLASSES, ROWS = 8, 97
@@ -61,12 +61,12 @@ def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
     return manifest
 
 
-def named(label_names: tuple[str, ...] | None, num_labels: int | None) -> Classes:
-    return Classes(num_classes=CLASSES, names=NAMES, label_names=label_names, num_labels=num_labels)
+def named(label_names: tuple[str, ...] | None, num_labels: int | None) -> ClassTable:
+    return ClassTable(num_classes=CLASSES, names=NAMES, label_names=label_names, num_labels=num_labels)
 
 
-def counted(run_dir: Path, manifest: Manifest, classes: Classes) -> Tally:
-    return tally(run_dir, manifest, classes, Labelled(FakeConfig(size=ROWS)), num_picked=5)
+def counted(run_dir: Path, manifest: Manifest, classes: ClassTable) -> TableStats:
+    return count_rows(run_dir, manifest, classes, Labelled(FakeConfig(size=ROWS)), num_picked=5)
 
 
 @pytest.mark.parametrize("stops", [(97,), (1, 4, 41, 97), (60,)])
@@ -91,7 +91,7 @@ def test_counts_are_those_of_a_plain_loop(tmp_path: Path, how: str, stops: tuple
     assert found.confidence.sum() == sum(preds)
     assert len(found.confidence) == BINS
     assert found.accuracy is not None
-    assert found.accuracy["how"].startswith("class folders and classes of the same name, 3 of them; 2 folders are not")
+    assert found.accuracy["how"].startswith("class folders with classes of the same name, 3 of them; 2 folders not")
     assert (found.accuracy["labelled"], found.accuracy["compared"]) == (labelled, sum(rows))
     assert (found.accuracy["top1"], found.accuracy["top5"]) == (sum(top1) / sum(rows), sum(top5) / sum(rows))
     per_class = {row["name"]: row for row in found.per_class(classes)}
@@ -117,7 +117,7 @@ def test_labels_that_mean_no_class_are_not_compared(tmp_path: Path) -> None:
     found = counted(tmp_path, manifest, named(("ant", "emu", "elk", "yak", "cod"), 5))
     assert found.accuracy is not None
     assert (found.accuracy["compared"], found.accuracy["top1"]) == (0, None)
-    assert found.accuracy["how"] == "5 classes of the data and 8 of the model, no name in common"
+    assert found.accuracy["how"] == "the data has 5 classes and the model 8, with no name in common"
     assert found.per_class(named(None, 5)) == []
 
 
@@ -129,16 +129,21 @@ def test_a_folder_without_rows_counts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label_names", "num_labels", "expected", "how"),
     [
-        (None, None, list(range(8)), "a label is the number"),
+        (None, None, list(range(8)), "labels are class numbers"),
         (NAMES[:2], 2, [0, 1], "same name, 2 of them"),
-        (("CRANE", "owl "), 2, [-1, 6], "1 folders are not compared"),
-        (("n01", "n02", "n03", "n04", "n05", "n06", "n07", "n08"), 8, list(range(8)), "in the order of their names"),
-        (None, 8, list(range(8)), "labels in their order and classes in the model's"),
-        (None, 10, None, "10 classes of the data and 8 of the model, no names on both sides"),
+        (("CRANE", "owl "), 2, [-1, 6], "1 folder not compared"),
+        (
+            ("n01", "n02", "n03", "n04", "n05", "n06", "n07", "n08"),
+            8,
+            list(range(8)),
+            "folders sorted by name with classes in the model's order",
+        ),
+        (None, 8, list(range(8)), "labels in their order with classes in the model's"),
+        (None, 10, None, "the data has 10 classes and the model 8, without names to match them by"),
     ],
 )
 def test_what_a_label_means(label_names: Any, num_labels: Any, expected: Any, how: str) -> None:
-    class_of, words = named(label_names, num_labels).compare()
+    class_of, words = named(label_names, num_labels).match()
     assert (class_of if class_of is None else class_of.tolist()) == expected
     assert how in words
 
@@ -154,7 +159,7 @@ def test_classes_come_back_as_written(tmp_path: Path) -> None:
     classes.write(tmp_path)
     assert read_classes(tmp_path, manifest) == classes
     (tmp_path / "classes.json").write_text("[")
-    with pytest.raises(UsageError, match=r"classes\.json must be readable, got JSONDecodeError"):
+    with pytest.raises(UsageError, match=r"classes\.json cannot be read \(JSONDecodeError\)"):
         read_classes(tmp_path, manifest)
 
 

@@ -1,4 +1,4 @@
-"""A sweep's ledger and its answer, from rows as jobs leave them."""
+"""A sweep's rows and its answer, from the outcomes of its jobs."""
 
 import json
 from pathlib import Path
@@ -129,9 +129,9 @@ def test_what_was_complete_stays_and_another_sweep_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"jobs": 3}', '{"jobs": [{}]}'])
-def test_a_ledger_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_no_sweep_wrote_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(UsageError, match=r"must be the ledger of a sweep, got .* Choose another hydra\.sweep\.dir"):
+    with pytest.raises(UsageError, match=r"is not the file of a sweep \(.*\)\. Choose another hydra\.sweep\.dir"):
         Sweep(tmp_path, [], stop_on_oom=False)
     assert (tmp_path / "sweep.json").read_text() == text
 
@@ -178,7 +178,7 @@ def test_every_shape_of_sweep_has_a_table_and_a_picture(
     assert text.count("<tr>") == 2 + len(sweep.points) + len(rows), "a line for each point and each job"
     assert ("Recommended: " in text) == (not none and shape != "nothing swept")
     (tmp_path / "report.html").unlink()
-    assert rebuild([f"run={tmp_path}"]) == tmp_path / "report.html"
+    assert rebuild(tmp_path) == tmp_path / "report.html"
     assert (tmp_path / "report.html").read_bytes() == page
 
 
@@ -197,11 +197,11 @@ def test_the_page_leads_to_the_jobs_and_escapes_what_they_say(tmp_path: Path) ->
     assert "<img src=x" not in text
 
 
-@pytest.mark.parametrize("ledger", ['{"jobs": [{}], "swept": []}', "[]", "{", '{"jobs": 3, "swept": 4}'])
-def test_a_page_of_a_broken_ledger_is_one_line(tmp_path: Path, ledger: str) -> None:
-    (tmp_path / "sweep.json").write_text(ledger)
-    with pytest.raises(UsageError, match=r"^run must hold what a sweep has written, got .* Sweep again\.$"):
-        rebuild([f"run={tmp_path}"])
+@pytest.mark.parametrize("content", ['{"jobs": [{}], "swept": []}', "[]", "{", '{"jobs": 3, "swept": 4}'])
+def test_a_page_of_a_damaged_sweep_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(UsageError, match=r"is damaged: it lacks what a sweep writes \(.*\)\. Start the sweep again\.$"):
+        rebuild(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -214,7 +214,7 @@ def test_the_table_says_what_its_figures_rest_on(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "with 16" in out
     assert "with 64" in out
-    assert out.endswith("measured for 0.04 s at the least: more samples would make the rates comparable\n")
+    assert out.endswith("the shortest measurement took 0.04 s: more samples would make the rates comparable\n")
 
 
 def test_a_picture_that_cannot_be_drawn_takes_nothing_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

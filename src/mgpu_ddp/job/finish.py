@@ -19,8 +19,9 @@ from mgpu_ddp.output.run_folder import remove_unlisted
 from mgpu_ddp.output.verify import prove, write_errors
 from mgpu_ddp.reporting import console, metrics
 from mgpu_ddp.reporting.class_table import find_classes
-from mgpu_ddp.reporting.page import THUMBNAILS, write_page
-from mgpu_ddp.reporting.table_stats import tally
+from mgpu_ddp.reporting.page import JobResults, try_write_page
+from mgpu_ddp.reporting.table_stats import count_rows
+from mgpu_ddp.reporting.thumbnails import THUMBNAILS
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -105,7 +106,7 @@ def _conclude(
     write_status(run_dir, status, manifest, reason)
     classes = find_classes(run_dir, manifest, model.class_names)
     classes.write(run_dir)
-    counted = tally(run_dir, manifest, classes, claim.samples, num_picked=THUMBNAILS)
+    stats = count_rows(run_dir, manifest, classes, claim.samples, num_picked=THUMBNAILS)
     summary = {
         "status": status,
         "exit_code": int(code),
@@ -117,7 +118,7 @@ def _conclude(
         "missing": proof.missing,
         "duplicates": proof.duplicates,
         "predictions": [proof.rows, array_columns(job.config, model) or model.num_classes],
-        "accuracy": counted.accuracy,
+        "accuracy": stats.accuracy,
         "world_size": world.size,
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
@@ -127,7 +128,7 @@ def _conclude(
     # Ranks past the first one that stopped predicted rows that nobody keeps.
     rows = sum(r.rows for r in ranks) if ending == "complete" else manifest.prefix - claim.prefix
     if sum(r.rows for r in ranks) or not (run_dir / "metrics.json").exists():
-        accuracy = {"accuracy": counted.accuracy, "accuracy_per_class": counted.per_class(classes)}
+        accuracy = {"accuracy": stats.accuracy, "accuracy_per_class": stats.per_class(classes)}
         summary |= metrics.write_metrics(
             run_dir,
             ranks,
@@ -137,7 +138,16 @@ def _conclude(
         )
     else:
         ranks = []
-    write_page(run_dir, manifest, classes, counted, claim.samples, home=job.home)
+    try_write_page(
+        JobResults(
+            run_dir=run_dir,
+            home=job.home,
+            manifest=manifest,
+            classes=classes,
+            stats=stats,
+            samples=claim.samples,
+        )
+    )
     if job.replaces is not None and ending == "complete":
         put_in_place(job.replaces)
     console.print_table(summary, ranks)

@@ -1,4 +1,4 @@
-"""What the numbers in `pred` and `label` stand for, and which label means which class of the model."""
+"""The names behind the numbers in `pred` and `label`, and the class of the model that each label stands for."""
 
 import json
 from collections import Counter
@@ -13,21 +13,22 @@ from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.atomic_files import replace_json
 from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.reporting.text import plural
 
 CLASSES = "classes.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Classes:
-    """The classes of a model beside those of a dataset."""
+class ClassTable:
+    """The classes of a model beside the labels of a dataset."""
 
     num_classes: int
     names: tuple[str, ...] | None
-    """Of the model's classes."""
+    """The model's class names."""
     label_names: tuple[str, ...] | None
-    """Of the dataset's, where folders are classes."""
+    """The dataset's, where folders are classes."""
     num_labels: int | None
-    """None where a label is the number that the dataset itself gives."""
+    """None where the dataset itself numbers its labels."""
 
     def write(self, run_dir: Path) -> None:
         replace_json(run_dir / CLASSES, asdict(self))
@@ -40,35 +41,42 @@ class Classes:
             return self.label_names[number]
         return str(number) if self.num_labels is not None else self.name(number)
 
-    def compare(self) -> tuple[npt.NDArray[np.int64] | None, str]:
-        """(int64 (labels,): the class that each label means, or -1; in words what is compared with what).
+    def match(self) -> tuple[npt.NDArray[np.int64] | None, str]:
+        """Match labels to classes.
 
-        Without an array, labels cannot be compared, and the words say why.
+        Returns int64 (labels,): the class that each label stands for, or -1; and the rule, in words. Without an array
+        labels and classes cannot be matched, and the words say why.
         """
         if self.num_labels is None:
-            return np.arange(self.num_classes), "a label is the number of a class of the model"
-        if self.names and self.label_names:
-            counts = Counter(map(_plain, self.names))
-            numbers = {_plain(name): i for i, name in enumerate(self.names) if counts[_plain(name)] == 1}
-            class_of = np.array([numbers.get(_plain(name), -1) for name in self.label_names], dtype=np.int64)
-            known = int((class_of >= 0).sum())
-            if known:
-                rest = len(class_of) - known
-                lacking = f"; {rest:,} folders are not compared, no class has their name alone" if rest else ""
-                return class_of, f"class folders and classes of the same name, {known:,} of them{lacking}"
+            return np.arange(self.num_classes), "labels are class numbers of the model"
+        by_name = self._match_names()
+        known = 0 if by_name is None else int((by_name >= 0).sum())
+        if by_name is not None and known:
+            others = plural(len(by_name) - known, "folder") + " not compared: no class, or more than one, has that name"
+            how = f"class folders with classes of the same name, {known:,} of them"
+            return by_name, how if known == len(by_name) else f"{how}; {others}"
         if self.num_labels == self.num_classes:
-            order = "folders in the order of their names" if self.label_names else "labels in their order"
-            return np.arange(self.num_classes), f"{order} and classes in the model's"
-        named = "no name in common" if self.names and self.label_names else "no names on both sides"
-        return None, f"{self.num_labels:,} classes of the data and {self.num_classes:,} of the model, {named}"
+            order = "folders sorted by name" if self.label_names else "labels in their order"
+            return np.arange(self.num_classes), f"{order} with classes in the model's order"
+        why = "with no name in common" if by_name is not None else "without names to match them by"
+        return None, f"the data has {self.num_labels:,} classes and the model {self.num_classes:,}, {why}"
+
+    def _match_names(self) -> npt.NDArray[np.int64] | None:
+        """int64 (labels,): the only class of the same name, or -1. None where names are missing."""
+        if not self.names or not self.label_names:
+            return None
+        names = [_fold(name) for name in self.names]
+        counts = Counter(names)
+        numbers = {name: number for number, name in enumerate(names) if counts[name] == 1}
+        return np.array([numbers.get(_fold(name), -1) for name in self.label_names], dtype=np.int64)
 
 
-def _plain(name: str) -> str:
+def _fold(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | None) -> Classes:
-    """The classes of a job, given those names that its model has. Rank 0 only."""
+def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | None) -> ClassTable:
+    """Look up the classes of a job, whose model names its own. Rank 0 only."""
     job = manifest.fingerprint
     label_names: tuple[str, ...] | None = None
     num_labels: int | None = job.get("data.num_classes")
@@ -77,21 +85,21 @@ def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | Non
         label_names = tuple(readable(name) for name in sorted(numbers, key=lambda name: numbers[name]))
         num_labels = len(label_names)
     num_classes = int(job["model.num_classes"])
-    return Classes(num_classes=num_classes, names=names, label_names=label_names, num_labels=num_labels)
+    return ClassTable(num_classes=num_classes, names=names, label_names=label_names, num_labels=num_labels)
 
 
-def read_classes(run_dir: Path, manifest: Manifest) -> Classes:
-    """The classes that a finished job has left in its folder.
+def read_classes(run_dir: Path, manifest: Manifest) -> ClassTable:
+    """Read the classes from the folder of a finished job.
 
     Raises:
-        UsageError: the file is not one of ours.
+        UsageError: `classes.json` cannot be read.
     """
     path = run_dir / CLASSES
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         lists = {key: tuple(map(str, found[key])) if found[key] else None for key in ("names", "label_names")}
-        return Classes(**{**found, **lists})
+        return ClassTable(**{**found, **lists})
     except FileNotFoundError:
         return find_classes(run_dir, manifest, None)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} must be readable, got {type(error).__name__}. Delete it and try again.") from None
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}). Delete it and try again.") from None

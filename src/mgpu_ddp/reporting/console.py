@@ -1,7 +1,4 @@
-"""What people and scripts see: progress while the job runs, then a table and a JSON line.
-
-`python -m mgpu_ddp.report run=DIR` makes the page of a finished job again.
-"""
+"""The terminal: log and progress while a job runs, then a table for people and a JSON line for scripts."""
 
 import json
 import logging
@@ -19,6 +16,7 @@ from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
+from mgpu_ddp.reporting.text import hours_minutes_seconds, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -27,10 +25,10 @@ MAX_RANKS_SHOWN = 32
 
 
 def start_logging(world: World) -> None:
-    """INFO from rank 0, warnings from every rank with its number, all on stderr: stdout is for results."""
+    """Log INFO from rank 0 and warnings from every other rank, all on stderr: stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
-    mark = "" if world.rank == 0 else f"[rank {world.rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(message)s", datefmt="%H:%M:%S"))
+    prefix = "" if world.rank == 0 else f"[rank {world.rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -41,7 +39,7 @@ def start_logging(world: World) -> None:
 
 @contextmanager
 def log_into(run_dir: Path, world: World) -> Iterator[None]:
-    """Also log into RUN/logs/rank0.log while the block runs. On rank 0; elsewhere it does nothing."""
+    """On rank 0, log into RUN/logs/rank0.log as well while the block runs; elsewhere do nothing."""
     if world.rank != 0:
         yield
         return
@@ -60,22 +58,24 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
 
 
 def log_plan(world: World, resolved: Resolved, model_bytes: int, batch_bytes: int) -> None:
-    """Say which devices there are, what `auto` chose and whether model and batch fit."""
+    """Log the devices, what `auto` chose and whether model and batch fit."""
     chose = f"precision {resolved.precision}, decode {resolved.decode}, compile {resolved.compile}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        log.info("CUDA not used: %s of %d threads on the CPU; %s", processes, world.share_of_cpus, chose)
+        threads = plural(world.share_of_cpus, "thread")
+        log.info("CUDA not used: %s with %s on the CPU; %s", processes, threads, chose)
         return
     free, total = torch.cuda.mem_get_info(world.device)
     name = torch.cuda.get_device_name(world.device)
     fit = "fit" if model_bytes + batch_bytes < free else "DO NOT FIT: lower batch_size"
     sizes = f"model {model_bytes / 2**20:.0f} MiB and batch {batch_bytes / 2**20:.0f} MiB {fit}"
     memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    log.info("CUDA available: %d processes, one %s each, %s; %s; %s", world.size, name, memory, sizes, chose)
+    processes = f"1 process on one {name}" if world.size == 1 else f"{world.size} processes, one {name} each"
+    log.info("CUDA available: %s, %s; %s; %s", processes, memory, sizes, chose)
 
 
 class Progress:
-    """Rows of all ranks, rate and ETA, read from the ranks' heartbeats. Rank 0 shows it; elsewhere it does nothing."""
+    """Show rows of all ranks, rate and time left, from the ranks' heartbeats. On rank 0; elsewhere do nothing."""
 
     def __init__(self, world: World, total: int, done_before: int) -> None:
         self._world, self._total, self._before = world, total, done_before
@@ -104,8 +104,9 @@ class Progress:
             errors = sum(int(peer.get("errors", 0)) for peer in (mine, *peers))
             rate = now / (time.monotonic() - self._started)
             done = self._before + now
-            left_s = (self._total - done) / rate if rate else float("inf")
-            text = f"{done:,} of {self._total:,} rows, {rate:,.0f} images/s, {_duration(left_s)} left, {errors} errors"
+            left = hours_minutes_seconds((self._total - done) / rate) if rate else "?"
+            counts = f"{done:,} of {self._total:,} rows, {rate:,.0f} images/s"
+            text = f"{counts}, {left} left, {plural(errors, 'error')}"
             if self._bar:
                 full = round(24 * done / max(self._total, 1))
                 self._stream.write(f"\r\033[K{'█' * full}{'░' * (24 - full)} {text}")
@@ -114,25 +115,19 @@ class Progress:
                 log.info("%s", text)
 
 
-def _duration(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "?"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
-    """The table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
+    """Print the table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
     counts = ", ".join(f"{summary[name]:,} {name}" for name in ("ok", "errors", "missing", "duplicates"))
     shape = ", ".join(str(n) for n in summary["predictions"])
     lines = [
         f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
-        f"{summary['samples']:,} samples: {counts}",
+        f"{plural(summary['samples'], 'sample')}: {counts}",
     ]
     accuracy = summary["accuracy"]
     if accuracy and accuracy["compared"]:
         top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"
-        lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {accuracy['compared']:,} rows ({accuracy['how']})")
+        rows = plural(accuracy["compared"], "row")
+        lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {rows} ({accuracy['how']})")
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
         start = f"with {summary['startup_s']:.1f} s of start-up"
@@ -164,11 +159,11 @@ def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:
 
 def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     if summary["nonfinite"]:
-        yield f"WARNING: {summary['nonfinite']:,} rows had NaN or Inf in their outputs and are errors"
+        yield f"WARNING: {plural(summary['nonfinite'], 'row')} with NaN or Inf in the outputs, recorded as errors"
     if summary["split_rows"]:
-        yield f"WARNING: {summary['split_rows']:,} rows were predicted in smaller batches for lack of memory"
+        yield f"WARNING: {plural(summary['split_rows'], 'row')} predicted in smaller batches, for lack of memory"
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """One JSON line on stdout. Rank 0 only."""
+    """Print one JSON line on stdout. Rank 0 only."""
     print(json.dumps(summary), flush=True)

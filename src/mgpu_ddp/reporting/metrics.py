@@ -1,9 +1,9 @@
-"""What the ranks measured, and what that says of all of them together: `metrics.json`."""
+"""What each rank measured, and all of them together: `metrics.json`."""
 
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ MAX_BINS = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMetrics:
-    """What one rank measured; seconds are wall time of its main thread unless said otherwise."""
+    """What one rank measured; seconds are wall time of its main thread unless said otherwise.
+
+    Fields that are also the clock's mean the same.
+    """
 
     rank: int
     rows: int
@@ -52,16 +55,16 @@ class RankMetrics:
     wall_s: float
     """From the start of the job to the end of the loop."""
     reused: tuple[str, ...]
-    """What the job before, in a sweep, had made: model (its weights), predictor (on its device, compiled)."""
+    """Taken over from the job before, in a sweep: model (its weights), predictor (on its device, compiled)."""
     wait_s: float
     """Waiting for the loader."""
     input_s: float
     """Waiting for model input to be made on the GPU."""
     decode_s: float
-    """Of the threads that make it: inside calls of the GPU's JPEG decoder."""
+    """Of the threads that make it: inside the GPU's JPEG decoder."""
     predict_s: float
     gpu_busy_share: float | None
-    """Of the loop's time: what the GPU spent on the model and on copying its results. None on the CPU."""
+    """The share of the loop's time in which the GPU ran the model or copied its results. None on the CPU."""
     peers_s: float
     """Waiting for the windows of all ranks."""
     gather_s: float
@@ -69,9 +72,9 @@ class RankMetrics:
     write_s: float
     """Of the collecting thread."""
     workers_s: dict[str, float]
-    """Of the loader workers together, per stage."""
+    """Of all loader workers together, by stage."""
     read_bytes: int
-    """That the loader workers asked the kernel for."""
+    """By loader workers, through the kernel."""
     host: str
     device: str
     pace: list[list[float]]
@@ -83,46 +86,36 @@ class RankMetrics:
 
 
 def measure(world: World, clock: Clock) -> RankMetrics:
+    """Read the clock of this rank, at the end of its job."""
     wall_s = time.perf_counter() - clock.began
+    loop_s = clock.ended - clock.started
     steady_rows, steady_s = clock.steady
+    on_gpu = world.device.type == "cuda"
+    pace = [*clock.pace, (clock.ended - clock.began, clock.rows)] if clock.rows else []
     batch_ms = np.array(clock.batch_s[1:] or clock.batch_s or [0.0]) * 1e3
-    return RankMetrics(
-        rank=world.rank,
-        rows=clock.rows,
-        errors=clock.errors,
-        nonfinite=clock.nonfinite,
-        split_rows=clock.split_rows,
-        images_per_s=steady_rows / steady_s if steady_s else 0.0,
-        steady_rows=steady_rows,
-        steady_s=steady_s,
-        startup_s=clock.first_at - clock.began if clock.rows else wall_s,
-        wall_s=wall_s,
-        reused=clock.reused,
-        wait_s=clock.wait_s,
-        input_s=clock.input_s,
-        decode_s=clock.decode_s,
-        predict_s=clock.predict_s,
-        gpu_busy_share=clock.gpu_s / (clock.ended - clock.started)
-        if world.device.type == "cuda" and clock.rows
-        else None,
-        peers_s=clock.peers_s,
-        gather_s=clock.gather_s,
-        write_s=clock.write_s,
-        workers_s=clock.workers_s,
-        read_bytes=clock.read_bytes,
-        host=os.uname().nodename,
-        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        pace=[[round(at_s, 3), rows] for at_s, rows in [*clock.pace, (clock.ended - clock.began, clock.rows)]]
-        if clock.rows
-        else [],
-        batch_p50_ms=float(np.percentile(batch_ms, 50)),
-        batch_p95_ms=float(np.percentile(batch_ms, 95)),
-        **peaks(),
-    )
+    same = {field.name for field in fields(RankMetrics)} & {field.name for field in fields(Clock)}
+    derived: dict[str, Any] = {
+        "rank": world.rank,
+        "images_per_s": steady_rows / steady_s if steady_s else 0.0,
+        "steady_rows": steady_rows,
+        "steady_s": steady_s,
+        "startup_s": clock.first_at - clock.began if clock.rows else wall_s,
+        "wall_s": wall_s,
+        "gpu_busy_share": clock.gpu_s / loop_s if on_gpu and clock.rows else None,
+        "host": os.uname().nodename,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
+        "pace": [[round(at_s, 3), rows] for at_s, rows in pace],
+        "batch_p50_ms": float(np.percentile(batch_ms, 50)),
+        "batch_p95_ms": float(np.percentile(batch_ms, 95)),
+    }
+    return RankMetrics(**{name: getattr(clock, name) for name in same} | derived | peaks())
 
 
 def bottleneck(ranks: Sequence[RankMetrics]) -> tuple[str, float] | None:
-    """The stage that the loop waited for most, over all ranks, and its share of all their waiting; None without any."""
+    """Find the stage that the ranks waited for longest, and its share of all their waiting.
+
+    None where nothing was done, or nothing waited for.
+    """
     waits = {
         "loading": sum(r.wait_s for r in ranks),
         "gpu input": sum(r.input_s for r in ranks),
@@ -145,7 +138,7 @@ def bottleneck(ranks: Sequence[RankMetrics]) -> tuple[str, float] | None:
 
 
 def throughput(ranks: Sequence[RankMetrics]) -> dict[str, Any]:
-    """Rows of all ranks in equal stretches of time, a bounded number of them, after each rank's first batch."""
+    """Sum the rows of all ranks over at most `MAX_BINS` equal stretches of time, from each rank's first batch on."""
     paces = [np.array(r.pace) for r in ranks if r.pace]
     begin = min((pace[0, 0] for pace in paces), default=0.0)
     end = max((pace[-1, 0] for pace in paces), default=0.0)
@@ -169,7 +162,7 @@ def write_metrics(
     deterministic: bool,
     accuracy: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `metrics.json` and return what it says of all ranks together. Rank 0 only."""
+    """Write `metrics.json` and return its figures of all ranks together. Rank 0 only."""
     wall_s = max(r.wall_s for r in ranks)
     steady_s = max(r.steady_s for r in ranks)
     remedies = REMEDIES

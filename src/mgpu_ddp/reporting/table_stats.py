@@ -1,4 +1,4 @@
-"""What the rows of a table say together: classes, confidence, accuracy. Read back from the committed parts."""
+"""Statistics over all rows of a table: predicted classes, confidence, accuracy. Read back from the committed parts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import ARRAY, Manifest, Part
-from mgpu_ddp.reporting.class_table import Classes
+from mgpu_ddp.reporting.class_table import ClassTable
 
 BINS = 20
 TOP = 5
@@ -20,10 +20,11 @@ Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """Rows of a part, as far as they are counted.
+class RowBlock:
+    """Columns of consecutive rows, as far as they are counted.
 
-    `index`, `label`, `pred`: int64 (n,), -1 where null. `prob`: float32 (n,), NaN where null. `best`: (n, k), or None.
+    `index`, `label`, `pred`: int64 (n,), -1 where null. `prob`: float32 (n,), NaN where null. `best`: the classes of
+    the highest scores, (n, k), or None.
     """
 
     index: Numbers
@@ -34,18 +35,19 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picked:
-    """One row that is shown."""
+class PickedRow:
+    """One row for the page to show."""
 
     index: int
     label: int
+    """-1 without one."""
     pred: int
-    """-1 where it is an error row."""
+    """-1 in an error row."""
     prob: float
 
 
 @dataclass(kw_only=True, slots=True)
-class Tally:
+class TableStats:
     """Counts over all rows."""
 
     preds: Numbers
@@ -55,17 +57,18 @@ class Tally:
     labelled: int
     """Rows with a label and a prediction."""
     how: str
-    """What accuracy compares, or why it cannot."""
+    """How labels were matched to classes, or why they cannot be."""
     compared: Numbers | None
-    """Rows of each label, of those that are compared; None where labels mean no class."""
+    """Rows of each label that stands for a class; None where labels cannot be matched."""
     top1: Numbers
+    """Of these, rows whose prediction is right."""
     top5: Numbers | None
-    """None where rows name fewer than five classes."""
-    picked: list[Picked]
+    """Of these, rows with the right class among their best five; None where rows name fewer."""
+    picked: list[PickedRow]
 
     @property
     def accuracy(self) -> dict[str, Any] | None:
-        """Shares of rows whose label is their prediction, or among their five best; None where nothing is labelled."""
+        """Top-1 and top-5 accuracy over all labels, None where no row has one."""
         if not self.labelled:
             return None
         compared = 0 if self.compared is None else int(self.compared.sum())
@@ -77,8 +80,8 @@ class Tally:
             "top5": int(self.top5.sum()) / compared if compared and self.top5 is not None else None,
         }
 
-    def per_class(self, classes: Classes) -> list[dict[str, Any]]:
-        """One row for each label that was compared."""
+    def per_class(self, classes: ClassTable) -> list[dict[str, Any]]:
+        """Top-1 and top-5 accuracy of each label that was compared."""
         if self.compared is None:
             return []
         return [
@@ -93,70 +96,79 @@ class Tally:
         ]
 
 
-def tally(
-    run_dir: Path, manifest: Manifest, classes: Classes, samples: Samples | None, *, num_picked: int = 0
-) -> Tally:
-    """Count all rows that the manifest lists. `samples` know the labels of an array. Rank 0 only."""
-    job = manifest.fingerprint
-    class_of, how = classes.compare()
-    in_reach = min(TOP, classes.num_classes)
-    logits = job["output.format"] == "npy" and job["output.fields"] != ["embedding"]
-    has_top = logits or ("topk" in job["output.fields"] and job["output.topk"] >= in_reach)
+def count_rows(
+    run_dir: Path, manifest: Manifest, classes: ClassTable, samples: Samples | None, *, num_picked: int = 0
+) -> TableStats:
+    """Count all rows that the manifest lists, and pick some of them, evenly spread. Rank 0 only.
+
+    `samples` know the labels of an array, which holds none itself.
+    """
+    class_of, how = classes.match()
+    has_best = _has_best(manifest.fingerprint, classes.num_classes)
     labels = 0 if class_of is None else len(class_of)
-    found = Tally(
+    stats = TableStats(
         preds=np.zeros(classes.num_classes, np.int64),
         confidence=np.zeros(BINS, np.int64),
         labelled=0,
         how=how,
         compared=None if class_of is None else np.zeros(labels, np.int64),
         top1=np.zeros(labels, np.int64),
-        top5=np.zeros(labels, np.int64) if has_top else None,
+        top5=np.zeros(labels, np.int64) if has_best else None,
         picked=[],
     )
     rows = manifest.prefix - manifest.start
     wanted = manifest.start + np.unique(np.linspace(0, rows - 1, num_picked).astype(np.int64)) if rows else np.zeros(0)
     for part in manifest.parts:
-        for seen in _read(run_dir, manifest, part, samples, best=has_top and class_of is not None):
-            _count(found, seen, class_of)
-            for place in np.flatnonzero(np.isin(seen.index, wanted)).tolist():
-                found.picked.append(
-                    Picked(
-                        index=int(seen.index[place]),
-                        label=int(seen.label[place]),
-                        pred=int(seen.pred[place]),
-                        prob=float(seen.prob[place]),
-                    )
-                )
-    return found
+        for block in _read(run_dir, manifest, part, samples, best=has_best and class_of is not None):
+            _count(stats, block, class_of)
+            stats.picked += _pick(block, wanted)
+    return stats
 
 
-def _count(found: Tally, seen: Seen, class_of: Numbers | None) -> None:
-    good = seen.pred >= 0
-    found.preds += np.bincount(seen.pred[good], minlength=len(found.preds))
-    found.confidence += np.bincount((seen.prob[good] * BINS).astype(np.int64).clip(0, BINS - 1), minlength=BINS)
-    labelled = good & (seen.label >= 0)
-    found.labelled += int(labelled.sum())
-    if class_of is None or found.compared is None:
+def _has_best(job: dict[str, Any], num_classes: int) -> bool:
+    """Whether the rows tell their best five classes, or all where there are fewer."""
+    if job["output.format"] == "npy" and job["output.fields"] != ["embedding"]:
+        return True
+    return "topk" in job["output.fields"] and job["output.topk"] >= min(TOP, num_classes)
+
+
+def _pick(block: RowBlock, wanted: npt.NDArray[Any]) -> Iterator[PickedRow]:
+    for place in np.flatnonzero(np.isin(block.index, wanted)).tolist():
+        yield PickedRow(
+            index=int(block.index[place]),
+            label=int(block.label[place]),
+            pred=int(block.pred[place]),
+            prob=float(block.prob[place]),
+        )
+
+
+def _count(stats: TableStats, block: RowBlock, class_of: Numbers | None) -> None:
+    good = block.pred >= 0
+    stats.preds += np.bincount(block.pred[good], minlength=len(stats.preds))
+    stats.confidence += np.bincount((block.prob[good] * BINS).astype(np.int64).clip(0, BINS - 1), minlength=BINS)
+    labelled = good & (block.label >= 0)
+    stats.labelled += int(labelled.sum())
+    if class_of is None or stats.compared is None:
         return
-    known = labelled & (seen.label < len(class_of))
-    truth = np.where(known, class_of[np.where(known, seen.label, 0)], -1)
+    known = labelled & (block.label < len(class_of))
+    truth = np.where(known, class_of[np.where(known, block.label, 0)], -1)
     known &= truth >= 0
-    right = known & (seen.pred == truth)
-    found.compared += np.bincount(seen.label[known], minlength=len(class_of))
-    found.top1 += np.bincount(seen.label[right], minlength=len(class_of))
-    if found.top5 is not None and seen.best is not None:
-        near = known & (seen.best == truth[:, None]).any(axis=1)
-        found.top5 += np.bincount(seen.label[near], minlength=len(class_of))
+    right = known & (block.pred == truth)
+    stats.compared += np.bincount(block.label[known], minlength=len(class_of))
+    stats.top1 += np.bincount(block.label[right], minlength=len(class_of))
+    if stats.top5 is not None and block.best is not None:
+        near = known & (block.best == truth[:, None]).any(axis=1)
+        stats.top5 += np.bincount(block.label[near], minlength=len(class_of))
 
 
-def _read(run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None, *, best: bool) -> Iterator[Seen]:
+def _read(run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None, *, best: bool) -> Iterator[RowBlock]:
     if part.file == ARRAY:
         yield from _read_array(run_dir, manifest, part, samples, best=best)
         return
     names = ["index", "label", "pred", "prob", *(["topk_index"] if best else [])]
     table = FORMATS[manifest.fingerprint["output.format"]].columns(run_dir / part.file, names)
     pred = _numbers(table["pred"])
-    yield Seen(
+    yield RowBlock(
         index=_numbers(table["index"]),
         label=_numbers(table["label"]),
         pred=pred,
@@ -170,7 +182,7 @@ def _numbers(column: Any) -> Numbers:
 
 
 def _best(column: Any, pred: Numbers) -> npt.NDArray[Any]:
-    """Lists of one length, absent in error rows, as an array of -1 there."""
+    """Stack lists of one length, which error rows lack, into an array with -1 there."""
     filled = np.flatnonzero(pred >= 0)
     flat = column.flatten().to_numpy()
     best = np.full((len(pred), len(flat) // len(filled) if len(filled) else 1), -1, dtype=np.int64)
@@ -181,7 +193,7 @@ def _best(column: Any, pred: Numbers) -> npt.NDArray[Any]:
 
 def _read_array(
     run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None, *, best: bool
-) -> Iterator[Seen]:
+) -> Iterator[RowBlock]:
     array = np.load(run_dir / ARRAY, mmap_mode="r")
     failed: Sequence[int] = [int(index) for index in part.reasons]
     for first in range(part.first, part.stop, ARRAY_ROWS):
@@ -191,9 +203,9 @@ def _read_array(
         label = [-1 if samples is None else samples.known_label(i) for i in index.tolist()]
         labels = np.array(label, dtype=np.int64)
         if manifest.fingerprint["output.fields"] == ["embedding"]:
-            # They say nothing of classes.
+            # Embeddings name no classes.
             unknown = np.full(len(index), np.nan, dtype=np.float32)
-            yield Seen(index=index, label=labels, pred=np.full(len(index), -1), prob=unknown, best=None)
+            yield RowBlock(index=index, label=labels, pred=np.full(len(index), -1), prob=unknown, best=None)
             continue
         bad = np.isin(index, failed)
         pred = logits.argmax(axis=1)
@@ -201,7 +213,7 @@ def _read_array(
         reach = min(TOP, logits.shape[1])
         wants_best = best and max(label) >= 0
         order = np.argpartition(-logits, reach - 1, axis=1)[:, :reach] if wants_best else None
-        yield Seen(
+        yield RowBlock(
             index=index,
             label=labels,
             pred=np.where(bad, -1, pred),

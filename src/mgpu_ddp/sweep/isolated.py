@@ -1,4 +1,4 @@
-"""A job in processes of its own, by torchrun or by srun: what crashes in it ends nothing else."""
+"""Run a job of a sweep in processes of its own, by torchrun or srun: a crash in it ends nothing else."""
 
 import os
 import re
@@ -21,44 +21,35 @@ from mgpu_ddp.reporting import console
 POLL_S = 0.2
 
 
-def run_apart(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
+def run_isolated(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
     """Run the job that Hydra has composed in processes of its own and return its outcome.
 
-    Its log files are in SWEEP/logs/<job>; on this terminal it shows what its rank 0 says.
+    The ranks log into SWEEP/logs/<job>; this terminal shows the output of rank 0.
 
     Raises:
         UsageError: a setting of the launcher breaks its rule.
     """
     composed = HydraConfig.get()
     logs = sweep_dir / "logs" / str(composed.job.num)
-    # Where the job's own host can write to, which may be another one.
-    told = logs / "outcome.json"
+    # In the sweep's folder, because the job may run on another host.
+    outcome_file = logs / "outcome.json"
     start = (_torchrun if composed.launcher.kind == "torchrun" else _srun)(composed.launcher, logs)
     command = [*start, "-m", "mgpu_ddp.infer", *job_words(overrides, composed.runtime.output_dir)]
     logs.mkdir(parents=True, exist_ok=True)
-    told.unlink(missing_ok=True)
-    # A job is to have an allocation of its own also where this process is in one.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
-    environ |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    # stdout is for what this process has to say.
-    child = subprocess.Popen(command, env=environ | {OUTCOME_FILE: str(told)}, stdout=sys.stderr)
-    asked = False
-    while child.poll() is None:
-        stop.wait(POLL_S) if not asked else _wait(child)
-        if stop and not asked:
-            # torchrun takes any signal as the wish to end; srun passes this one on, and would kill its tasks for TERM.
-            child.send_signal(signal.SIGUSR1)
-            asked = True
-    outcome = outcome_in(told)
+    outcome_file.unlink(missing_ok=True)
+    # stdout is for results, which this process prints.
+    child = subprocess.Popen(command, env=_environ() | {OUTCOME_FILE: str(outcome_file)}, stdout=sys.stderr)
+    _wait(child, stop)
+    outcome = outcome_in(outcome_file)
     if "status" not in outcome:
-        reason = f"rank 0 left no word, {composed.launcher.kind} ended with {child.returncode}; its log is in {logs}"
+        reason = f"rank 0 left no outcome: {composed.launcher.kind} exited with {child.returncode}, logs are in {logs}"
         outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason}
     console.print_summary(outcome)
     return outcome
 
 
 def job_words(overrides: Sequence[str], run_dir: str) -> list[str]:
-    """The command line of one job of a sweep, in a folder of its own."""
+    """The command line of one job of a sweep, with a folder of its own."""
     words = list(overrides)
     if not any(word.lstrip("+").startswith("runtime.on_oom=") for word in words):
         words.append("runtime.on_oom=raise")
@@ -85,13 +76,27 @@ def _srun(launcher: Any, logs: Path) -> list[str]:
     for key, value in launcher.items():
         if key not in ("_target_", "kind") and value is not None:
             ok = re.fullmatch(r"[\w][\w.:,@/&|*+-]*", str(value)) is not None
-            require(ok, f"hydra.launcher.{key}", "what srun may take", str(value), "Leave it out for null.")
+            require(
+                ok, f"hydra.launcher.{key}", "a plain value of srun's option", str(value), "Leave it out or set null."
+            )
             words.append(f"--{key.replace('_', '-')}={value}")
     return [*words, sys.executable]
 
 
-def _wait(child: "subprocess.Popen[bytes]") -> None:
-    try:
-        child.wait(POLL_S)
-    except subprocess.TimeoutExpired:
-        return
+def _environ() -> dict[str, str]:
+    """This environment without an allocation: srun is to ask for one of its own."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SRUN_")) or name == "SLURM_CONF"
+    }
+
+
+def _wait(child: "subprocess.Popen[bytes]", stop: StopWish) -> None:
+    """Wait for the job to end, and pass a wish to stop on to it, once."""
+    while child.poll() is None and not stop:
+        stop.wait(POLL_S)
+    if child.poll() is None:
+        # torchrun ends its workers on any signal; srun forwards this one, and would kill its tasks on SIGTERM.
+        child.send_signal(signal.SIGUSR1)
+    child.wait()

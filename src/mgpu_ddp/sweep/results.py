@@ -1,23 +1,23 @@
-"""What a sweep's ledger holds: its jobs, one row each, and what the repeats of each point have in common."""
+"""The results of a sweep, as `sweep.json` holds them: one row for each job, merged into one for each point."""
 
 import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-LEDGER, PICTURE = "sweep.json", "sweep.png"
+SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
 
 
-def points_of(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the jobs of each point have in common, in the order of the first of each."""
+def merge_repeats(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the repeats of each point into one row, in the order of the first of each."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in jobs:
         groups.setdefault(json.dumps(row["values"]), []).append(row)
-    return [_together(rows) for rows in groups.values()]
+    return [_merge(rows) for rows in groups.values()]
 
 
-def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the repeats of one point say: the median rate and its range, the highest peaks, the worst status."""
+def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge rows of one point: the median rate and its range, the highest peaks, the first bad status."""
     rates = [row["images_per_s"] for row in rows if row["status"] == "complete" and row.get("images_per_s")]
     bad = [row for row in rows if row["status"] != "complete"]
     whole = rates if not bad else []
@@ -37,7 +37,19 @@ def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def memory_of(points: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """Which memory is worth showing: the name of its peak in a point, and in words."""
+def peak_memory(points: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Choose the memory to show: the GPU's if any was used. Returns its key in a point, and its name in words."""
     on_gpu = any(point["peak_gpu_bytes"] for point in points)
     return ("peak_gpu_bytes", "GPU memory") if on_gpu else ("peak_host_bytes", "host memory")
+
+
+def named(values: dict[str, Any]) -> str:
+    """`key=value, key=value`."""
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def as_list(recommended: Any) -> list[dict[str, Any]]:
+    """The recommended points: several where the work itself is swept, else one or none."""
+    if isinstance(recommended, list):
+        return recommended
+    return [recommended] if recommended is not None else []

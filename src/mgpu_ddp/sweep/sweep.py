@@ -1,4 +1,4 @@
-"""A sweep's answer: a row for each of its jobs, on disk as soon as it is known, then a table and a picture."""
+"""A sweep: a row for each of its jobs, on disk as soon as it is known, then a table, a plot and a page."""
 
 import csv
 import io
@@ -16,8 +16,10 @@ from mgpu_ddp.config.schema import GROUPS
 from mgpu_ddp.errors import Exit, UsageError, reason_of
 from mgpu_ddp.job.autotune import GAIN
 from mgpu_ddp.output.atomic_files import replace_bytes, replace_json
+from mgpu_ddp.reporting.page import PAGE
+from mgpu_ddp.reporting.text import gibibytes
 from mgpu_ddp.sweep.page import write_sweep_page
-from mgpu_ddp.sweep.results import LEDGER, PICTURE, memory_of, points_of
+from mgpu_ddp.sweep.results import PLOT_FILE, SWEEP_FILE, as_list, merge_repeats, named, peak_memory
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -29,19 +31,19 @@ MEASURED = (
     *("images_per_s", "images_per_s_with_startup", "startup_s", "reused", "wall_s", "peak_gpu_bytes"),
     *("peak_host_bytes", "bottleneck", "samples", "errors", "world_size", "device", "steady_s"),
 )
-"""What a row takes from the summary of its job."""
+"""Keys that a row takes from the summary of its job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One job of a sweep: where in it, and what is particular to it."""
+    """One job of a sweep: its place, and the values that are its own."""
 
     job: int
     repeat: int
     values: dict[str, Any]
     """Swept keys and their values."""
     overrides: list[str]
-    """All that was asked for, but for what only the sweep as a whole reads."""
+    """The words of the command line, without those that only the sweep as a whole reads."""
 
 
 def point_of(cfg: DictConfig, swept: Sequence[str]) -> Point:
@@ -68,17 +70,22 @@ class Sweep:
         self._status = "running"
         self._rows: dict[int, dict[str, Any]] = {}
         try:
-            self._rows = {row["job"]: row for row in json.loads((folder / LEDGER).read_text())["jobs"]}
+            self._rows = {row["job"]: row for row in json.loads((folder / SWEEP_FILE).read_text())["jobs"]}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"{folder / LEDGER} must be the ledger of a sweep, got {type(error).__name__}. Choose another"
+                f"{folder / SWEEP_FILE} is not the file of a sweep ({type(error).__name__}). Choose another"
                 " hydra.sweep.dir."
             ) from None
 
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The points in order, the repeats of each merged into one row."""
+        return merge_repeats(self._ordered())
+
     def run(self, point: Point, run: Callable[[], dict[str, Any]]) -> float:
-        """Run a point, unless its answer is known, and keep the answer. Returns images/s, 0 where it failed.
+        """Run a point, unless its outcome is known, and keep the outcome. Returns images/s, 0 where it failed.
 
         Once `run` has raised, or was preempted, no other point runs.
 
@@ -88,67 +95,23 @@ class Sweep:
         if self._over:
             return 0.0
         self._over = True
-        row = self._known(point)
-        if row is None:
-            named = ", ".join(f"{key}={value}" for key, value in point.values.items())
-            log.info("job %d, round %d: %s", point.job, point.repeat, named)
-            try:
-                outcome = run()
-            except Exception as error:
-                self._keep(point, {"status": "failed", "reason": reason_of(error)})
-                raise
-            row = self._keep(point, outcome)
+        self._check_same(point)
+        row = self._completed(point) or self._skipped(point)
+        if row is not None:
+            log.info("job %d is %s", point.job, "skipped" if row["status"] == "skipped" else "complete already")
         else:
-            log.info("job %d is %s already", point.job, row["status"])
-            self._rows[point.job] = row
-            self._write()
+            log.info("job %d, round %d: %s", point.job, point.repeat, named(point.values))
+            try:
+                row = _row_of(point, run())
+            except Exception as error:
+                self._keep(point, _row_of(point, {"status": "failed", "reason": reason_of(error)}))
+                raise
+        self._keep(point, row)
         self._over = row["status"] == "preempted"
         return float(row.get("images_per_s", 0.0))
 
-    def _keep(self, point: Point, outcome: dict[str, Any]) -> dict[str, Any]:
-        found = {name: outcome[name] for name in MEASURED if name in outcome}
-        rest = {name: outcome.get(name) for name in ("status", "reason", "run_dir")}
-        # What was asked for may be auto, or more than there are samples.
-        rest["used_batch_size"] = outcome.get("batch_size")
-        self._rows[point.job] = {**asdict(point), **rest, **found}
-        self._write()
-        return self._rows[point.job]
-
-    def _known(self, point: Point) -> dict[str, Any] | None:
-        before = self._rows.get(point.job)
-        if before is not None and (before["overrides"], before["repeat"]) != (point.overrides, point.repeat):
-            asked = [*before["overrides"], f"round {before['repeat']}"], [*point.overrides, f"round {point.repeat}"]
-            # All of them where only their order differs.
-            then, now = (
-                " ".join([word for word in ours if word not in theirs] or ours) for ours, theirs in (asked, asked[::-1])
-            )
-            raise UsageError(
-                f"hydra.sweep.dir must be new or hold this same sweep, got {str(self.folder)!r}, whose job {point.job}"
-                f" had {then!r} where this one has {now!r}. Choose another."
-            )
-        if before is not None and before["status"] == "complete":
-            return before
-        batch_size = point.values.get("batch_size")
-        if self._stop_on_oom and isinstance(batch_size, int):
-            others = {**point.values, "batch_size": None}
-            for row in self._rows.values():
-                alike = {**row["values"], "batch_size": None} == others
-                if row["status"] == "oom" and alike and row["values"]["batch_size"] <= batch_size:
-                    reason = f"batch_size={row['values']['batch_size']} ran out of memory"
-                    return {**asdict(point), "status": "skipped", "reason": reason, "run_dir": None}
-        return None
-
-    def _write(self) -> None:
-        rows = [self._rows[job] for job in sorted(self._rows)]
-        replace_json(self.folder / LEDGER, {"status": self._status, "swept": self.swept, **self.answer(), "jobs": rows})
-
-    @property
-    def points(self) -> list[dict[str, Any]]:
-        """The points in order, each with what its repeats have in common."""
-        return points_of([self._rows[job] for job in sorted(self._rows)])
-
     def answer(self) -> dict[str, Any]:
-        """The recommended point: of those within 3 % of the best rate the one of the smallest batch.
+        """The recommended point: of those within 3 % of the best rate the one with the smallest batch.
 
         Where the work itself is swept, there is one for each kind of work, in a list.
         """
@@ -156,6 +119,68 @@ class Sweep:
         best = max((point["images_per_s"] for point in self.points if point["images_per_s"]), default=0.0)
         recommended = chosen if any(_is_work(key) for key in self.swept) else next(iter(chosen), None)
         return {"recommended": recommended, "best_images_per_s": best}
+
+    def conclude(self, code: int) -> dict[str, Any]:
+        """Write `sweep.csv`, `sweep.png` and `report.html`, print the table, and return the summary of the sweep.
+
+        `code` is the exit code of the process.
+        """
+        answer, points = self.answer(), self.points
+        chosen = as_list(answer["recommended"])
+        self._status = {int(Exit.COMPLETE): "complete", int(Exit.PREEMPTED): "preempted"}.get(code, "failed")
+        self._write()
+        self._write_csv()
+        print("\n".join(_table(points, self.swept, chosen)), flush=True)
+        if points:
+            self._try(PLOT_FILE, lambda: self._draw(points, chosen))
+            self._try(PAGE, lambda: write_sweep_page(self.folder))
+        statuses = [row["status"] for row in self._rows.values()]
+        counts = {"jobs": len(statuses)} | {name: statuses.count(name) for name in ("failed", "oom", "skipped")}
+        return {"status": self._status, "exit_code": code, **counts, **answer, "sweep_dir": str(self.folder)}
+
+    def _ordered(self) -> list[dict[str, Any]]:
+        return [self._rows[job] for job in sorted(self._rows)]
+
+    def _keep(self, point: Point, row: dict[str, Any]) -> None:
+        self._rows[point.job] = row
+        self._write()
+
+    def _write(self) -> None:
+        head = {"status": self._status, "swept": self.swept, **self.answer()}
+        replace_json(self.folder / SWEEP_FILE, {**head, "jobs": self._ordered()})
+
+    def _check_same(self, point: Point) -> None:
+        """Raise a UsageError if the folder has another job in the place of this one."""
+        before = self._rows.get(point.job)
+        if before is None or (before["overrides"], before["repeat"]) == (point.overrides, point.repeat):
+            return
+        then = [*before["overrides"], f"round {before['repeat']}"]
+        now = [*point.overrides, f"round {point.repeat}"]
+        # All of them where only their order differs.
+        only_then = " ".join([word for word in then if word not in now] or then)
+        only_now = " ".join([word for word in now if word not in then] or now)
+        raise UsageError(
+            f"hydra.sweep.dir must be new or hold this same sweep, got {str(self.folder)!r}, whose job {point.job}"
+            f" had {only_then!r} where this one has {only_now!r}. Choose another."
+        )
+
+    def _completed(self, point: Point) -> dict[str, Any] | None:
+        """The row of a point that an earlier start of the sweep has completed."""
+        before = self._rows.get(point.job)
+        return before if before is not None and before["status"] == "complete" else None
+
+    def _skipped(self, point: Point) -> dict[str, Any] | None:
+        """The row of a point to skip: a batch no larger, with the same other values, ran out of memory."""
+        batch_size = point.values.get("batch_size")
+        if not self._stop_on_oom or not isinstance(batch_size, int):
+            return None
+        others = {**point.values, "batch_size": None}
+        for row in self._rows.values():
+            alike = {**row["values"], "batch_size": None} == others
+            if row["status"] == "oom" and alike and row["values"]["batch_size"] <= batch_size:
+                reason = f"batch_size={row['values']['batch_size']} ran out of memory"
+                return {**asdict(point), "status": "skipped", "reason": reason, "run_dir": None}
+        return None
 
     def _by_work(self) -> list[list[dict[str, Any]]]:
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -175,42 +200,34 @@ class Sweep:
         values: dict[str, Any] = min(near, key=lambda point: _as_number(point["used_batch_size"]))["values"]
         return values
 
-    def conclude(self, code: int) -> dict[str, Any]:
-        """Write `sweep.csv`, `sweep.png` and `report.html`, print the table, return what the last line says of all.
-
-        `code` is what the process is going to return.
-        """
-        answer, points = self.answer(), self.points
-        self._status = {int(Exit.COMPLETE): "complete", int(Exit.PREEMPTED): "preempted"}.get(code, "failed")
-        self._write()
+    def _write_csv(self) -> None:
         text = io.StringIO()
         columns = ["job", "repeat", *self.swept, "status", "reason", *MEASURED, "used_batch_size", "run_dir"]
         table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        for job in sorted(self._rows):
-            row = self._rows[job]
+        for row in self._ordered():
             table.writerow(row | row["values"] | {"reused": " ".join(row.get("reused", ()))})
         replace_bytes(self.folder / "sweep.csv", text.getvalue().encode())
-        chosen = answer["recommended"] if isinstance(answer["recommended"], list) else [answer["recommended"]]
-        print("\n".join(_table(points, self.swept, chosen)), flush=True)
-        if points:
-            self._draw(points, chosen)
-        statuses = [row["status"] for row in self._rows.values()]
-        counts = {"jobs": len(statuses)} | {name: statuses.count(name) for name in ("failed", "oom", "skipped")}
-        return {"status": self._status, "exit_code": code, **counts, **answer, "sweep_dir": str(self.folder)}
 
     def _draw(self, points: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> None:
-        try:
-            # matplotlib is slow to import.
-            from mgpu_ddp.sweep.plot import draw
+        # matplotlib is slow to import.
+        from mgpu_ddp.sweep.plot import draw
 
-            draw(points, self.swept, chosen, self.folder / PICTURE)
-        except Exception as error:  # the numbers are there: a picture that cannot be drawn takes none of them away
-            log.warning("sweep.png could not be drawn: %s", reason_of(error))
+        draw(points, self.swept, chosen, self.folder / PLOT_FILE)
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
+        """Write a file, or log why not: the numbers are on disk, and a picture of them that fails ends no sweep."""
         try:
-            write_sweep_page(self.folder)
+            write()
         except Exception as error:
-            log.warning("the sweep's report.html could not be made: %s", reason_of(error))
+            log.warning("%s was not written: %s", self.folder / name, reason_of(error))
+
+
+def _row_of(point: Point, outcome: dict[str, Any]) -> dict[str, Any]:
+    row = {**asdict(point), **{name: outcome.get(name) for name in ("status", "reason", "run_dir")}}
+    # The batch size that was asked for may be auto, or more than there are samples.
+    row["used_batch_size"] = outcome.get("batch_size")
+    return row | {name: outcome[name] for name in MEASURED if name in outcome}
 
 
 def _is_work(key: str) -> bool:
@@ -222,29 +239,30 @@ def _as_number(value: Any) -> float:
 
 
 def _table(points: list[dict[str, Any]], swept: list[str], chosen: list[dict[str, Any]]) -> list[str]:
-    kind, words = memory_of(points)
-    heads = [*swept, "images/s", "from", "to", f"peak {words}", "start-up", ""]
-    lines = []
-    for point in points:
-        cells = [str(point["values"][key]) for key in swept]
-        memory = f"{point[kind] / 2**30:.2f} GiB" if point[kind] else ""
-        if point["images_per_s"] is None:
-            name = "OOM" if point["status"] == "oom" else point["status"]
-            lines.append([*cells, name, "", "", memory, "", point["reason"] or ""])
-            continue
-        spread = [f"{point[name]:,.1f}" if point["repeats"] > 1 else "" for name in ("slowest", "fastest")]
-        mark = "<- recommended" if point["values"] in chosen else ""
-        if point["values"].get("batch_size", used := point["used_batch_size"]) != used:
-            mark = f"with {used} {mark}".rstrip()
-        rate = f"{point['images_per_s']:,.1f}"
-        lines.append([*cells, rate, *spread, memory, f"{point['startup_s']:.1f} s", mark])
+    """The lines of the table for people."""
+    peak, memory = peak_memory(points)
+    heads = [*swept, "images/s", "from", "to", f"peak {memory}", "start-up", ""]
+    lines = [heads, *(_cells(point, swept, peak, chosen) for point in points)]
     # The last column, of reasons, is not padded.
-    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads) - 1)]
+    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
     table = [
         "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in [heads, *lines]
+        for line in lines
     ]
-    short = min((point["steady_s"] for point in points if point["images_per_s"]), default=SHORT_S)
-    if short < SHORT_S:
-        table.append(f"measured for {short:.2f} s at the least: more samples would make the rates comparable")
+    shortest = min((point["steady_s"] for point in points if point["images_per_s"]), default=SHORT_S)
+    if shortest < SHORT_S:
+        table.append(f"the shortest measurement took {shortest:.2f} s: more samples would make the rates comparable")
     return table
+
+
+def _cells(point: dict[str, Any], swept: list[str], peak: str, chosen: list[dict[str, Any]]) -> list[str]:
+    values = [str(point["values"][key]) for key in swept]
+    memory = gibibytes(point[peak], 2) if point[peak] else ""
+    if point["images_per_s"] is None:
+        status = "OOM" if point["status"] == "oom" else point["status"]
+        return [*values, status, "", "", memory, "", point["reason"] or ""]
+    spread = [f"{point[name]:,.1f}" if point["repeats"] > 1 else "" for name in ("slowest", "fastest")]
+    note = "<- recommended" if point["values"] in chosen else ""
+    if point["values"].get("batch_size", used := point["used_batch_size"]) != used:
+        note = f"with {used} {note}".rstrip()
+    return [*values, f"{point['images_per_s']:,.1f}", *spread, memory, f"{point['startup_s']:.1f} s", note]

@@ -1,0 +1,69 @@
+"""Jinja2 templates → a page in one file, which runs nothing and asks for nothing from outside.
+
+Autoescaping is on, and what is no markup is cleaned of unprintable characters besides. Templates join markup and text
+by writing them side by side, never with `~`, which would skip that cleaning.
+"""
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgpu_ddp.reporting.text import duration, gibibytes, plural
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_TEXT = 300
+"""Characters of a text from outside: its middle is left out."""
+
+
+def render(template: str, **values: object) -> str:
+    """Fill in one of the templates beside this file."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> "Environment":
+    # Imported here: a job writes its page once, at its end.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = (TEMPLATES / "style.css").read_text()
+    environment.globals["style"] = Markup(style)
+    environment.globals["style_sha256"] = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment.filters |= {
+        "count": "{:,}".format,
+        "rate": "{:,.1f}".format,
+        "percent": "{:.2%}".format,
+        "duration": duration,
+        "gibibytes": gibibytes,
+        "plural": plural,
+        "shorten": shorten,
+    }
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """Clean a value on its way into a page, unless it is markup already.
+
+    Controls and lone surrogates have no place in HTML, and marks of direction would turn around what follows.
+    """
+    if hasattr(value, "__html__"):
+        return value
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def shorten(value: object) -> str:
+    text, half = str(value), MAX_TEXT // 2
+    return text if len(text) <= MAX_TEXT else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,19 @@
+"""Numbers as people read them."""
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def hours_minutes_seconds(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else hours_minutes_seconds(seconds)
+
+
+def gibibytes(number: float, digits: int = 1) -> str:
+    return f"{number / 2**30:.{digits}f} GiB"

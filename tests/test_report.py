@@ -1,0 +1,214 @@
+"""The page of a real job, in a real browser where there is one, and `mgpu_ddp.report`, which writes it again."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.infer import infer
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.job import Job
+from mgpu_ddp.report import main, rebuild
+from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.starting import BIN, SMALL_IMAGES, run
+from tests.support.worlds import folder, tiny
+
+DOCS = Path(__file__).parents[1] / "docs" / "report.md"
+SCRIPT = "<script>alert(1)<"
+NAMES = [*(f"class{i}" for i in range(6)), "</title><script>alert(2)</script>", *(f"<img src=x{i}>" for i in range(5))]
+BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+
+
+class Reader(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def predict(root: Path, name: str, world: World, **changes: Any) -> dict[str, Any]:
+    """Run a job over the images of `root` and return its summary."""
+    model = {"class_names": str(root / "names.txt")}
+    config = tiny(data=folder(root / "photos"), model=model, output={"commit_every": 8}, **changes)
+    job = Job(name=name, config=config, run_dir=root / name)
+    return infer(job, world, StopWish(), Kept())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """A folder with images and class names, both with hostile names, and the run folder `out` of a job over them."""
+    root = tmp_path_factory.mktemp("page")
+    make_images(root / "photos", 120, classes=8)
+    hostile = root / "photos" / "class0" / f"0 {SCRIPT} \u202egnp.\n.jpg"
+    (root / "photos" / "class1" / "image 0001.jpg").rename(hostile)
+    (root / "photos" / "class0" / "1 \"><img src=x onerror='alert(3)'>.jpg").write_bytes(b"no image")
+    (root / "names.txt").write_text("\n".join(NAMES) + "\n")
+    assert predict(root, "out", world)["status"] == "complete"
+    return root
+
+
+def assert_accuracy(metrics: dict[str, Any], run_dir: Path) -> None:
+    """Equal to a plain loop over the rows: class folder i is class i of the model, for the first six."""
+    rows = [row for row in read_rows(run_dir) if row["error"] is None and row["label"] < 6]
+    accuracy = metrics["accuracy"]
+    assert "2 folders not compared" in accuracy["how"]
+    assert accuracy["compared"] == len(rows)
+    assert accuracy["top1"] == sum(row["pred"] == row["label"] for row in rows) / len(rows)
+    assert accuracy["top5"] == sum(row["label"] in row["topk_index"] for row in rows) / len(rows)
+    labels = [row["label"] for row in rows]
+    expected = {f"class{label}": labels.count(label) for label in range(6)}
+    assert {row["name"]: row["rows"] for row in metrics["accuracy_per_class"]} == expected
+
+
+def test_names_and_accuracy_are_those_of_a_plain_loop(root: Path) -> None:
+    run_dir = root / "out"
+    assert_proved(run_dir, 121, errors=1)
+    assert all(row["pred_name"] == NAMES[row["pred"]] for row in read_rows(run_dir) if row["error"] is None)
+    assert_accuracy(json.loads((run_dir / "metrics.json").read_text()), run_dir)
+
+
+def test_accuracy_counts_the_rows_of_all_starts(root: Path, world: World) -> None:
+    stopped = predict(root, "again", world, max_errors=0)
+    assert 0 < stopped["rows"] < 121
+    ended = predict(root, "again", world)
+    metrics = json.loads((root / "again" / "metrics.json").read_text())
+    assert metrics["rows_this_run"] == 121 - stopped["rows"]
+    assert ended["accuracy"] == metrics["accuracy"]
+    assert_accuracy(metrics, root / "again")
+
+
+def test_the_page_is_whole_and_nothing_in_it_runs(root: Path) -> None:
+    text = (root / "out" / "report.html").read_text()
+    page = Reader(text)
+    assert len(text) < 2_000_000
+    for heading in (
+        *("Throughput over time", "Time per stage", "Accuracy", "Predicted classes", "Confidence", "Samples"),
+        *("Errors", "What ran where", "Bottleneck: ", "121 of 121"),
+    ):
+        assert heading in page.text
+    assert "0 <script>alert(1)< \ufffdgnp.\ufffd.jpg" in page.text
+    assert "1 \"><img src=x onerror='alert(3)'>.jpg" in page.text
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "iframe", "object", "form", "a"}
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 24
+    assert all(source.startswith("data:image/jpeg;base64,") for source in images)
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on") or key == "style"]
+    assert "default-src 'none'" in text.split("<title>")[0]
+    assert not re.search(r"https?://", text)
+
+
+def test_the_page_is_written_again(root: Path) -> None:
+    page = root / "out" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    (root / "photos").rename(root / "elsewhere")
+    rebuild(root / "out")
+    assert "<img" not in page.read_text(), "the images are gone"
+    (root / "elsewhere").rename(root / "photos")
+    rebuild(root / "out")
+    assert page.read_text() == before
+
+
+@pytest.mark.slow
+def test_the_recipe_runs(tmp_path: Path) -> None:
+    make_images(tmp_path / "photos", 12)
+    recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(recipes) == 1
+    # As it stands, but for a model that is large for this.
+    small = " ".join(setting for setting in SMALL_IMAGES if not setting.startswith("model.num_classes"))
+    recipe = recipes[0].replace("mgpu-infer", f"mgpu-infer {small}")
+    (tmp_path / "recipe").write_text(f"set -eu\nPATH={BIN}:$PATH\n{recipe}")
+    ended = run(["bash", "recipe"], tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.summary == {"report": str(tmp_path / "out" / "report.html")}
+    assert "class folders with classes of the same name, 3 of them" in (tmp_path / "out" / "report.html").read_text()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What the command prints where it leaves with 2, in one line."""
+    monkeypatch.setattr(sys, "argv", ["report", *argv])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"mgpu_ddp: .*\n", said)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.json", "[", "metrics.json cannot be read"),
+        ("metrics.json", '{"ranks": [{}]}', "is damaged"),
+        ("status.json", "[1]", "status.json cannot be read"),
+        ("classes.json", "{}", "classes.json cannot be read"),
+        ("manifest.json", '{"fingerprint": {}, "start": 0, "stop": 1, "batch_size": 1, "parts": []}', "is damaged"),
+        ("predictions", "", ""),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(
+    root: Path,
+    tmp_path: Path,
+    file: str,
+    content: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "out")
+    damaged = tmp_path / "out" / file
+    damaged = next(damaged.iterdir()) if damaged.is_dir() else damaged
+    damaged.write_text(content)
+    assert message in refused(monkeypatch, capsys, f"run={tmp_path / 'out'}")
+
+
+def test_a_page_without_its_listing_has_no_images(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "listing.arrow").write_text("no")
+    assert "<img" not in rebuild(tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("argument", ["run=nowhere", "run=photos", "out", "run="])
+def test_what_is_no_run_folder_is_refused(
+    root: Path, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    assert "run must be " in refused(monkeypatch, capsys, argument)
+    assert not (root / "nowhere").exists()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")
+@pytest.mark.parametrize("look", ["light", "dark phone"])
+def test_a_browser_has_no_complaint(root: Path, tmp_path: Path, look: str) -> None:
+    assert BROWSER is not None
+    width = 1100 if look == "light" else 390
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    options += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options += [f"--user-data-dir={tmp_path}", f"--window-size={width},900", f"--screenshot={tmp_path / 'page.png'}"]
+    if look != "light":
+        options.append("--blink-settings=preferredColorScheme=0")
+    ended = subprocess.run(
+        [BROWSER, *options, f"file://{root / 'out' / 'report.html'}"], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in ended.stderr
+    corner = Image.open(tmp_path / "page.png").convert("RGB").getpixel((2, 2))
+    assert corner == ((255, 255, 255) if look == "light" else (13, 17, 23))

@@ -68,7 +68,7 @@ def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path
         assert read_rows(run_dir) == read_rows(whole)
     page = (run_dir / "report.html").read_bytes()
     (run_dir / "report.html").unlink()
-    rebuild([f"run={run_dir}"])
+    rebuild(run_dir)
     assert (run_dir / "report.html").read_bytes() == page
     assert "31 of 31" in (run_dir / "report.html").read_text()
     before = (run_dir / "manifest.json").read_bytes()
@@ -108,28 +108,25 @@ def other_model(manifest: Manifest) -> None:
     [
         (
             lambda d: shutil.rmtree(d / "shard-1"),
-            "run must be a folder of all 3 shards, got 'none for [1]'. Run shard=1/3.",
+            "lacks 1 of its 3 shards. Run shard=1/3.",
         ),
         (
             lambda d: shutil.copytree(d / "shard-1", d / "copy"),
-            "run must be one folder for each shard, got 'shard [1]'.",
+            "shard 1/3 is there twice, in copy and shard-1. Move one of them away.",
         ),
-        (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "run must be a folder of shards, got"),
+        (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "has no shards below it. Start them with"),
         (
             spoil(unfinish),
-            "run must be a folder of complete shards, got 'shard-1 with 10 of 10 rows left'. Start it again",
+            "shard-1 is not complete: 10 of its 10 rows are left. Start it again",
         ),
-        (spoil(renumber), "run must be shards of one job, of which shard-0 is 0/3, got 'shard-1, which is 1/4'."),
+        (spoil(renumber), "shard-1 is shard 1/4, but shard-0 is 0/3."),
         (
             spoil(other_model),
-            "run must hold shards of one job, got model.name='resnet50' in shard-1, 'squeezenet1_1' in",
+            "shards of different jobs: model.name='resnet50' in shard-1, 'squeezenet1_1' in",
         ),
-        (spoil(move), "run must be shards of the same samples, got 'shard-0 up to 10, shard-1 from 11'."),
-        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(OTHER.buffer), "got listing.arrow="),
-        (
-            lambda d: (d / "shard-2" / "listing.arrow").write_bytes(b""),
-            "listing.arrow cannot be read (",
-        ),
+        (spoil(move), "shard-0 ends at row 10 and shard-1 begins at row 11"),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(OTHER.buffer), "listing.arrow="),
+        (lambda d: (d / "shard-2" / "listing.arrow").write_bytes(b""), "listing.arrow cannot be read ("),
         (lambda d: (d / "shard-2" / "manifest.json").write_text("{"), "must be a readable manifest"),
     ],
 )

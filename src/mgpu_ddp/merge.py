@@ -1,7 +1,7 @@
 """Shards → one run folder: `python -m mgpu_ddp.merge run=DIR`.
 
 Each shard (`shard=i/n`) is a job of its own in a folder below DIR. Once all are complete, DIR becomes a run folder
-like any other: its parts are the shards' own, under a second name, and the proof reads all of them.
+like any other: its parts are hard links to the shards' own, and the proof reads all of them.
 """
 
 import itertools
@@ -31,7 +31,7 @@ COPIED_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """A shard's folder and what it says of itself."""
+    """A shard's folder and its manifest; shard=`number`/`count`."""
 
     folder: Path
     manifest: Manifest
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"mgpu_ddp: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     except OSError as error:
-        print(f"mgpu_ddp: run must be a writable folder, got: {error}", file=sys.stderr)
+        print(f"mgpu_ddp: the shards cannot be merged: {error}", file=sys.stderr)
         sys.exit(int(Exit.FAILED))
 
 
@@ -59,7 +59,7 @@ def _folder_of(argv: list[str]) -> Path:
 
 
 def merge(run_dir: Path) -> dict[str, Any]:
-    """Prove that the shards are whole and make one run folder of them. Returns its summary.
+    """Prove that the shards are whole and merge them into one run folder. Returns its summary.
 
     Raises:
         UsageError: shards are missing, unfinished or of different jobs.
@@ -67,24 +67,24 @@ def merge(run_dir: Path) -> dict[str, Any]:
     """
     shards = find_shards(run_dir)
     check_shards(run_dir, shards)
-    how = str(shards[0].manifest.fingerprint["output.format"])
+    output_format = str(shards[0].manifest.fingerprint["output.format"])
     for shard in shards:
-        _check_proof(shard.folder, shard.manifest, how)
+        _check_proof(shard.folder, shard.manifest, output_format)
     held = hold_folder(run_dir)
     try:
-        merged = _merge(run_dir, shards, how)
+        merged = _merge(run_dir, shards, output_format)
     finally:
         os.close(held)
     try:
-        rebuild([f"run={run_dir}"])
+        rebuild(run_dir)
     except (MgpuError, OSError) as error:
-        # The table is proved: a page that cannot be made takes nothing from it.
-        print(f"mgpu_ddp: no report.html: {error}", file=sys.stderr)
+        # The table is proved by now.
+        print(f"mgpu_ddp: report.html was not written: {error}", file=sys.stderr)
     return merged
 
 
 def find_shards(run_dir: Path) -> list[Shard]:
-    """The shards in the folders below a folder, by their number."""
+    """Find the shards in the folders below a folder, in order."""
     shards = []
     for path in sorted(run_dir.glob(f"*/{MANIFEST}")):
         manifest = Manifest.read(path.parent)
@@ -95,48 +95,59 @@ def find_shards(run_dir: Path) -> list[Shard]:
 
 
 def check_shards(run_dir: Path, shards: list[Shard]) -> None:
-    """Refuse what is not one job, whole.
+    """Check that these are all shards of one job, each complete.
 
     Raises:
-        UsageError: names the shard, and what to do.
+        UsageError: they are not. It names the shard, and what to do.
     """
-    require(bool(shards), "run", "a folder of shards", str(run_dir), "Start them with shard=i/n output.dir=DIR/...")
-    first, count = shards[0], shards[0].count
+    if not shards:
+        raise UsageError(f"{run_dir} has no shards below it. Start them with shard=i/n output.dir=DIR/...")
+    _check_same_job(shards)
+    _check_all_there(run_dir, shards)
     for shard in shards:
-        rule = f"shards of one job, of which {first.folder.name} is {first.manifest.shard}"
-        text = f"{shard.folder.name}, which is {shard.manifest.shard}"
-        require(shard.count == count, "run", rule, text, "Keep those apart in another folder.")
-        mine, theirs = _identity(shard), _identity(first)
-        differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if differing:
-            key = differing[0]
-            shown = f"{key}={mine.get(key)!r} in {shard.folder.name}, {theirs.get(key)!r} in {first.folder.name}"
-            raise UsageError(f"run must hold shards of one job, got {shown}. Run one of them again.")
-    numbers = [shard.number for shard in shards]
-    missing = sorted(set(range(count)) - set(numbers))
-    doubled = sorted({number for number in numbers if numbers.count(number) > 1})
-    require(not doubled, "run", "one folder for each shard", f"shard {doubled}", "Move the other one away.")
-    remedy = f"Run shard={missing[0] if missing else 0}/{count}."
-    require(not missing, "run", f"a folder of all {count} shards", f"none for {missing[:8]}", remedy)
-    for shard in shards:
-        manifest = shard.manifest
-        left = manifest.stop - manifest.prefix
-        text = f"{shard.folder.name} with {left} of {manifest.stop - manifest.start} rows left"
-        remedy = f"Start it again with output.dir={shard.folder}."
-        require(manifest.complete, "run", "a folder of complete shards", text, remedy)
+        left, total = shard.manifest.stop - shard.manifest.prefix, shard.manifest.stop - shard.manifest.start
+        if not shard.manifest.complete:
+            remedy = f"Start it again with output.dir={shard.folder}."
+            raise UsageError(f"{shard.folder.name} is not complete: {left} of its {total} rows are left. {remedy}")
     for before, after in itertools.pairwise(shards):
-        text = f"{before.folder.name} up to {before.manifest.stop}, {after.folder.name} from {after.manifest.start}"
-        ok = before.manifest.stop == after.manifest.start
-        require(ok, "run", "shards of the same samples", text, "Run them again: their input has changed.")
+        stop, start = before.manifest.stop, after.manifest.start
+        if stop != start:
+            where = f"{before.folder.name} ends at row {stop} and {after.folder.name} begins at row {start}"
+            raise UsageError(f"{where}: their input has changed in between. Run them again.")
+
+
+def _check_same_job(shards: list[Shard]) -> None:
+    first, expected = shards[0], _identity(shards[0])
+    for shard in shards:
+        names = shard.folder.name, first.folder.name
+        if shard.count != first.count:
+            numbers = f"{names[0]} is shard {shard.manifest.shard}, but {names[1]} is {first.manifest.shard}"
+            raise UsageError(f"{numbers}. Move the shards of another job to another folder.")
+        found = _identity(shard)
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                values = f"{key}={found.get(key)!r} in {names[0]}, {expected.get(key)!r} in {names[1]}"
+                raise UsageError(f"these are shards of different jobs: {values}. Run one of them again.")
+
+
+def _check_all_there(run_dir: Path, shards: list[Shard]) -> None:
+    count, numbers = shards[0].count, [shard.number for shard in shards]
+    for before, after in itertools.pairwise(shards):
+        if before.number == after.number:
+            where = f"{before.folder.name} and {after.folder.name}"
+            raise UsageError(f"shard {before.number}/{count} is there twice, in {where}. Move one of them away.")
+    missing = sorted(set(range(count)) - set(numbers))
+    if missing:
+        raise UsageError(f"{run_dir} lacks {len(missing)} of its {count} shards. Run shard={missing[0]}/{count}.")
 
 
 def _identity(shard: Shard) -> dict[str, Any]:
-    """What all shards of a job have in common."""
+    """Keys and values that all shards of a job have in common."""
     identity = {key: value for key, value in shard.manifest.fingerprint.items() if key != "listing"}
     identity["batch_size"] = shard.manifest.batch_size
     if (shard.folder / FILE_NAME).exists():
-        # The listing itself: the fingerprint speaks of its first rows alone, up to the shard's last.
-        # Not its bytes: those of tars also say when each was changed.
+        # The listing itself, because the fingerprint covers its rows only up to the shard's last. By its digest,
+        # because its bytes also hold when each tar was changed.
         files = Listing.open(shard.folder / FILE_NAME)
         identity[FILE_NAME] = files.digest(len(files))
     else:
@@ -144,18 +155,18 @@ def _identity(shard: Shard) -> dict[str, Any]:
     return identity
 
 
-def _check_proof(folder: Path, manifest: Manifest, how: str) -> None:
-    proof = prove(folder, manifest, how)
+def _check_proof(folder: Path, manifest: Manifest, output_format: str) -> None:
+    proof = prove(folder, manifest, output_format)
     if (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
         raise ProofError(
             f"{folder} must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
-            f" {proof.duplicates} doubled."
+            f" {proof.duplicates} duplicates."
         )
 
 
-def _merge(run_dir: Path, shards: list[Shard], how: str) -> dict[str, Any]:
+def _merge(run_dir: Path, shards: list[Shard], output_format: str) -> dict[str, Any]:
     first, last = shards[0].manifest, shards[-1].manifest
-    if how == "npy":
+    if output_format == "npy":
         replace_file(run_dir / ARRAY, lambda file: _join_arrays(file, shards, last.stop - first.start))
     else:
         _link_parts(run_dir, shards)
@@ -170,7 +181,7 @@ def _merge(run_dir: Path, shards: list[Shard], how: str) -> dict[str, Any]:
         shard=None,
     )
     replace_bytes(run_dir / "errors.jsonl", b"".join((s.folder / "errors.jsonl").read_bytes() for s in shards))
-    _check_proof(run_dir, merged, how)
+    _check_proof(run_dir, merged, output_format)
     rates = [_metrics(shard.folder).get("images_per_s", 0.0) for shard in shards]
     replace_json(run_dir / "metrics.json", {"shards": len(shards), "images_per_s_of_each": rates})
     merged.write(run_dir)
@@ -193,7 +204,7 @@ def _link_parts(run_dir: Path, shards: list[Shard]) -> None:
     add_folder(run_dir / PARTS)
     listed = {Path(part.file).name for shard in shards for part in shard.manifest.parts}
     for path in (run_dir / PARTS).iterdir():
-        # Of a merge before, of shards that were run again since.
+        # Left by an earlier merge, from shards that were run again since.
         if path.name not in listed:
             path.unlink()
     for shard in shards:
@@ -203,7 +214,7 @@ def _link_parts(run_dir: Path, shards: list[Shard]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; a copy where the file system has none for it."""
+    """Hard-link a file, or copy it where the file system has no links."""
     if target.exists() and target.samefile(source):
         return
     target.unlink(missing_ok=True)
@@ -217,7 +228,7 @@ def _link(source: Path, target: Path) -> None:
 def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
     arrays = [np.load(shard.folder / ARRAY, mmap_mode="r") for shard in shards]
     if len({(array.shape[1], array.dtype) for array in arrays}) > 1:
-        raise StateError(f"{ARRAY} must have the same columns in all shards.")
+        raise StateError(f"{ARRAY} differs between the shards in its columns or dtype. Run the shards again.")
     header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (rows, arrays[0].shape[1])}
     np.lib.format.write_array_header_1_0(file, header)
     for array in arrays:

@@ -102,7 +102,7 @@ def test_an_array_of_shards_is_restartable_alone_and_merges(
     left = SIZE // 3 - committed_rows(shard)
     early = subprocess.run([*MERGE, f"run={run_dir}"], capture_output=True, text=True, timeout=60)
     assert early.returncode == 2
-    assert f"run must be a folder of complete shards, got 'shard-1-of-3 with {left} of" in early.stderr
+    assert f"shard-1-of-3 is not complete: {left} of its" in early.stderr
     again = cluster.environ | {"RUN_DIR": f"outputs/slurm-{array}", "SHARDS": "3"}
     submitted = subprocess.run(
         ["sbatch", "--wait", "--array=1", script, *LONG], env=again, cwd=tmp_path, capture_output=True, timeout=120

@@ -15,15 +15,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import parse_shard
 from mgpu_ddp.data.listing import FILE_NAME, Listing
-from mgpu_ddp.errors import Exit, MgpuError, ProofError, StateError, UsageError
+from mgpu_ddp.errors import MgpuError, ProofError, StateError, UsageError
 from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
 from mgpu_ddp.output.run_folder import hold_folder
 from mgpu_ddp.output.verify import prove
-from mgpu_ddp.report import rebuild
+from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
 
 COPIED_ROWS = 4096
@@ -41,21 +40,7 @@ class Shard:
 
 def main() -> None:
     """Merge the shards below a folder and print one JSON line."""
-    try:
-        print(json.dumps(merge(_folder_of(sys.argv[1:]))))
-    except MgpuError as error:
-        print(f"mgpu_ddp: {error}", file=sys.stderr)
-        sys.exit(int(error.exit_code))
-    except OSError as error:
-        print(f"mgpu_ddp: the shards cannot be merged: {error}", file=sys.stderr)
-        sys.exit(int(Exit.FAILED))
-
-
-def _folder_of(argv: list[str]) -> Path:
-    key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
-    require(key == "run" and bool(value), "run", "the folder of the shards", " ".join(argv), "Give run=DIR.")
-    require(Path(value).is_dir(), "run", "a folder", value, "Name the folder that holds the shards.")
-    return Path(value).absolute()
+    run_command(merge)
 
 
 def merge(run_dir: Path) -> dict[str, Any]:

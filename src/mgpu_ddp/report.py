@@ -4,7 +4,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
@@ -20,20 +22,23 @@ from mgpu_ddp.sweep.results import SWEEP_FILE
 
 def main() -> None:
     """Write the page of a folder again and print one JSON line."""
+    run_command(lambda folder: {"report": str(rebuild(folder))})
+
+
+def run_command(act: Callable[[Path], dict[str, Any]]) -> None:
+    """Act on the folder that `run=DIR` names and print the result as one JSON line, or the error in one."""
     try:
-        print(json.dumps({"report": str(rebuild(_folder_of(sys.argv[1:])))}))
+        argv = sys.argv[1:]
+        key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
+        is_folder = key == "run" and value != "" and Path(value).is_dir()
+        require(is_folder, "run", "a folder", " ".join(argv), "Give run=DIR.")
+        print(json.dumps(act(Path(value).absolute())))
     except MgpuError as error:
         print(f"mgpu_ddp: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     except OSError as error:
-        print(f"mgpu_ddp: the page cannot be written: {error}", file=sys.stderr)
+        print(f"mgpu_ddp: {error}", file=sys.stderr)
         sys.exit(int(Exit.FAILED))
-
-
-def _folder_of(argv: list[str]) -> Path:
-    key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
-    require(key == "run" and bool(value), "run", "a run folder", " ".join(argv), "Give run=DIR.")
-    return Path(value).absolute()
 
 
 def rebuild(folder: Path) -> Path:

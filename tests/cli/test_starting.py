@@ -144,7 +144,7 @@ def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_wheel_runs_in_an_environment_that_holds_nothing_else(tmp_path: Path) -> None:
-    """pyproject names every package that is imported, and the wheel carries the configuration."""
+    """pyproject names every package that is imported, and the wheel carries the configuration and the templates."""
     root = Path(__file__).parents[2]
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(root)]
     subprocess.run(build, check=True, capture_output=True, timeout=200)
@@ -158,6 +158,7 @@ def test_the_wheel_runs_in_an_environment_that_holds_nothing_else(tmp_path: Path
     ended = run(command, tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", 20)
+    assert (tmp_path / "out" / "report.html").exists()
     apart = ["+sweep=batch_size", "batch_size=4", "sweep.repeats=1", "hydra.sweep.dir=sweep", "hydra/launcher=torchrun"]
     ended = run([str(python), "-m", "mgpu_ddp.infer", *SMALL, "data.size=20", *apart], tmp_path)
     assert ended.code == 0, ended.err

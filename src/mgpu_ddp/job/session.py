@@ -157,7 +157,7 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """The worst of all jobs' exit codes. In a sweep, running out of memory is an answer unless no job did better."""
+        """The worst of all jobs' exit codes; in a sweep, running out of memory counts only where no job did better."""
         outcomes = [outcome for outcome in self.outcomes if outcome["status"] != "oom"] or self.outcomes
         codes = {int(outcome["exit_code"]) for outcome in outcomes}
         order = [Exit.FAILED, Exit.USAGE, Exit.TOO_MANY_ERRORS, Exit.PREEMPTED]

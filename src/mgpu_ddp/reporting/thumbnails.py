@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from mgpu_ddp.config.schema import GROUPS, Config, ModelConfig, TransformConfig
-from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.datasets import open_samples
+from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.manifest import Manifest

@@ -1,10 +1,8 @@
 """What each stage of mgpu_ddp reaches alone, by its own functions and in each way that was tried; prints one JSON line.
 
 generate  FakeData in as many processes as the loader has workers
-read      the loader's workers pack the bytes of files into batches, and nobody decodes them
 decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, by this package's decoder
           and by torchvision's, in two and four threads
-exact     the same to Pillow's own pixels
 forward   the prepared model over batches that lie on the device, of --batch-size and twice as many
 """
 
@@ -29,18 +27,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, LoaderConfig, ModelConfig, TransformConfig
 from mgpu_ddp.data.fake import FakeSamples
-from mgpu_ddp.data.files import FileSamples, find_images
-from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.host import interrupted_cpus, keep_off
-from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World, join
-from mgpu_ddp.inference.pipeline import held_batches
-from mgpu_ddp.loader.loader import load_batches, num_workers
 from mgpu_ddp.models.build import build_model
 from mgpu_ddp.models.prepare import DTYPES, precision_of, prepare
 from mgpu_ddp.preprocess.jpeg_header import read_header
-from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, Planes
+from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images
 from mgpu_ddp.preprocess.transform import imagenet, plain
 
 DECODE_BATCHES, DECODE_THREADS = (256, 512), (2, 4)
@@ -80,87 +73,31 @@ def _generate(number, workers, seconds, ready, counts) -> None:
     counts.put(_rate(steps(), seconds))
 
 
-def resolve(config: Config, world: World, *, decode: str) -> Resolved:
-    """What a job of this configuration resolves to."""
-    return Resolved(
-        precision=precision_of(config.runtime, world.device),
-        decode=decode,
-        compile="off",
-        workers=num_workers(config, world),
-        collect="gather",
-        batch_size=int(config.batch_size),
-        transform=imagenet(224),
-    )
-
-
-def read(args: argparse.Namespace, config: Config, world: World) -> float:
-    """Files per second that arrive packed, through the loader that mgpu_ddp's loop reads from."""
-    choices = resolve(config, world, decode="gpu")
-    files = Listing.build(find_images(args.root, follow_outside=False))
-    samples = FileSamples(args.root, files)
-    plan = Plan(
-        start=0,
-        stop=len(files),
-        size=1,
-        batch_size=args.batch_size,
-        contiguous=False,
-        smallest_rows=len(files),
-        largest_rows=len(files),
-    )
-
-    def steps() -> Generator[int]:
-        while True:
-            loaded = load_batches(
-                samples,
-                ShardSampler(plan, 0),
-                config.loader,
-                choices,
-                world,
-                held=held_batches(choices, world),
-            )
-            with loaded as batches:
-                for batch, _ in batches:
-                    yield len(batch.index)
-
-    return _rate(steps(), args.seconds)
-
-
-def decode(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Files per second, to any RGB and to Pillow's, by decoder and batch size."""
-    from mgpu_ddp.preprocess.ycbcr_kernel import to_rgb
-
+def decode(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Files per second by decoder, batch size and number of threads."""
     paths = sorted(Path(args.root).rglob("*.jpg"))[:DECODED_AHEAD]
     data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
     headers = [read_header(path.read_bytes()) for path in paths]
-    sizes = np.array([(h.height, h.width, *reversed(h.chroma)) for h in headers if h is not None])
+    sizes = np.array([(h.height, h.width) for h in headers if h is not None])
     pinned = torch.cat(data).pin_memory()
     lengths = np.array([len(each) for each in data])
     files = Files(addresses=pinned.data_ptr() + np.cumsum(lengths) - lengths, lengths=lengths)
     decoder = Decoder(device)
 
-    def quick(numbers: np.ndarray, _stream: torch.cuda.Stream) -> None:
-        decoder.decode(files[numbers], Images.empty(*sizes[numbers, :2].T, device))
+    def ours(numbers: np.ndarray) -> None:
+        decoder.decode(files[numbers], Images.empty(*sizes[numbers].T, device))
 
-    def exact(numbers: np.ndarray, stream: torch.cuda.Stream) -> None:
-        planes = Planes.empty(*sizes[numbers].T, device)
-        stream.synchronize()
-        decoder.decode(files[numbers], planes)
-        to_rgb(planes)
-
-    def torchvisions(numbers: np.ndarray, _stream: torch.cuda.Stream) -> None:
+    def torchvisions(numbers: np.ndarray) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             decode_jpeg(data[numbers[0] : numbers[-1] + 1], mode=ImageReadMode.RGB, device=device)
 
-    def rates(*steps: Callable[..., None]) -> dict[str, float]:
-        return {
-            f"{step.__name__}, {size} by {threads}": _decode(step, len(data), size, threads, device, args.seconds / 2)
-            for step in steps
-            for size in DECODE_BATCHES
-            for threads in DECODE_THREADS
-        }
-
-    return {"decode": rates(quick, torchvisions), "exact": rates(exact)}
+    return {
+        f"{step.__name__}, {size} by {threads}": _decode(step, len(data), size, threads, device, args.seconds / 2)
+        for step in (ours, torchvisions)
+        for size in DECODE_BATCHES
+        for threads in DECODE_THREADS
+    }
 
 
 def _decode(
@@ -174,7 +111,7 @@ def _decode(
     def one(first: int) -> int:
         stream, numbers = streams.get(), np.arange(first, min(first + size, total))
         with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
-            step(numbers, stream)
+            step(numbers)
         streams.put(stream)
         return len(numbers)
 
@@ -191,9 +128,17 @@ def _decode(
 @torch.inference_mode()
 def forward(args: argparse.Namespace, batch_size: int, config: Config, world: World) -> float:
     """Images per second of the model alone."""
-    choices = resolve(config, world, decode="gpu")
-    module = prepare(build_model(config), config, choices, world)
-    dtype = DTYPES[choices.precision]
+    resolved = Resolved(
+        precision=precision_of(config.runtime, world.device),
+        decode="cpu",
+        compile="off",
+        workers=0,
+        collect="gather",
+        batch_size=batch_size,
+        transform=imagenet(224),
+    )
+    module = prepare(build_model(config), config, resolved, world)
+    dtype = DTYPES[resolved.precision]
     inputs = [
         torch.randn(batch_size, 3, 224, 224, device=world.device)
         .to(dtype)
@@ -254,18 +199,18 @@ def main() -> None:
         loader=LoaderConfig(),
     )
     world = join()
-    workers = num_workers(config, world)
+    workers = len(os.sched_getaffinity(0))
     # What forks comes before anything touches CUDA.
-    found = {"generate": {"alone": generate(args, workers)}, "read": {"alone": read(args, config, world)}}
+    found = {"generate": {"alone": generate(args, workers)}}
     world = choose_device(config, world)
     # As where JPEGs are decoded in earnest.
     keep_off(interrupted_cpus(), world.cpus)
     if world.device.type == "cuda":
-        found |= decode(args, world.device)
+        found["decode"] = decode(args, world.device)
     sizes = (args.batch_size, 2 * args.batch_size)
     found["forward"] = {f"batches of {size}": forward(args, size, config, world) for size in sizes}
     print(json.dumps({"name": "ceilings", "images_per_s": found, "workers": workers}), flush=True)
-    # The heartbeat and the decoder's threads are of no use to anybody any more.
+    # The heartbeat's and the decoder's threads are no longer needed.
     os._exit(0)
 
 

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benching.children import PEERS, ChildFailedError, run_child, say
-from benching.contenders import Contender, Found, measure
+from common.showing import print_columns, say
+
+from benching.children import PEERS, ChildFailedError, run_child
+from benching.contenders import Contender, Found, Rounds, measure
 from benching.hardware import describe, look, share
 from benching.jpegs import work_folder
 from benching.patterns import Levels, make_patterns
-from benching.table import Row, print_columns, print_machine, write_report
+from benching.table import Row, print_machine, write_report
 
 SAME_TOP1 = 0.995
 """The project's bar, for the default on a GPU."""
@@ -69,8 +71,9 @@ class Difference:
 
 
 def accuracy(args: argparse.Namespace) -> bool:
-    """What half precision and decoding on the GPU change, beside fp32 and Pillow on the same JPEGs."""
+    """Compare each precision and decoder with fp32 and Pillow on the same JPEGs."""
     hardware = look()
+    rounds = Rounds(number=1, hardware=hardware, out=args.out)
     judged = bool(hardware.gpus) and not args.quick
     sizes = _sizes(args.images, gpu=bool(hardware.gpus), full=judged)
     work = work_folder(args.work)
@@ -102,10 +105,10 @@ def accuracy(args: argparse.Namespace) -> bool:
     for name, result in found.items():
         say(name)
         command = [*job, *SETTINGS[name], f"output.dir={runs[name]}"]
-        contender = Contender(name=name, title=name, gpus=1, command=command, rows=sizes.held_out)
-        measure(contender, result, hardware, runs[name].parent)
+        contender = Contender(name=name, title=name, command=command, rows=sizes.held_out)
+        measure(contender, result, rounds, runs[name].parent)
         if name == REFERENCE and result.problem:
-            raise ChildFailedError(f"{REFERENCE} must succeed: the others are compared with it.")
+            raise ChildFailedError(f"{REFERENCE} failed, with which the others are compared.")
         if name == REFERENCE:
             details["confidence"] = confidence = _confidence(runs[REFERENCE])
         elif not result.problem:
@@ -152,7 +155,7 @@ def compare_tables(reference: Path, other: Path) -> Difference:
     ours, theirs = _read(other), _read(reference)
     for column in ("index", "path", "label"):
         if not np.array_equal(ours[column], theirs[column]):
-            raise ChildFailedError(f"{other} must have the {column} of each row of {reference}, and has not.")
+            raise ChildFailedError(f"{other} and {reference} differ in {column}: they are not of the same images.")
     rows = np.arange(len(theirs["pred"]))
     apart = np.abs(ours["probs"] - theirs["probs"])[rows, theirs["pred"]]
     changed = ours["pred"] != theirs["pred"]
@@ -191,7 +194,7 @@ def _read(run: Path) -> dict[str, Any]:
 
     table = pq.read_table(run / "predictions").sort_by("index")
     if errors := len(table) - table["error"].null_count:
-        raise ChildFailedError(f"{run} must have no error rows, got {errors}.")
+        raise ChildFailedError(f"{run} has {errors} error rows.")
     columns = {name: table[name].to_numpy() for name in ("index", "path", "label", "pred")}
     probs = table["probs"].combine_chunks().flatten().to_numpy().astype(np.float64)
     return {**columns, "probs": probs.reshape(len(table), -1)}

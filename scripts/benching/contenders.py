@@ -1,28 +1,30 @@
-"""What is measured and what became of it, round by round."""
+"""Commands that take turns, and what became of each."""
 
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benching.children import ChildFailedError, Measurement, run_child, say
-from benching.hardware import Hardware, share
+from common.showing import say
 
-CHILD_LIMIT_S = 240
+from benching.children import ChildFailedError, Measurement, run_child
+from benching.hardware import Hardware, share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """Something that is measured: a command, on so many GPUs."""
+    """A command that is measured, on so many GPUs."""
 
     name: str
     title: str
-    gpus: int
     command: list[str]
+    gpus: int = 1
     rows: int | None = None
-    """What a job of mgpu_ddp must predict."""
-    peer: bool = False
+    """That a job of mgpu_ddp must predict."""
+    once: bool = False
+    """Measured in the first round alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,8 +34,12 @@ class Found:
     measured: list[Measurement] = field(default_factory=list)
     problem: str = ""
 
+    @property
+    def wall_s(self) -> list[float]:
+        return [m.wall_s for m in self.measured]
+
     def rates(self, stage: str | None = None) -> list[float]:
-        """Of each round; a stage's are those of the way to go through it that has the best median."""
+        """List the rate of each round; of a stage's several ways, those of the way with the best median."""
         said = [m.said["images_per_s"] for m in self.measured]
         if stage is None:
             return said
@@ -44,21 +50,63 @@ class Found:
         return [ways[best] for ways in tried]
 
 
-def measure(
-    contender: Contender, found: Found, hardware: Hardware, folder: Path, *, cpu_shares: int | None = None
-) -> None:
-    """Run a contender once and note what it reached, or why it did not; the others go on all the same.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounds:
+    """How often everything has its turn, and on what."""
 
-    Without GPUs it has all cores, or one of `cpu_shares` shares for each rank.
+    number: int
+    hardware: Hardware
+    out: Path
+    minutes: float = float("inf")
+    """No round begins that would end later than this."""
+    cpu_shares: int | None = None
+    """Where there is no GPU: a rank has one of so many shares of the cores; None for all of them."""
+    limit_s: float = 240
+    """A contender that takes longer has failed."""
+
+
+def take_turns(
+    contenders: Sequence[Contender],
+    found: dict[str, Found],
+    rounds: Rounds,
+    report: Callable[[], object],
+    *,
+    warm_up: Sequence[Contender],
+) -> None:
+    """Measure each contender once a round, and report after each. One that failed has no further turn.
+
+    What warms up fills the caches of files and of compiled kernels, lest who comes later profits from who came before.
     """
+    began = time.perf_counter()
+    for contender in warm_up:
+        say(f"warm-up, {since(began)}: {contender.title}")
+        measure(contender, Found(), rounds, rounds.out / "warm-up" / contender.name)
+    for number in range(1, rounds.number + 1):
+        round_began, once_s = time.perf_counter(), 0.0
+        for contender in contenders:
+            result = found[contender.name]
+            if result.problem or (contender.once and number > 1):
+                continue
+            say(f"round {number} of {rounds.number}, {since(began)}: {contender.title}")
+            measure(contender, result, rounds, rounds.out / f"round-{number}" / contender.name)
+            once_s += sum(result.wall_s) * contender.once
+            report()
+        round_s = time.perf_counter() - round_began - once_s
+        if number < rounds.number and time.perf_counter() - began + round_s > rounds.minutes * 60:
+            say(f"{since(began)}: no time for round {number + 1}, see --minutes")
+            return
+
+
+def measure(contender: Contender, found: Found, rounds: Rounds, folder: Path) -> None:
+    """Run a contender once and note what it reached, or why it did not; the others go on all the same."""
     try:
-        with share(hardware, contender.gpus, cpu_shares=cpu_shares):
-            result = run_child(contender.command, folder, timeout_s=CHILD_LIMIT_S)
+        with share(rounds.hardware, contender.gpus, cpu_shares=rounds.cpu_shares):
+            result = run_child(contender.command, folder, timeout_s=rounds.limit_s)
         said = result.said
         if contender.rows is not None and (said.get("samples"), said.get("ok")) != (contender.rows, contender.rows):
-            raise ChildFailedError(f"{folder}: {contender.rows} rows must be ok, got {json.dumps(said)}")
+            raise ChildFailedError(f"{folder}: not all of {contender.rows} rows are ok: {json.dumps(said)}")
         if "images_per_s" not in said:
-            raise ChildFailedError(f"{folder}: a line of JSON must say images_per_s, got {json.dumps(said)}")
+            raise ChildFailedError(f"{folder}: no line of JSON has images_per_s: {json.dumps(said)}")
     except ChildFailedError as error:
         say(str(error))
         found.problem = f"FAILED, see {folder}"
@@ -66,15 +114,6 @@ def measure(
     found.measured.append(result)
 
 
-def since(started: float) -> str:
-    return f"{time.perf_counter() - started:.0f} s"
-
-
-def goes_on(number: int, rounds: int, started: float, round_s: float, minutes: float) -> bool:
-    """Whether another round follows, one that would end within so many minutes of the start."""
-    if number == rounds:
-        return False
-    fits = time.perf_counter() - started + round_s <= minutes * 60
-    if not fits:
-        say(f"{since(started)}: no time for round {number + 1}, see --minutes")
-    return fits
+def since(began: float) -> str:
+    """Name the seconds since then."""
+    return f"{time.perf_counter() - began:.0f} s"

@@ -1,4 +1,4 @@
-"""JPEGs and FakeData beside the usual ways to do the same, and beside what each stage reaches alone.
+"""JPEGs, decoded images and FakeData beside the usual ways to do the same, and beside what each stage reaches alone.
 
 The peers do less than mgpu_ddp: they keep the best class alone and write one file at the end, and what they do before
 they are warm does not count. All decode the same files, each image anew every time.
@@ -8,21 +8,22 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from common.processes import torchrun
+from common.showing import say
 
 from benching.arrays import make_array
-from benching.children import PEERS, ChildFailedError, say, torchrun
-from benching.contenders import Contender, Found, goes_on, measure, since
-from benching.hardware import Hardware, cores_each, describe, look
+from benching.children import PEERS, ChildFailedError
+from benching.contenders import Contender, Found, Rounds, take_turns
+from benching.hardware import cores_each, describe, look
 from benching.jpegs import make_folder, work_folder
-from benching.plot import plot
-from benching.table import Row, compare, print_machine, print_table, write_report
+from benching.plot import CEILING, OTHER, OURS, Bar, plot_groups
+from benching.table import Row, compare, print_machine, print_table, rate, write_report
 
-JPEG_RATE, OF_DECODE, OF_BEST_PEER, OF_GENERATOR, OF_ONE_GPU = 25_000, 0.9, 10, 0.85, 1.9
+JPEG_RATE, OF_DECODE, OF_BEST_PEER, OF_GENERATOR = 25_000, 0.9, 10, 0.85
 ARRAY_RATE, OF_FORWARD = 60_000, 0.9
 """The project's bars, for an H200 with 16 cores."""
 WARM_UP_IMAGES = 4096
@@ -39,257 +40,246 @@ class Sizes:
     fake_images: int
     batch_size: int
     array_batch_size: int
-    workers: int
-    """Per GPU."""
     seconds: float
+    """Of steady work of a peer."""
     warm_up_s: float
     ceiling_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another way to predict the JPEGs."""
+
+    title: str
+    script: str
+    distributed: bool = False
+    """Started by torchrun."""
+    needs: tuple[str, ...] = ()
+    """Packages of which it needs one."""
+
+
 PEER_SCRIPTS = {
-    "data-parallel": ("DataParallel, loader with workers", "data_parallel.py", False, ()),
-    "ddp": ("DDP, DistributedSampler, all_gather_object", "ddp.py", True, ()),
-    "accelerate": ("Accelerate, gather_for_metrics", "accelerated.py", True, ("accelerate",)),
-    "lightning": ("Lightning, Trainer.predict", "lightning_predict.py", True, ("lightning", "pytorch_lightning")),
-    "ray": ("Ray Data, map_batches", "ray_data.py", False, ("ray",)),
-    "daft": ("Daft, class UDF", "daft_frame.py", False, ("daft",)),
+    "data-parallel": Peer(title="DataParallel, loader with workers", script="data_parallel.py"),
+    "ddp": Peer(title="DDP, DistributedSampler, all_gather_object", script="ddp.py", distributed=True),
+    "accelerate": Peer(
+        title="Accelerate, gather_for_metrics", script="accelerated.py", distributed=True, needs=("accelerate",)
+    ),
+    "lightning": Peer(
+        title="Lightning, Trainer.predict",
+        script="lightning_predict.py",
+        distributed=True,
+        needs=("lightning", "pytorch_lightning"),
+    ),
+    "ray": Peer(title="Ray Data, map_batches", script="ray_data.py", needs=("ray",)),
 }
-"""Name → title, script, whether torchrun starts it, and the packages of which it needs one."""
 NAMES = ("ceilings", "ours", "ours-array", "ours-fake", "tutorial", *PEER_SCRIPTS)
 
 
 def gpu(args: argparse.Namespace) -> bool:
-    """JPEGs and FakeData on GPUs (or, to try it, a CPU) beside peers and ceilings."""
-    started = time.perf_counter()
+    """Compare JPEGs, decoded images and FakeData with peers and ceilings, on GPUs or, to try it, on CPUs."""
     hardware = look()
-    if hardware.gpus and args.gpus > len(hardware.gpus):
+    on_gpu = bool(hardware.gpus)
+    if on_gpu and args.gpus > len(hardware.gpus):
         raise ChildFailedError(f"--gpus must be at most {len(hardware.gpus)}, the GPUs of this machine.")
-    sizes = _sizes(args, hardware)
-    rounds = args.rounds or (1 if args.quick else 3)
+    sizes = _sizes(args, on_gpu=on_gpu)
+    rounds = Rounds(
+        number=args.rounds or (1 if args.quick else 3), hardware=hardware, out=args.out, minutes=args.minutes
+    )
     work = work_folder(args.work)
     folder, mean_bytes = make_folder(work, images=sizes.images, distinct=sizes.distinct)
-    say(f"{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different, {since(started)}")
-
+    jpegs = f"{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different"
+    say(jpegs)
     array = work / f"array-{sizes.images}.npy"
-    if not args.only or "ours-array" in args.only:
+    wanted = set(args.only or NAMES)
+    if "ours-array" in wanted:
         make_array(array, sizes.images)
-    unit = "GPU" if hardware.gpus else "process"
-    contenders = _contenders(folder, array, sizes, args.gpus, unit, only=args.only)
-    found = {contender.name: Found() for contender in contenders}
-    for contender in contenders:
-        needs = PEER_SCRIPTS[contender.name][3] if contender.name in PEER_SCRIPTS else ()
-        if needs and not any(map(importlib.util.find_spec, needs)):
-            found[contender.name].problem = "not installed"
 
-    settings = {**asdict(sizes), "mean_bytes": mean_bytes, "rounds": rounds, "gpus": args.gpus, "quick": args.quick}
-    details: dict[str, Any] = {"hardware": asdict(hardware)}
+    workers = cores_each(max(1, len(hardware.gpus) or args.gpus))
+    contenders = [*_ours(folder, array, sizes, args.gpus), *_peers(folder, sizes, args.gpus, workers)]
+    # A ceiling is that of one GPU.
+    contenders = [c for c in contenders if c.name in wanted and (c.name != "ceilings" or args.gpus == 1)]
+    found = {contender.name: Found(problem=_missing(contender.name)) for contender in contenders}
+    settings = {**asdict(sizes), "mean_bytes": mean_bytes, "rounds": rounds.number, "gpus": args.gpus}
 
     def report() -> list[Row]:
-        rows = _rows(contenders, found, sizes, args.gpus, judged=bool(hardware.gpus) and not args.quick)
-        details["contenders"] = {name: asdict(result) for name, result in found.items()}
-        write_report(args.out, settings, rows, details)
+        rows = _rows(contenders, found, sizes, judged=on_gpu and not args.quick)
+        details = {name: asdict(result) for name, result in found.items()}
+        write_report(args.out, settings, rows, {"hardware": asdict(hardware), "contenders": details})
         return rows
 
-    if "ours" in found:
-        # Fills the caches of files and of compiled kernels; what comes later must not profit from who came before.
-        warm_up = [*_ours(1), *_folder_job(folder, sizes), f"limit={min(sizes.images, WARM_UP_IMAGES)}"]
-        measure(
-            Contender(name="warm-up", title="warm-up", gpus=1, command=warm_up), Found(), hardware, args.out / "warm-up"
-        )
-    for number in range(1, rounds + 1):
-        round_started = time.perf_counter()
-        for contender in contenders:
-            # A peer's one measurement lasts longer than all of ours.
-            if found[contender.name].problem or (contender.peer and number > 1):
-                continue
-            say(f"round {number} of {rounds}, {since(started)}: {contender.title}")
-            measure(contender, found[contender.name], hardware, args.out / f"round-{number}" / contender.name)
-            report()
-        if number == 1:
-            peers_s = sum(m.wall_s for c in contenders if c.peer for m in found[c.name].measured)
-        round_s = time.perf_counter() - round_started - (peers_s if number == 1 else 0)
-        if not goes_on(number, rounds, started, round_s, args.minutes):
-            break
-
-    rows = report()
-    print_table(rows)
-    print(f"\n{sizes.images:,} JPEGs of {mean_bytes / 1e3:.1f} kB, {sizes.distinct:,} different; {since(started)}")
-    print(describe(hardware))
+    first = [replace(c, command=[*c.command, f"limit={min(sizes.images, WARM_UP_IMAGES)}"], rows=None)
+             for c in contenders if c.name == "ours"]  # fmt: skip
+    take_turns(contenders, found, rounds, report, warm_up=first)
+    print_table(report())
+    print(f"\n{jpegs}\n{describe(hardware)}")
     print_machine(args.out)
-    plot(rows, args.out / "bench.png", f"{', '.join(hardware.gpus) or 'CPU'}; images/s")
+    if groups := _groups(found):
+        plot_groups(groups, args.out / "bench.png", f"{describe(hardware)}; ResNet18")
     return all(result.problem in ("", "not installed") for result in found.values())
 
 
-def _sizes(args: argparse.Namespace, hardware: Hardware) -> Sizes:
-    workers = cores_each(max(1, len(hardware.gpus) or args.gpus))
+def _sizes(args: argparse.Namespace, *, on_gpu: bool) -> Sizes:
     if args.quick:
-        images = args.images or (20_000 if hardware.gpus else 600)
-        return Sizes(
-            images=images,
-            distinct=min(images, args.distinct or (2000 if hardware.gpus else 100)),
-            fake_images=20_000 if hardware.gpus else 200,
-            batch_size=256 if hardware.gpus else 16,
-            array_batch_size=512 if hardware.gpus else 16,
-            workers=workers,
-            seconds=args.seconds or 3,
-            warm_up_s=1,
-            ceiling_s=1,
-        )
-    images = args.images or (200_000 if hardware.gpus else 5000)
+        images, distinct, fake_images = (20_000, 2000, 20_000) if on_gpu else (200, 100, 200)
+        batch_size, array_batch_size = (256, 512) if on_gpu else (16, 16)
+        seconds, warm_up_s, ceiling_s = 3, 1, 1
+    else:
+        images, distinct, fake_images = (200_000, 16_000, 100_000) if on_gpu else (5000, 5000, 2000)
+        batch_size, array_batch_size = (256, 512) if on_gpu else (32, 32)
+        seconds, warm_up_s, ceiling_s = 20, 5, 3
+    images = args.images or images
     return Sizes(
         images=images,
-        distinct=min(images, args.distinct or 16_000),
-        fake_images=100_000 if hardware.gpus else 2000,
-        batch_size=256 if hardware.gpus else 32,
-        array_batch_size=512 if hardware.gpus else 32,
-        workers=workers,
-        seconds=args.seconds or 20,
-        warm_up_s=5,
-        ceiling_s=3,
+        distinct=min(images, args.distinct or distinct),
+        fake_images=fake_images,
+        batch_size=batch_size,
+        array_batch_size=array_batch_size,
+        seconds=args.seconds or seconds,
+        warm_up_s=warm_up_s,
+        ceiling_s=ceiling_s,
     )
 
 
-def _ours(gpus: int) -> list[str]:
-    return [*([sys.executable] if gpus == 1 else torchrun(gpus)), "-m", "mgpu_ddp.infer"]
-
-
-def _folder_job(folder: Path, sizes: Sizes) -> list[str]:
-    return ["data=folder", f"data.root={folder}", f"batch_size={sizes.batch_size}"]
-
-
-def _contenders(
-    folder: Path, array: Path, sizes: Sizes, gpus: int, unit: str, *, only: Sequence[str] | None
-) -> list[Contender]:
-    """Everything that is measured, in the order of its turns."""
-    job = _folder_job(folder, sizes)
+def _ours(folder: Path, array: Path, sizes: Sizes, gpus: int) -> list[Contender]:
+    """List the ceilings of one GPU, and our three jobs on so many."""
+    start = [sys.executable] if gpus == 1 else torchrun("--standalone", f"--nproc_per_node={gpus}")
     ceilings = [str(PEERS / "ceilings.py"), str(folder), f"--batch-size={sizes.batch_size}"]
-    options = [str(folder), f"--batch-size={sizes.batch_size}", f"--workers={sizes.workers}", f"--gpus={gpus}"]
-    options += [f"--seconds={sizes.seconds:g}", f"--warm-up={sizes.warm_up_s:g}"]
-    tutorial = [str(PEERS / "tutorial.py"), str(TUTORIAL_IMAGES), "0", f"{sizes.seconds:g}"]
-    contenders = [
+    jobs = {
+        "ours": ("JPEGs", sizes.images, ["data=folder", f"data.root={folder}", f"batch_size={sizes.batch_size}"]),
+        "ours-array": (
+            "images decoded before",
+            sizes.images,
+            ["data=array", f"data.path={array}", f"batch_size={sizes.array_batch_size}"],
+        ),
+        "ours-fake": (
+            "FakeData",
+            sizes.fake_images,
+            [f"data.size={sizes.fake_images}", f"batch_size={sizes.batch_size}"],
+        ),
+    }
+    return [
         Contender(
             name="ceilings",
             title="ceilings of the stages",
-            gpus=1,
             command=[sys.executable, *ceilings, f"--seconds={sizes.ceiling_s:g}"],
         ),
-        Contender(
-            name="ours", title=f"mgpu_ddp, JPEGs, 1 {unit}", gpus=1, command=[*_ours(1), *job], rows=sizes.images
+        *(
+            Contender(
+                name=name,
+                title=f"mgpu_ddp, {what}",
+                gpus=gpus,
+                command=[*start, "-m", "mgpu_ddp.infer", *job],
+                rows=rows,
+            )
+            for name, (what, rows, job) in jobs.items()
         ),
     ]
-    if gpus > 1:
-        title = f"mgpu_ddp, JPEGs, {gpus} × {unit}"
-        contenders.append(
-            Contender(name="ours-all", title=title, gpus=gpus, command=[*_ours(gpus), *job], rows=sizes.images)
-        )
-    fake = [*_ours(1), f"data.size={sizes.fake_images}", f"batch_size={sizes.batch_size}"]
-    decoded = [*_ours(1), "data=array", f"data.path={array}", f"batch_size={sizes.array_batch_size}"]
-    contenders += [
-        Contender(
-            name="ours-array",
-            title=f"mgpu_ddp, images decoded before, 1 {unit}",
-            gpus=1,
-            command=decoded,
-            rows=sizes.images,
-        ),
-        Contender(
-            name="ours-fake", title=f"mgpu_ddp, FakeData, 1 {unit}", gpus=1, command=fake, rows=sizes.fake_images
-        ),
-        Contender(
-            name="tutorial",
-            title="the tutorial's script, FakeData",
-            gpus=gpus,
-            command=[sys.executable, *tutorial],
-            peer=True,
-        ),
+
+
+def _peers(folder: Path, sizes: Sizes, gpus: int, workers: int) -> list[Contender]:
+    """List what others do; their one measurement lasts longer than all of ours."""
+    options = [str(folder), f"--batch-size={sizes.batch_size}", f"--workers={workers}", f"--gpus={gpus}"]
+    options += [f"--seconds={sizes.seconds:g}", f"--warm-up={sizes.warm_up_s:g}"]
+    tutorial = [sys.executable, str(PEERS / "tutorial.py"), str(TUTORIAL_IMAGES), "0", f"{sizes.seconds:g}"]
+    contenders = [
+        Contender(name="tutorial", title="the tutorial's script, FakeData", gpus=gpus, command=tutorial, once=True)
     ]
-    for name, (title, script, distributed, _needs) in PEER_SCRIPTS.items():
-        start = torchrun(gpus) if distributed else [sys.executable]
-        command = [*start, str(PEERS / script), *options]
-        contenders.append(Contender(name=name, title=title, gpus=gpus, command=command, peer=True))
-    wanted = set(only or NAMES) | ({"ours-all"} if not only or "ours" in only else set())
-    return [contender for contender in contenders if contender.name in wanted]
+    for name, peer in PEER_SCRIPTS.items():
+        start = torchrun("--standalone", f"--nproc_per_node={gpus}") if peer.distributed else [sys.executable]
+        command = [*start, str(PEERS / peer.script), *options]
+        contenders.append(Contender(name=name, title=peer.title, gpus=gpus, command=command, once=True))
+    return contenders
 
 
-def _rows(
-    contenders: Sequence[Contender], found: dict[str, Found], sizes: Sizes, gpus: int, *, judged: bool
-) -> list[Row]:
-    """The table; `judged` says whether the bars apply."""
-    ceilings, ours, fake = (found.get(name, Found()) for name in ("ceilings", "ours", "ours-fake"))
-    everything = found.get("ours-all", Found()) if gpus > 1 else ours
+def _missing(name: str) -> str:
+    needs = PEER_SCRIPTS[name].needs if name in PEER_SCRIPTS else ()
+    return "not installed" if needs and not any(map(importlib.util.find_spec, needs)) else ""
+
+
+def _best_peer(found: dict[str, Found]) -> str | None:
+    peers = [name for name in PEER_SCRIPTS if name in found and found[name].rates()]
+    return max(peers, key=lambda name: statistics.median(found[name].rates()), default=None)
+
+
+def _rows(contenders: Sequence[Contender], found: dict[str, Found], sizes: Sizes, *, judged: bool) -> list[Row]:
+    """Make the table; `judged` says whether the bars apply."""
+    ceilings = found.get("ceilings", Found())
     titles = {contender.name: contender.title for contender in contenders}
 
     def bar(value: float) -> float | None:
         return value if judged else None
 
+    def ours(name: str, least: float) -> Row:
+        row = _plain(titles[name], found[name])
+        if not judged:
+            return row
+        return replace(row, bar=f">= {least}/s", met=statistics.median(found[name].rates()) >= least)
+
+    def of_stage(name: str, stage: str, title: str, least: float) -> list[Row]:
+        alone = ceilings.rates(stage)
+        return [_versus(f"  of {title} alone", found[name].rates(), alone, bar(least))] if alone else []
+
+    done = {name for name, result in found.items() if result.rates()}
     rows: list[Row] = []
-    if ours.rates():
-        rate = statistics.median(ours.rates())
-        row = _plain(titles["ours"], ours)
-        rows.append(replace(row, bar=f">= {JPEG_RATE}/s", met=rate >= JPEG_RATE) if judged else row)
-        whole = [sizes.images / m.wall_s for m in ours.measured]
-        rows.append(Row(name="  start-up and proof included", value=f"{statistics.median(whole):,.1f} images/s"))
-        for stage in ("decode", "read"):
-            if ceilings.rates(stage):
-                limit = bar(OF_DECODE) if stage == "decode" else None
-                rows.append(_versus(f"  of {stage} alone", ours.rates(), ceilings.rates(stage), limit))
-    if gpus > 1 and everything.rates():
-        rows.append(_plain(titles["ours-all"], everything))
-        if ours.rates():
-            limit = bar(OF_ONE_GPU) if gpus == 2 else None
-            rows.append(_versus("  times one GPU", everything.rates(), ours.rates(), limit))
-    peers = {name: found[name] for name in PEER_SCRIPTS if name in found and found[name].rates()}
-    if everything.rates() and peers:
-        best = max(peers, key=lambda name: statistics.median(peers[name].rates()))
-        rows.append(
-            _versus(f"  times the best peer ({best})", everything.rates(), peers[best].rates(), bar(OF_BEST_PEER))
-        )
-    for name in PEER_SCRIPTS:
-        if name in found:
-            rows.append(_peer(titles[name], found[name], everything))
-    decoded = found.get("ours-array", Found())
-    if decoded.rates():
-        rate = statistics.median(decoded.rates())
-        row = _plain(titles["ours-array"], decoded)
-        rows.append(replace(row, bar=f">= {ARRAY_RATE}/s", met=rate >= ARRAY_RATE) if judged else row)
-        if ceilings.rates("forward"):
-            # What each reached with its own batch size.
-            rows.append(_versus("  of forward alone", decoded.rates(), ceilings.rates("forward"), bar(OF_FORWARD)))
-    if fake.rates():
-        rows.append(_plain(titles["ours-fake"], fake))
-        if ceilings.rates("generate"):
-            rows.append(
-                _versus("  of the generator alone", fake.rates(), ceilings.rates("generate"), bar(OF_GENERATOR))
-            )
+    if "ours" in done:
+        rows.append(ours("ours", JPEG_RATE))
+        whole = [sizes.images / wall_s for wall_s in found["ours"].wall_s]
+        rows.append(Row(name="  start-up and proof included", value=rate(whole)))
+        rows += of_stage("ours", "decode", "decoding", OF_DECODE)
+        if (best := _best_peer(found)) is not None:
+            rivals = found[best].rates()
+            rows.append(_versus(f"  times the best peer ({best})", found["ours"].rates(), rivals, bar(OF_BEST_PEER)))
+    rows += [_peer(titles[name], found[name], found.get("ours", Found())) for name in PEER_SCRIPTS if name in found]
+    if "ours-array" in done:
+        rows.append(ours("ours-array", ARRAY_RATE))
+        rows += of_stage("ours-array", "forward", "the forward pass", OF_FORWARD)
+    if "ours-fake" in done:
+        rows.append(_plain(titles["ours-fake"], found["ours-fake"]))
+        rows += of_stage("ours-fake", "generate", "the generator", OF_GENERATOR)
     if "tutorial" in found:
-        rows.append(_peer(titles["tutorial"], found["tutorial"], fake))
-    rows += [Row(name=titles[c.name], value=found[c.name].problem) for c in contenders if _lost(c, found[c.name])]
-    return rows
-
-
-def _lost(contender: Contender, result: Found) -> bool:
-    return bool(result.problem) and not contender.peer
+        rows.append(_peer(titles["tutorial"], found["tutorial"], found.get("ours-fake", Found())))
+    failed = [c for c in contenders if found[c.name].problem and not c.once]
+    return rows + [Row(name=titles[c.name], value=found[c.name].problem) for c in failed]
 
 
 def _plain(name: str, result: Found) -> Row:
-    return Row(
-        name=name,
-        wall_s=[m.wall_s for m in result.measured],
-        value=f"{statistics.median(result.rates()):,.1f} images/s",
-    )
+    return Row(name=name, wall_s=result.wall_s, value=rate(result.rates()))
 
 
 def _versus(name: str, ours: Sequence[float], theirs: Sequence[float], limit: float | None) -> Row:
-    """Our rate as a multiple of theirs, which is the figure shown."""
-    row = compare(name, ours, theirs, bar=limit)
-    return replace(row, value=f"{statistics.median(theirs):,.1f} images/s")
+    """Make the row of our rate as a multiple of theirs, which is the figure shown."""
+    return replace(compare(name, ours, theirs, bar=limit), value=rate(theirs))
 
 
 def _peer(name: str, result: Found, ours: Found) -> Row:
-    """A peer's rate, and ours as a multiple of it."""
+    """Make the row of a peer's rate, and ours as a multiple of it."""
     if not result.rates():
         return Row(name=name, value=result.problem or "not yet measured")
     row = _plain(name, result)
     if not ours.rates():
         return row
     return replace(row, ratio=statistics.median(ours.rates()) / statistics.median(result.rates()))
+
+
+def _groups(found: dict[str, Found]) -> dict[str, Sequence[Bar]]:
+    """Group what was measured by job: our rate, the ceiling, the best of the others."""
+    ceilings, best = found.get("ceilings", Found()), _best_peer(found)
+    best_label = f"best other: {PEER_SCRIPTS[best].title.partition(',')[0]}" if best else ""
+    groups: dict[str, Sequence[Bar]] = {}
+    for job, ours, stage, ceiling, other, others in (
+        ("Small JPEGs (500×375)", "ours", "decode", "decoding alone", best, best_label),
+        ("Images decoded before", "ours-array", "forward", "forward pass alone", None, ""),
+        ("FakeData", "ours-fake", "generate", "generator alone", "tutorial", "the tutorial's script"),
+    ):
+        bars = [
+            Bar(label=label, rate=statistics.median(rates), colour=colour)
+            for label, rates, colour in (
+                ("mgpu_ddp", found.get(ours, Found()).rates(), OURS),
+                (ceiling, ceilings.rates(stage), CEILING),
+                (others, found.get(other or "", Found()).rates(), OTHER),
+            )
+            if rates
+        ]
+        if bars:
+            groups[job] = bars
+    return groups

@@ -1,59 +1,49 @@
-"""The rates of a table as bars."""
+"""Rates as bars, grouped by job."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benching.children import say
-from benching.table import Row
+import matplotlib as mpl
+from matplotlib import pyplot
 
-OURS, CEILING, PEER = "#2a6f97", "#c9ccd1", "#e07a5f"
+mpl.use("Agg")
+
+OURS, CEILING, OTHER = "#2a6f97", "#c9ccd1", "#e07a5f"
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the rate of every row that has one, on a logarithmic axis."""
-    if (pyplot := pyplot_or_none()) is None:
-        return
-    rates = [(row.name, _rate(row)) for row in rows]
-    shown = [(name, rate) for name, rate in rates if rate is not None and not name.startswith(("  times", "  start"))]
-    if not shown:
-        return
-    names, values = zip(*reversed(shown), strict=True)
-    colours = [OURS if n.startswith("mgpu_ddp") else CEILING if n.startswith("  of") else PEER for n in names]
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(names) + 1.2), layout="constrained")
-    bars = axes.barh([name.replace("  of ", "ceiling: ") for name in names], values, color=colours)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=4, fontsize=9)
-    axes.set_xscale("log")
-    axes.margins(x=0.15)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """A rate in images/s and what reached it."""
+
+    label: str
+    rate: float
+    colour: str
+
+
+def plot_groups(groups: dict[str, Sequence[Bar]], path: Path, title: str) -> None:
+    """Draw the bars of each job below its name, on a linear axis."""
+    height = sum(len(bars) + 1 for bars in groups.values())
+    figure, axes = pyplot.subplots(figsize=(9, 0.34 * height + 0.9), layout="constrained")
+    place, ticks = 0, []
+    for job, bars in groups.items():
+        axes.text(0, place, f" {job}", fontsize=10, fontweight="bold", va="center")
+        for bar in bars:
+            place += 1
+            drawn = axes.barh(place, bar.rate, color=bar.colour, height=0.8)
+            axes.bar_label(drawn, labels=[f"{bar.rate:,.0f}"], padding=4, fontsize=9)
+            ticks.append((place, bar.label))
+        place += 1
+    axes.set_yticks(*zip(*ticks, strict=True), fontsize=9)
+    axes.set_ylim(place - 0.4, -0.6)
+    axes.tick_params(left=False)
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("images/s", fontsize=9)
     axes.set_title(title, fontsize=10, loc="left")
-    save(figure, path)
-
-
-def pyplot_or_none() -> Any:
-    """matplotlib's pyplot without a display; None, and a line that says so, where it is not installed."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        say("no plot: matplotlib is not installed")
-        return None
-    return pyplot
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure without its upper and right frame, and say where it is."""
-    from matplotlib import pyplot
-
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     print(path)
-
-
-def _rate(row: Row) -> float | None:
-    match = re.fullmatch(r"([\d,.]+) images/s", row.value)
-    return float(match[1].replace(",", "")) if match else None

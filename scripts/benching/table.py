@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.showing import print_columns
+
 PACKAGES = (
     "mgpu-ddp",
     "torch",
@@ -23,7 +25,6 @@ PACKAGES = (
     "lightning",
     "pytorch-lightning",
     "ray",
-    "daft",
 )
 
 
@@ -42,6 +43,11 @@ class Row:
     met: bool | None = None
 
 
+def rate(measured: Sequence[float]) -> str:
+    """Name the median of some rates."""
+    return f"{statistics.median(measured):,.1f} images/s"
+
+
 def compare(
     name: str,
     ours: Sequence[float],
@@ -50,12 +56,12 @@ def compare(
     bar: float | None = None,
     wall_s: Sequence[float] = (),
 ) -> Row:
-    """The row of a rate in images/s beside another's, which it must reach `bar` times where one is set."""
+    """Make the row of a rate beside another, of which it must reach `bar` times where one is set."""
     ratio = statistics.median(ours) / statistics.median(theirs)
     return Row(
         name=name,
         wall_s=list(wall_s),
-        value=f"{statistics.median(ours):.1f} images/s",
+        value=rate(ours),
         ratio=ratio,
         rounds=[a / b for a, b in zip(ours, theirs, strict=True)] if len(ours) == len(theirs) else [],
         bar="" if bar is None else f">= {bar:g}",
@@ -64,6 +70,7 @@ def compare(
 
 
 def print_table(rows: Sequence[Row]) -> None:
+    """Print the rows below their heads."""
     lines = [("", "wall s: min", "median", "max", "", "ratio", "per round", "bar", "")]
     for row in rows:
         wall = [f"{f(row.wall_s):.2f}" for f in (min, statistics.median, max)] if row.wall_s else [""] * 3
@@ -72,17 +79,6 @@ def print_table(rows: Sequence[Row]) -> None:
         verdict = "" if row.met is None else "met" if row.met else "MISSED"
         lines.append((row.name, *wall, row.value, ratio, per_round, row.bar, verdict))
     print_columns(lines)
-
-
-def print_columns(lines: Sequence[Sequence[str]]) -> None:
-    """Print lines of as many texts each; the first and the last column are words, the rest figures."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        first, *rest = (
-            text.ljust(width) if i in (0, len(widths) - 1) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join([first, *rest]).rstrip())
 
 
 def write_report(out: Path, settings: dict[str, Any], rows: Sequence[Row], details: dict[str, Any]) -> None:
@@ -101,7 +97,7 @@ def write_report(out: Path, settings: dict[str, Any], rows: Sequence[Row], detai
 
 
 def print_machine(out: Path) -> None:
-    """Say below a table what it was measured on, and where the figures are."""
+    """Print what a table was measured on, and where its figures are."""
     machine = json.loads((out / "bench.json").read_text())["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     print(f"\n{machine['cpus']} CPUs ({machine['cpu']}), Python {machine['python']}, {machine['date']}")

@@ -87,7 +87,7 @@ def make_images(root: Path, count: int, rng: random.Random) -> None:
 
 
 def configure(kind: Kind, images: Path, rows: int, commit_every: int) -> Config:
-    """The configuration of a job; `rows` counts where the images are fake."""
+    """Configure a job; `rows` counts where the images are fake."""
     fake = FakeConfig(size=rows, image_size=[3, PIXELS, PIXELS])
     fields: dict[str, Any] = {} if kind.how == "npy" else {"fields": ["topk", "logits"]}
     return Config(
@@ -103,7 +103,7 @@ def configure(kind: Kind, images: Path, rows: int, commit_every: int) -> Config:
 
 
 def apart(function: Callable[[], Any]) -> Any:
-    """Call a function in a forked process: reading tables starts threads, and this process has to stay without.
+    """Call a function in a forked process and return what it returns, by way of JSON.
 
     Raises:
         RuntimeError: it raised there.
@@ -133,7 +133,7 @@ def apart(function: Callable[[], Any]) -> Any:
 
 
 def committed(run_dir: Path) -> int:
-    """Rows that the manifest lists."""
+    """Count the rows that the manifest lists."""
     try:
         return sum(part["rows"] for part in json.loads((run_dir / "manifest.json").read_text())["parts"])
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def committed(run_dir: Path) -> int:
 
 
 def torn_parts(run_dir: Path) -> list[str]:
-    """What the manifest lists and the folder does not hold as it says."""
+    """Say what the manifest lists and the folder does not hold as it says."""
     manifest = Manifest.read(run_dir)
     torn: list[str] = []
     next_index = manifest.start if manifest else 0

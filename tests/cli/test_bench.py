@@ -53,13 +53,12 @@ def test_scaling_compares_each_number_of_ranks_with_one(tmp_path: Path) -> None:
     ended = bench("scaling", *options, "--out", str(tmp_path / "out"))
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    rates = {name: runs[0]["images_per_s"] for name, runs in found["spent"].items()}
+    rates = {name: runs[0]["images_per_s"] for name, runs in found["metrics"].items()}
     assert set(rates) == {"array-24-on-1", "array-48-on-1", "array-48-on-2"}, "the scalings meet at the most ranks"
-    assert [rank["rows"] for rank in found["spent"]["array-48-on-2"][0]["ranks"]] == [24, 24]
+    assert [rank["rows"] for rank in found["metrics"]["array-48-on-2"][0]["ranks"]] == [24, 24]
     ratios = [row["ratio"] for row in found["rows"] if row["ratio"] is not None]
     both = rates["array-48-on-2"]
     assert ratios == pytest.approx([1, both / rates["array-24-on-1"], 1, both / rates["array-48-on-1"]])
-    assert (tmp_path / "out" / "scaling.png").stat().st_size > 0
 
 
 @pytest.fixture
@@ -109,16 +108,16 @@ def test_tables_are_compared_row_by_row(tmp_path: Path, benching: Any) -> None:
 def test_tables_of_other_images_or_with_errors_are_not_compared(tmp_path: Path, benching: Any) -> None:
     reference = write_run(tmp_path / "fp32", PROBS)
     failed = write_run(tmp_path / "failed", PROBS, errors=[None, "truncated", None, None])
-    with pytest.raises(benching.ChildFailedError, match="must have no error rows, got 1"):
+    with pytest.raises(benching.ChildFailedError, match="has 1 error rows"):
         benching.compare_tables(reference, failed)
     part = tmp_path / "renamed" / "predictions" / "part-a.parquet"
     write_run(tmp_path / "renamed", PROBS)
     table = pq.read_table(part)
     pq.write_table(table.set_column(1, "path", pa.array(["1.jpg", "3.jpg", "2.jpg"])), part)
-    with pytest.raises(benching.ChildFailedError, match="must have the path of each row"):
+    with pytest.raises(benching.ChildFailedError, match="differ in path"):
         benching.compare_tables(reference, tmp_path / "renamed")
     part.unlink()
-    with pytest.raises(benching.ChildFailedError, match="must have the index of each row"):
+    with pytest.raises(benching.ChildFailedError, match="differ in index"):
         benching.compare_tables(reference, tmp_path / "renamed")
 
 

@@ -3,7 +3,7 @@
 #
 #   launch/local.sh data=folder data.root=photos
 #
-# Knobs:
+# Settings, from the environment:
 PROCESSES=${PROCESSES:-auto}      # processes to start: a number, or auto (one per GPU, one where there is none)
 MAX_RESTARTS=${MAX_RESTARTS:-0}   # how often a crashed job starts again by itself, in the same run folder
 PYTHON=${PYTHON:-}                # the interpreter mgpu_ddp is installed for; default: python3, then REPO/.venv
@@ -18,7 +18,7 @@ for python in "${candidates[@]}"; do
     python=
 done
 [ -n "$python" ] || {
-    echo "mgpu_ddp must be installed for ${candidates[*]}, and is not. Set PYTHON to an interpreter that has it." >&2
+    echo "mgpu_ddp is not installed for ${candidates[*]}. Set PYTHON to an interpreter that has it." >&2
     exit 2
 }
 
@@ -26,7 +26,7 @@ if [ "$PROCESSES" = auto ]; then
     PROCESSES=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
-# The store and the rendezvous stay on loopback: whoever reaches them can steer the job.
+# The store and the rendezvous stay on loopback: anyone who reaches them can steer the job.
 exec "$python" -m torch.distributed.run \
     --standalone --local-addr=127.0.0.1 --nproc_per_node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
     -m mgpu_ddp.infer "$@"

@@ -3,8 +3,8 @@
 #
 #   launch/sweep.sh data=folder data.root=photos limit=100000
 #
-# It runs conf/sweep/batch_size.yaml, of which the command line may change anything: batch_size=64,128 sweep.repeats=5.
-# The knobs are those of launch/local.sh.
+# It runs conf/sweep/batch_size.yaml; the command line may override any of it: batch_size=64,128 sweep.repeats=5.
+# The settings are those of launch/local.sh.
 
 set -euo pipefail
 

@@ -24,7 +24,7 @@ ROWS = 6000
 ENDLESS_ROWS = 1_000_000
 SIDE_BY_SIDE = 2
 MOST_RESTARTS = 3
-PATIENCE_S = 300.0
+LIMIT_S = 300.0
 ORPHANS_END_S = 10.0
 IMPORTS_END_S = 60.0
 """How long an orphan may live that was still importing: these seconds of CPU time come first, on a busy machine."""
@@ -107,12 +107,12 @@ def wait_until(condition: Callable[[], bool], process: Launcher, what: str) -> b
     Raises:
         SoakError: it takes too long.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + LIMIT_S
     while not condition():
         if process.poll() is not None:
             return False
         if time.monotonic() > deadline:
-            raise SoakError(f"{what} did not come within {PATIENCE_S:.0f} s")
+            raise SoakError(f"{what} did not come within {LIMIT_S:.0f} s")
         time.sleep(POLL_S)
     return True
 
@@ -124,9 +124,9 @@ def wait_for_end(process: Launcher, folder: Path) -> None:
         SoakError: it did not.
     """
     try:
-        code = process.wait(PATIENCE_S)
+        code = process.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        raise SoakError(f"the job did not end within {PATIENCE_S:.0f} s; see {folder}") from None
+        raise SoakError(f"the job did not end within {LIMIT_S:.0f} s; see {folder}") from None
     if code != 0:
         raise SoakError(f"the job did not complete by itself, exit code {code}; see {folder / 'stderr'}")
 

@@ -2,28 +2,14 @@
 
 import hashlib
 import json
-import os
 import random
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.config.schema import (
-    Config,
-    DistConfig,
-    FakeConfig,
-    FolderConfig,
-    LoaderConfig,
-    ModelConfig,
-    OutputConfig,
-    RuntimeConfig,
-    TransformConfig,
-)
 from mgpu_ddp.output.manifest import Manifest, Part
 from mgpu_ddp.output.parts import array_digest
 
@@ -86,58 +72,23 @@ def make_images(root: Path, count: int, rng: random.Random) -> None:
         path.write_bytes(spoil[number % 3](path.read_bytes()))
 
 
-def configure(kind: Kind, images: Path, rows: int, commit_every: int) -> Config:
-    """Configure a job; `rows` counts where the images are fake."""
-    fake = FakeConfig(size=rows, image_size=[3, PIXELS, PIXELS])
-    fields: dict[str, Any] = {} if kind.how == "npy" else {"fields": ["topk", "logits"]}
-    return Config(
-        data=fake if kind.data == "fake" else FolderConfig(root=str(images)),
-        transform=TransformConfig(size=PIXELS),
-        model=ModelConfig(name="squeezenet1_1", num_classes=CLASSES),
-        loader=LoaderConfig(workers=1),
-        output=OutputConfig(format=kind.how, collect=kind.collect, commit_every=commit_every, **fields),
-        dist=DistConfig(timeout_s=LOST_AFTER_S),
-        runtime=RuntimeConfig(device="cpu"),
-        batch_size=4,
-    )
-
-
-def apart(function: Callable[[], Any]) -> Any:
-    """Call a function in a forked process and return what it returns, by way of JSON.
-
-    Raises:
-        RuntimeError: it raised there.
-    """
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(reading)
-            try:
-                said = {"result": function()}
-            except Exception as error:
-                traceback.print_exc()
-                said = {"raised": f"{type(error).__name__}: {error}"}
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(said, pipe)
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    heard = json.loads(text or '{"raised": "it died"}')
-    if "raised" in heard:
-        raise RuntimeError(heard["raised"])
-    return heard["result"]
-
-
-def committed(run_dir: Path) -> int:
-    """Count the rows that the manifest lists."""
-    try:
-        return sum(part["rows"] for part in json.loads((run_dir / "manifest.json").read_text())["parts"])
-    except FileNotFoundError:
-        return 0
+def settings(kind: Kind, images: Path, rows: int, commit_every: int) -> list[str]:
+    """Name a job on the command line; `rows` counts where the images are fake."""
+    fake = [f"data.size={rows}", f"data.image_size=[3,{PIXELS},{PIXELS}]"]
+    return [
+        *(fake if kind.data == "fake" else ["data=folder", f"data.root={images}"]),
+        f"transform.size={PIXELS}",
+        "model.name=squeezenet1_1",
+        f"model.num_classes={CLASSES}",
+        "batch_size=4",
+        "loader.workers=1",
+        "runtime.device=cpu",
+        f"dist.timeout_s={LOST_AFTER_S}",
+        f"output.commit_every={commit_every}",
+        f"output.format={kind.how}",
+        f"output.collect={kind.collect}",
+        *([] if kind.how == "npy" else ["output.fields=[topk,logits]"]),
+    ]
 
 
 def torn_parts(run_dir: Path) -> list[str]:
@@ -170,14 +121,14 @@ class Difference:
 
     rows: int
     missing: int
-    doubled: int
+    duplicates: int
     different: int
     unclean: list[str]
     """What else is wrong with the folder."""
 
     @property
     def is_none(self) -> bool:
-        return not (self.missing or self.doubled or self.different or self.unclean)
+        return not (self.missing or self.duplicates or self.different or self.unclean)
 
 
 def compare(run_dir: Path, reference: Path) -> Difference:
@@ -187,7 +138,7 @@ def compare(run_dir: Path, reference: Path) -> Difference:
     return Difference(
         rows=len(ours),
         missing=len(theirs.keys() - times.keys()),
-        doubled=sum(times.values()) - len(times),
+        duplicates=sum(times.values()) - len(times),
         different=sum(row != theirs.get(index) for index, row in ours),
         unclean=_unclean(run_dir, reference),
     )

@@ -1,19 +1,16 @@
 """Random kills of jobs that are resumed with another world size until they are complete, then compared."""
 
-import importlib
-import os
 import random
 import shutil
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from common.showing import Progress
 
 from mgpu_ddp.errors import MgpuError
-from soaking.attempt import CALM_S, HANG_S, Ended, Kill, attempt
-from soaking.jobs import KINDS, Difference, Kind, apart, committed, compare, configure, make_images, torn_parts
+from soaking.attempt import CALM_S, HANG_S, Attempt, Ended, Kill
+from soaking.jobs import KINDS, Kind, compare, make_images, settings, torn_parts
 from soaking.tally import Soak, Tally
+from tests.support.starting import committed_rows
 
 ROWS = 1200
 IMAGES = 900
@@ -32,7 +29,6 @@ STARTS_WITHIN_S = 2.0
 
 def soak_kills(soak: Soak) -> bool:
     """Kill so many times, compare every table, print what was counted. True where nothing failed."""
-    _preload()
     rng = random.Random(soak.seed)
     tally = Tally(soak=soak, progress=Progress("kills", soak.count, soak.seconds))
     images = soak.work / "images"
@@ -51,21 +47,13 @@ def soak_kills(soak: Soak) -> bool:
     return tally.report("killed", "when")
 
 
-def _preload() -> None:
-    """Import what ranks need, so that a fork has it at once."""
-    for name in ("mgpu_ddp.infer", "pyarrow.parquet", "torch.fx.experimental.optimization", "torchvision"):
-        importlib.import_module(name)
-    threads = [(Path("/proc/self/task") / tid / "comm").read_text().strip() for tid in os.listdir("/proc/self/task")]
-    if len(threads) > 1:
-        print(f"note: threads of the process that forks: {threads}", file=sys.stderr)
-
-
 def _reference(kind: Kind, images: Path, work: Path, rng: random.Random) -> Path:
     """Run a job undisturbed: the folder whose rows all of its kind must have."""
     folder = work / f"reference-{kind.rows}"
     calm = Kind(data=kind.data, how=kind.how, collect="gather")
-    ended = attempt(configure(calm, images, ROWS, 400), folder / "run", 1, None, folder / "out", rng)
-    rows = committed(folder / "run")
+    job = [*settings(calm, images, ROWS, 400), f"output.dir={folder / 'run'}"]
+    ended = Attempt(job, folder / "run", 1, None, folder / "out", rng).until_the_end()
+    rows = committed_rows(folder / "run")
     if not ended.complete or rows != _total(kind):
         raise RuntimeError(f"the reference run did not complete: {rows} rows, {ended}; see {folder}")
     return folder / "run"
@@ -85,16 +73,14 @@ class _Job:
         self._folder = tally.soak.work / f"job-{number}"
         self._run_dir, self._name = self._folder / "run", f"job {number} ({kind})"
         self._commit_every = rng.choice([16, 32, 48])
-        self._config = configure(kind, images, ROWS, self._commit_every)
+        self._settings = [*settings(kind, images, ROWS, self._commit_every), f"output.dir={self._run_dir}"]
 
     def soak(self, most_kills: int) -> None:
         """Kill it so many times at most, and compare what it leaves."""
         failures = len(self._tally.failures)
         try:
             if self._drive(most_kills):
-                # Reading tables starts threads, and this process has to stay without.
-                found = apart(lambda: asdict(compare(self._run_dir, self._reference)))
-                self._tally.compared(Difference(**found), self._name)
+                self._tally.compared(compare(self._run_dir, self._reference), self._name)
         except (RuntimeError, ValueError, OSError, MgpuError) as error:
             self._tally.fail(f"{self._name}: the folder cannot be read: {type(error).__name__}: {error}")
         if len(self._tally.failures) == failures:
@@ -105,12 +91,12 @@ class _Job:
         size = kills = tries = 0
         while True:
             size = self._rng.choice([n for n in range(1, MAX_RANKS + 1) if n != size])
-            done = committed(self._run_dir)
+            done = committed_rows(self._run_dir)
             calm = kills >= most_kills or self._tally.progress.out_of_time
             kill = None if calm else self._choose_kill(size, done)
             self._tally.begin()
             out = self._folder / f"attempt-{tries}"
-            ended = attempt(self._config, self._run_dir, size, kill, out, self._rng)
+            ended = Attempt(self._settings, self._run_dir, size, kill, out, self._rng).until_the_end()
             where = f"{self._name}, attempt {tries}, {size} ranks, {kill}"
             self._judge(ended, kill, done, where)
             if not ended.killed:
@@ -146,7 +132,7 @@ class _Job:
         return Kill(whom=whom, rank=rank, rows=rows, seconds=rng.uniform(0, 0.2))
 
     def _judge(self, ended: Ended, kill: Kill | None, before: int, where: str) -> None:
-        fail, now = self._tally.fail, committed(self._run_dir)
+        fail, now = self._tally.fail, committed_rows(self._run_dir)
         if ended.hung:
             fail(f"{where}: ranks {ended.hung} hung for {HANG_S if ended.killed else CALM_S:.0f} s")
         if ended.left:
@@ -160,12 +146,11 @@ class _Job:
         self._tally.kill(kill.whom, self._when(ended, before, now))
         if ended.survivors:
             self._tally.took("end of the survivors", ended.survivors_s)
-        for rank, text in ended.survivors.items():
-            error = text.partition(":")[0]
+        for rank, error in ended.survivors.items():
             # The rank whose worker was killed says so.
             owner = kill.whom == "a loader worker" and rank == kill.rank and error == "StateError"
             if error not in EXPECTED_ENDS and not owner and ended.joined:
-                fail(f"{where}: rank {rank} ended with {text}")
+                fail(f"{where}: rank {rank} ended with {error}")
 
     def _when(self, ended: Ended, before: int, now: int) -> str:
         """Name the moment of a kill, for counting."""

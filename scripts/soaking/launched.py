@@ -17,11 +17,13 @@ from common.processes import kill_sessions, living, ranks_below, sessions_of, st
 from common.showing import Progress
 
 from mgpu_ddp.output.manifest import Manifest
-from soaking.jobs import CLASSES, PIXELS, committed, compare
+from soaking.jobs import Kind, compare, settings
 from soaking.tally import Soak, Tally
+from tests.support.starting import committed_rows
 
 ROWS = 6000
 ENDLESS_ROWS = 1_000_000
+COMMIT_EVERY = 80
 SIDE_BY_SIDE = 2
 MOST_RESTARTS = 3
 LIMIT_S = 300.0
@@ -29,7 +31,10 @@ ORPHANS_END_S = 10.0
 IMPORTS_END_S = 60.0
 """How long an orphan may live that was still importing: these seconds of CPU time come first, on a busy machine."""
 POLL_S = 0.02
-OUTPUTS = (("parquet", "gather"), ("npy", "shards"), ("parquet", "shards"), ("npy", "gather"))
+KINDS = [
+    Kind(data="fake", how=how, collect=collect)
+    for how, collect in (("parquet", "gather"), ("npy", "shards"), ("parquet", "shards"), ("npy", "gather"))
+]
 ONE_NODE = ("--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2")
 Launcher = subprocess.Popen[bytes]
 
@@ -65,40 +70,21 @@ class Launches:
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             list(pool.map(one, range(count)))
 
-    def compare(self, run_dir: Path, how: str, where: str) -> None:
+    def compare(self, run_dir: Path, kind: Kind, where: str) -> None:
         """Compare a table with that of an undisturbed run of one process."""
         with self._one_at_a_time:
-            if how not in self._references:
-                folder = self.work / f"reference-{how}"
-                command = [sys.executable, "-m", "mgpu_ddp.infer", *settings(how, "gather", ROWS), "output.dir=run"]
-                with started(command, folder) as process:
+            if kind.rows not in self._references:
+                folder = self.work / f"reference-{kind.rows}"
+                with started([sys.executable, *job_of(kind), "output.dir=run"], folder) as process:
                     wait_for_end(process, folder)
-                self._references[how] = folder / "run"
-            found = compare(run_dir, self._references[how])
+                self._references[kind.rows] = folder / "run"
+            found = compare(run_dir, self._references[kind.rows])
         self.tally.compared(found, where)
 
 
-def settings(how: str, collect: str, rows: int) -> list[str]:
-    """Name a job of small fake images on the command line."""
-    return [
-        f"data.size={rows}",
-        f"data.image_size=[3,{PIXELS},{PIXELS}]",
-        f"transform.size={PIXELS}",
-        "model.name=squeezenet1_1",
-        f"model.num_classes={CLASSES}",
-        "batch_size=4",
-        "loader.workers=1",
-        "runtime.device=cpu",
-        "output.commit_every=80",
-        f"output.format={how}",
-        f"output.collect={collect}",
-        *([] if how == "npy" else ["output.fields=[topk,logits]"]),
-    ]
-
-
-def launch(*options: str, job: list[str]) -> list[str]:
-    """Make the command that starts a job under torchrun."""
-    return [*torchrun(*options), "-m", "mgpu_ddp.infer", *job]
+def job_of(kind: Kind, rows: int = ROWS) -> list[str]:
+    """Name the module and the settings of a job of small fake images."""
+    return ["-m", "mgpu_ddp.infer", *settings(kind, Path(), rows, COMMIT_EVERY)]
 
 
 def wait_until(condition: Callable[[], bool], process: Launcher, what: str) -> bool:
@@ -137,10 +123,10 @@ def soak_restarts(soak: Soak) -> bool:
     tally = launches.tally
 
     def restart(number: int, rng: random.Random) -> None:
-        how, collect = OUTPUTS[number % len(OUTPUTS)]
-        folder, where = launches.work / f"job-{number}", f"job {number} ({how} {collect})"
+        kind = KINDS[number % len(KINDS)]
+        folder, where = launches.work / f"job-{number}", f"job {number} ({kind})"
         kills = min(MOST_RESTARTS, soak.count - number * MOST_RESTARTS)
-        command = launch(*ONE_NODE, f"--max-restarts={MOST_RESTARTS}", job=settings(how, collect, ROWS))
+        command = [*torchrun(*ONE_NODE, f"--max-restarts={MOST_RESTARTS}"), *job_of(kind)]
 
         def run_dir() -> Path:
             return next(iter(folder.glob("outputs/*/*")), folder / "none")
@@ -150,7 +136,7 @@ def soak_restarts(soak: Soak) -> bool:
             for kill in range(kills):
                 at = rng.randint(ROWS * kill // kills, int(ROWS * (kill + 0.8) / kills)) or 1
                 victim = rng.randrange(2)
-                if not wait_until(lambda at=at: committed(run_dir()) >= at, launcher, f"{where}: {at} rows"):  # type: ignore[misc]
+                if not wait_until(lambda at=at: committed_rows(run_dir()) >= at, launcher, f"{where}: {at} rows"):  # type: ignore[misc]
                     raise SoakError(f"{where}: it ended before its kill at {at} rows; see {folder}")
                 ranks = ranks_below(launcher.pid)
                 while victim not in ranks or ranks[victim].pid in before:
@@ -161,16 +147,16 @@ def soak_restarts(soak: Soak) -> bool:
                     ranks = ranks_below(launcher.pid)
                 before |= {process.pid for process in ranks.values()}
                 os.kill(ranks[victim].pid, signal.SIGKILL)
-                tally.kill(f"rank {victim} of 2", how, collect)
+                tally.kill(f"rank {victim} of 2", str(kind))
             wait_for_end(launcher, folder)
         folders = list(folder.glob("outputs/*/*"))
         if len(folders) != 1:
             raise SoakError(f"{where}: the restarts did not share one run folder: {folders}")
-        launches.compare(folders[0], how, where)
+        launches.compare(folders[0], kind, where)
         shutil.rmtree(folder)
 
     launches.each(-(-soak.count // MOST_RESTARTS), restart)
-    return tally.report("killed and restarted", "format", "collect")
+    return tally.report("killed and restarted", "kind")
 
 
 def soak_orphans(soak: Soak) -> bool:
@@ -182,8 +168,8 @@ def soak_orphans(soak: Soak) -> bool:
         folder = launches.work / f"job-{number}"
         stage = rng.choice(["starting", "claiming", "committing", "committing"])
         at = rng.uniform(0, 5) if stage == "starting" else rng.randint(1, 2000)
-        job = [*settings("parquet", rng.choice(["gather", "shards"]), ENDLESS_ROWS), "output.dir=run"]
-        with started(launch(*ONE_NODE, job=job), folder) as launcher:
+        job = [*job_of(rng.choice(KINDS), ENDLESS_ROWS), "output.dir=run"]
+        with started([*torchrun(*ONE_NODE), *job], folder) as launcher:
 
             def there() -> bool:
                 if stage == "starting":
@@ -192,7 +178,7 @@ def soak_orphans(soak: Soak) -> bool:
                     return len(ranks) == 2 and min(process.cpu_s for process in ranks.values()) >= at
                 if stage == "claiming":
                     return (folder / "run").exists()
-                return committed(folder / "run") >= at
+                return committed_rows(folder / "run") >= at
 
             if not wait_until(there, launcher, f"stage {stage} of {folder}"):
                 raise SoakError(f"{folder}: torchrun ended before it was killed")
@@ -223,34 +209,34 @@ def soak_elastic(soak: Soak) -> bool:
     tally = launches.tally
 
     def shrink(number: int, rng: random.Random) -> None:
-        how, collect = OUTPUTS[number % len(OUTPUTS)]
-        folder, where = launches.work / f"job-{number}", f"job {number} ({how} {collect})"
+        kind = KINDS[number % len(KINDS)]
+        folder, where = launches.work / f"job-{number}", f"job {number} ({kind})"
         run_dir, at = folder / "run", rng.randint(1, ROWS // 2)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id=soak{number}")
         node = ("--nnodes=1:2", "--nproc_per_node=1", "--local-addr=127.0.0.1", f"--max-restarts={MOST_RESTARTS}")
-        command = launch(*rendezvous, *node, job=[*settings(how, collect, ROWS), f"output.dir={run_dir}"])
+        command = [*torchrun(*rendezvous, *node), *job_of(kind), f"output.dir={run_dir}"]
         with started(command, folder / "first") as first:
             wait_until(lambda: _listens(port), first, f"{where}: the rendezvous")
             with started(command, folder / "second") as second:
 
                 def there() -> bool:
-                    return committed(run_dir) >= at and bool(ranks_below(first.pid) and ranks_below(second.pid))
+                    return committed_rows(run_dir) >= at and bool(ranks_below(first.pid) and ranks_below(second.pid))
 
                 if not wait_until(there, first, f"{where}: {at} rows by two nodes"):
                     raise SoakError(f"{where}: the first node ended alone; see {folder}")
                 sizes = _world_sizes(run_dir)
-            tally.kill(how, collect)
+            tally.kill(str(kind))
             wait_for_end(first, folder / "first")
         if (sizes, _world_sizes(run_dir)) != ([2], [2, 1]):
             raise SoakError(f"{where}: the world did not shrink from 2 to 1: {sizes}, then {_world_sizes(run_dir)}")
-        launches.compare(run_dir, how, where)
+        launches.compare(run_dir, kind, where)
         shutil.rmtree(folder)
 
     launches.each(soak.count, shrink)
-    return tally.report("second node killed", "collect")
+    return tally.report("second node killed")
 
 
 def _listens(port: int) -> bool:

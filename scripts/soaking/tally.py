@@ -76,7 +76,7 @@ class Tally:
         """Print the tables and the JSON line. True where nothing failed."""
         self.progress.end()
         totals = {name: sum(getattr(each, name) for each in self.differences)
-                  for name in ("rows", "missing", "doubled", "different")}  # fmt: skip
+                  for name in ("rows", "missing", "duplicates", "different")}  # fmt: skip
         empty = ("",) * (len(heads) - 1)
         kills = [(*what, times) for what, times in sorted(self.kills.items())]
         print_columns([(*heads, "times"), *kills, ("all", *empty, self.killed)])

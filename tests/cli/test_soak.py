@@ -1,4 +1,4 @@
-"""The soak test itself, for a short while: kills at random moments, and not a row lost, doubled or different."""
+"""The soak test itself, for a short while: kills at random moments, and not a row lost, duplicates or different."""
 
 import json
 import subprocess
@@ -20,6 +20,6 @@ def test_ten_kills_cost_no_row() -> None:
     assert report["kills"] == sum(report["by"].values())
     assert report["kills"] == 10 or report["out_of_time"]
     assert report["rows"] > 0
-    assert (report["missing"], report["doubled"], report["different"], report["failures"]) == (0, 0, 0, [])
+    assert (report["missing"], report["duplicates"], report["different"], report["failures"]) == (0, 0, 0, [])
     assert ended.stdout.startswith("killed ")
     assert "\r" not in ended.stderr, "a line that changes is for terminals only"

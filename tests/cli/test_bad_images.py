@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from mgpu_ddp.preprocess.transform import FORMATS, MEAN, STD
 from tests.support.runs import assert_proved, read_rows
-from tests.support.starting import SMALL_IMAGES, run, torchrun
+from tests.support.starting import SMALL_IMAGES, ranks, run
 
 CORPUS = "MGPU_DDP_BAD_IMAGES"
 """Environment variable that names a folder of odd and broken images."""
@@ -125,7 +125,7 @@ def test_each_odd_image_has_one_row_and_costs_its_neighbours_nothing(tmp_path: P
     (root / "folder.jpg").mkdir()
     (root / "dangling.jpg").symlink_to("nowhere")
     (root / "device.jpg").symlink_to("/dev/zero")
-    ended = run(torchrun(2, *SETTINGS, "data.root=images"), tmp_path)
+    ended = run(ranks(2, *SETTINGS, "data.root=images"), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", len(GOOD) + len(BAD) + 1, errors=len(BAD))
     rows = {row["path"]: row for row in read_rows(tmp_path / "out")}
@@ -166,7 +166,7 @@ def decodes(path: Path) -> bool:
 def test_a_corpus_of_broken_images_costs_no_process(tmp_path: Path) -> None:
     root = Path(os.environ[CORPUS])
     ended = run(
-        torchrun(2, *SMALL_IMAGES, "data=folder", f"data.root={root}", "output.dir=out", "loader.timeout_s=10"),
+        ranks(2, *SMALL_IMAGES, "data=folder", f"data.root={root}", "output.dir=out", "loader.timeout_s=10"),
         tmp_path,
     )
     assert ended.code == 0, ended.err

@@ -10,13 +10,14 @@ import pytest
 from tests.support import s3
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.sources import write_tar
-from tests.support.starting import BIN, SMALL_IMAGES, TIMEOUT_S, python_m, run
+from tests.support.starting import BIN, SMALL_IMAGES, TIMEOUT_S, ranks, run
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 RUNS = {"from-list": "photos/", "from-tars": "train-0", "from-parquet": "photos/", "from-bucket": "s3://photos/"}
 """The folder of each recipe whose images come as they are, and how its paths begin."""
 
 
+@pytest.mark.slow
 def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len(recipes) == len(RUNS) + 1
@@ -55,11 +56,11 @@ def test_a_tar_that_breaks_between_two_starts_is_one_line_and_nothing_is_lost(tm
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", images[number * 8 : number * 8 + 8], [0] * 8)
     settings = ("data=webdataset", "data.urls=*.tar", *SMALL_IMAGES, "output.dir=out")
-    assert run(python_m(*settings, "limit=8"), tmp_path).code == 0
+    assert run(ranks(1, *settings, "limit=8"), tmp_path).code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:5000])
-    broken = run(python_m(*settings, "limit=12"), tmp_path)
+    broken = run(ranks(1, *settings, "limit=12"), tmp_path)
     assert broken.code == 2
     lines = [line for line in broken.err.splitlines() if line.startswith("mgpu_ddp: ")]
     assert len(lines) == 1
@@ -67,5 +68,5 @@ def test_a_tar_that_breaks_between_two_starts_is_one_line_and_nothing_is_lost(tm
     assert "Traceback" not in broken.err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     (tmp_path / "1.tar").write_bytes(whole)
-    assert run(python_m(*settings, "limit=12"), tmp_path).code == 0
+    assert run(ranks(1, *settings, "limit=12"), tmp_path).code == 0
     assert_proved(tmp_path / "out", 12)

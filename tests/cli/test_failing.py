@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.starting import (
     SMALL,
     SMALL_IMAGES,
-    Ended,
     committed_rows,
     finish,
     mgpu_infer,
-    python_m,
+    ranks,
     run,
+    run_all,
     started,
     torchrun,
     wait_until,
@@ -30,7 +29,7 @@ SHORT = 4000
 
 
 def test_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
-    ended = run(torchrun(3, "batch_sizee=3"), tmp_path)
+    ended = run(torchrun(2, "batch_sizee=3"), tmp_path)
     assert ended.code == 1, "torchrun knows only 0 and 1"
     line = "mgpu_ddp: batch_sizee must be a known key, got 'batch_sizee=3'. Did you mean batch_size?"
     assert ended.err.count(line) == 1
@@ -49,16 +48,13 @@ MISTAKES = {
 
 
 def test_each_mistake_has_its_line(tmp_path: Path) -> None:
-    def check(number: int, settings: tuple[str, ...]) -> tuple[Ended, Path]:
-        folder = tmp_path / str(number)
+    folders = [tmp_path / str(number) for number in range(len(MISTAKES))]
+    for folder in folders:
         (folder / "empty").mkdir(parents=True)
         (folder / "foreign" / "predictions").mkdir(parents=True)
         (folder / "foreign" / "predictions" / "mine.txt").write_text("keep me")
-        return run(python_m(*settings), folder), folder
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(check, range(len(MISTAKES)), MISTAKES))
-    for (ended, folder), line in zip(results, MISTAKES.values(), strict=True):
+    results = run_all([ranks(1, *settings) for settings in MISTAKES], folders)
+    for ended, folder, line in zip(results, folders, MISTAKES.values(), strict=True):
         assert ended.code == 2, ended.err
         assert ended.err.count("mgpu_ddp: ") == 1
         assert line in ended.err
@@ -68,13 +64,13 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_job_is_refused_and_kept(tmp_path: Path) -> None:
-    assert run(python_m(*SMALL, "data.size=20", "output.dir=out"), tmp_path).code == 0
+    assert run(ranks(1, *SMALL, "data.size=20", "output.dir=out"), tmp_path).code == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    ended = run(python_m(*SMALL, "data.size=21", "output.dir=out"), tmp_path)
+    ended = run(ranks(1, *SMALL, "data.size=21", "output.dir=out"), tmp_path)
     assert ended.code == 2
     assert "data.size=20 there, 21 here" in ended.err
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
-    assert run(python_m(*SMALL, "data.size=21", "output.dir=out", "overwrite=true"), tmp_path).code == 0
+    assert run(ranks(1, *SMALL, "data.size=21", "output.dir=out", "overwrite=true"), tmp_path).code == 0
     assert_proved(tmp_path / "out", 21)
 
 
@@ -110,11 +106,11 @@ def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Pat
         assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
         kept = committed_rows(tmp_path / "out")
         assert 0 < kept < 5000
-        again = run(torchrun(2, *settings), tmp_path)
+        again = run(ranks(2, *settings), tmp_path)
         assert again.code == 0, again.err
         assert again.summary["rows_this_run"] == 5000 - kept
         assert_proved(tmp_path / "out", 5000)
-        assert run(python_m(*settings[:-1], "output.dir=whole"), tmp_path).code == 0
+        assert run(ranks(1, *settings[:-1], "output.dir=whole"), tmp_path).code == 0
         assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
 
 
@@ -136,15 +132,15 @@ def test_a_folder_in_use_is_refused_until_its_job_is_dead(tmp_path: Path) -> Non
     other = tmp_path / "other"
     other.mkdir()
     settings = (*LONG[:-1], f"output.dir={tmp_path / 'out'}")
-    with started(python_m(*settings), tmp_path) as first:
+    with started(ranks(1, *settings), tmp_path) as first:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, first)
-        second = run(python_m(*settings), other)
+        second = run(ranks(1, *settings), other)
         assert second.code == 2, second.err
         assert f"(held by process {first.pid} on " in second.err
         assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "running"
         first.kill()
         first.wait()
-    with started(python_m(*settings), other) as third:
+    with started(ranks(1, *settings), other) as third:
         before = committed_rows(tmp_path / "out")
         wait_until(lambda: committed_rows(tmp_path / "out") > before, third)
 

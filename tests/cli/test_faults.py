@@ -17,6 +17,7 @@ from tests.support.starting import (
     committed_rows,
     finish,
     python_m,
+    ranks,
     run,
     started,
     torchrun,
@@ -84,7 +85,7 @@ def test_a_full_disk_ends_the_job_in_one_line_and_it_resumes_with_more(tmp_path:
 
 
 def test_a_folder_deleted_in_the_middle_ends_the_job_in_one_line(tmp_path: Path) -> None:
-    with started(torchrun(2, *LONG), tmp_path) as launcher:
+    with started(ranks(2, *LONG), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         (tmp_path / "out").rename(tmp_path / "gone")
         shutil.rmtree(tmp_path / "gone")
@@ -116,7 +117,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
-    ended = run(torchrun(2, *SLOW_BATCH, "limit=41", "dist.timeout_s=2"), tmp_path)
+    ended = run(ranks(2, *SLOW_BATCH, "limit=41", "dist.timeout_s=2"), tmp_path)
     assert ended.code == 0, ended.err
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["ranks"][0]["predict_s"] > 2, "the batch was not slow enough to prove anything"
@@ -130,7 +131,7 @@ def is_predicting(process: Process, cwd: Path) -> bool:
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    with started(python_m(*SLOW_BATCH), tmp_path) as process:
+    with started(ranks(1, *SLOW_BATCH), tmp_path) as process:
         wait_until(lambda: is_predicting(process, tmp_path), process)
         since = time.monotonic()
         process.terminate()
@@ -145,7 +146,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_two_signals_at_once_are_one_wish(tmp_path: Path) -> None:
-    with started(python_m(*LONG), tmp_path) as process:
+    with started(ranks(1, *LONG), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
         process.terminate()
         process.terminate()
@@ -156,7 +157,7 @@ def test_two_signals_at_once_are_one_wish(tmp_path: Path) -> None:
 
 
 def test_a_killed_loader_worker_ends_the_job_with_its_cause(tmp_path: Path) -> None:
-    with started(python_m(*LONG), tmp_path) as process:
+    with started(ranks(1, *LONG), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 1
@@ -169,7 +170,7 @@ def test_a_killed_loader_worker_ends_the_job_with_its_cause(tmp_path: Path) -> N
 
 
 def test_a_killed_rank_leaves_no_loader_worker(tmp_path: Path) -> None:
-    with started(python_m(*LONG), tmp_path) as process:
+    with started(ranks(1, *LONG), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
         (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 from tests.support.runs import assert_proved, make_images, read_rows
-from tests.support.starting import BIN, TIMEOUT_S, python_m, run, torchrun
+from tests.support.starting import BIN, TIMEOUT_S, ranks, run
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path) -> None:
     (recipe,) = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert recipe.count("\n") <= 10
@@ -44,7 +45,7 @@ def test_weights_of_the_hub_give_what_timm_gives(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = ("data=folder", f"data.root={root}", "model=timm", "model.name=test_resnet", "model.weights=DEFAULT")
     settings += ("batch_size=4", "loader.workers=1", "runtime.decode=cpu", "output.fields=[topk,logits]")
-    ended = run(torchrun(2, *settings, "output.dir=two"), tmp_path)
+    ended = run(ranks(2, *settings, "output.dir=two"), tmp_path)
     assert ended.code == 0, ended.err
     rows = read_rows(tmp_path / "two")
     transform = create_transform(**resolve_data_config(model=theirs), is_training=False)
@@ -56,7 +57,7 @@ def test_weights_of_the_hub_give_what_timm_gives(tmp_path: Path, monkeypatch: py
     assert all(row["pred_name"] for row in rows)
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    missing = run(python_m(*settings, "output.dir=none"), tmp_path)
+    missing = run(ranks(1, *settings, "output.dir=none"), tmp_path)
     assert missing.code == 2
     assert "model.weights must be on this machine or reachable, got 'DEFAULT'" in missing.err
     assert not (tmp_path / "none").exists()

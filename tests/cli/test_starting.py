@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.runs import LAUNCH, assert_proved, read_rows
-from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, run, torchrun
+from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, ranks, run, torchrun
 
 
 def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) 
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}")
     one = run(python_m(*settings, f"hydra.run.dir={tmp_path / 'one'}"), tmp_path)
     assert one.code == 0, one.err
-    traced = run(torchrun(2, *settings, "output.dir=two", "output.format=jsonl", "runtime.profile=true"), tmp_path)
+    traced = run(ranks(2, *settings, "output.dir=two", "output.format=jsonl", "runtime.profile=true"), tmp_path)
     assert traced.code == 0, traced.err
     for rank in range(2):
         with gzip.open(tmp_path / "two" / "profile" / f"rank{rank}.json.gz") as file:
@@ -64,9 +64,9 @@ def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) 
 
 def test_embeddings_in_half_precision_go_to_an_array_or_to_parquet(tmp_path: Path, images: Path) -> None:
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}", "output.fields=[embedding]", "output.dtype=fp16")
-    in_array = run(torchrun(2, *settings, "output.dir=array", "output.format=npy"), tmp_path)
+    in_array = run(ranks(2, *settings, "output.dir=array", "output.format=npy"), tmp_path)
     assert in_array.code == 0, in_array.err
-    assert run(python_m(*settings, "output.dir=table"), tmp_path).code == 0
+    assert run(ranks(1, *settings, "output.dir=table"), tmp_path).code == 0
     array = np.load(tmp_path / "array" / "predictions.npy")
     assert (array.dtype, array.shape) == (np.float16, tuple(in_array.summary["predictions"]))
     rows = read_rows(tmp_path / "table")
@@ -75,16 +75,15 @@ def test_embeddings_in_half_precision_go_to_an_array_or_to_parquet(tmp_path: Pat
     assert pq.read_schema(part).field("embedding").type.value_type == pa.float16()
     assert np.array_equal(array, np.array([row["embedding"] for row in rows], np.float16))
     assert array.std() > 0
-    refused = run(python_m(*settings, "output.format=csv"), tmp_path)
+    refused = run(ranks(1, *settings, "output.format=csv"), tmp_path)
     assert refused.code == 2
     assert "output.dtype must be fp32 with output.format=csv or jsonl" in refused.err
 
 
 def test_data_parallel_gives_the_same_rows_as_ddp(tmp_path: Path) -> None:
     for strategy in ("ddp", "data_parallel"):
-        assert (
-            run(python_m(*SMALL, "data.size=50", f"strategy={strategy}", f"output.dir={strategy}"), tmp_path).code == 0
-        )
+        command = ranks(1, *SMALL, "data.size=50", f"strategy={strategy}", f"output.dir={strategy}")
+        assert run(command, tmp_path).code == 0
     assert read_rows(tmp_path / "ddp") == read_rows(tmp_path / "data_parallel")
 
 

@@ -11,7 +11,17 @@ import pytest
 from tests.support import s3
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.sources import sources
-from tests.support.starting import SMALL_IMAGES, committed_rows, finish, run, started, torchrun, wait_until, worker_pids
+from tests.support.starting import (
+    SMALL_IMAGES,
+    committed_rows,
+    finish,
+    ranks,
+    run,
+    started,
+    torchrun,
+    wait_until,
+    worker_pids,
+)
 
 COUNT = 400
 
@@ -54,7 +64,7 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
 
         proxy.latency_s, expires = 0.0, proxy.asked + 100
         proxy.fault = lambda number: s3.EXPIRED if number > expires else None
-        locked_out = run(torchrun(2, *far), tmp_path)
+        locked_out = run(ranks(2, *far), tmp_path)
         told.append(locked_out.err)
         assert locked_out.code == 1
         reason = json.loads((tmp_path / "out" / "status.json").read_text())["reason"]
@@ -64,11 +74,11 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
         assert kept < committed_rows(tmp_path / "out") < COUNT
 
         proxy.fault = lambda number: None
-        again = run(torchrun(3, *far), tmp_path)
+        again = run(ranks(3, *far), tmp_path)
         assert again.code == 0, again.err
         told += [again.err, again.out]
         assert_proved(tmp_path / "out", COUNT)
-    near = run(torchrun(1, *settings, *on_disk, "output.dir=near"), tmp_path)
+    near = run(ranks(1, *settings, *on_disk, "output.dir=near"), tmp_path)
     assert near.code == 0, near.err
     assert read_rows(tmp_path / "out") == read_rows(tmp_path / "near")
     told += [path.read_bytes().decode("latin-1") for path in (tmp_path / "out").rglob("*") if path.is_file()]

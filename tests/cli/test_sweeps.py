@@ -17,11 +17,11 @@ from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
 from tests.support.starting import (
     SMALL,
     SMALL_IMAGES,
-    Ended,
+    World,
     committed_rows,
     finish,
-    mgpu_infer,
     python_m,
+    ranks,
     run,
     started,
     torchrun,
@@ -51,9 +51,9 @@ def broken(tmp_path: Path) -> Path:
 
 def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, broken: Path) -> None:
     """Ranks that went on alone would mix the rows of different jobs, or wait for each other for ever."""
-    command = torchrun(3, *SMALL_IMAGES, "data=folder", f"data.root={broken}")
+    command = (*SMALL_IMAGES, "data=folder", f"data.root={broken}")
     points = ("batch_size=4,-1,8", "on_error=raise,record")
-    ended = run([*command, *SWEEP, *points], tmp_path)
+    ended = run(ranks(3, *command, *SWEEP, *points), tmp_path)
     assert ended.code == 1, ended.err
     assert statuses(tmp_path) == ["failed", "complete", "failed", "failed", "failed", "complete"]
     rows = ledger(tmp_path)
@@ -66,7 +66,7 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
     assert (ended.summary["jobs"], ended.summary["failed"]) == (6, 4)
     for job in (1, 5):
         assert_proved(tmp_path / "sweep" / str(job), 31, errors=1)
-    alone = python_m(*SMALL_IMAGES, "data=folder", f"data.root={broken}", "batch_size=8", "output.dir=alone")
+    alone = ranks(1, *SMALL_IMAGES, "data=folder", f"data.root={broken}", "batch_size=8", "output.dir=alone")
     assert run(alone, tmp_path).code == 0
     assert read_rows(tmp_path / "sweep" / "5") == read_rows(tmp_path / "alone")
     assert rows[5]["reused"] == [], "what a failed job leaves may differ from rank to rank"
@@ -113,14 +113,14 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
     assert "rank 1 of 2 died" in ledger(tmp_path)[1]["reason"]
     assert ended.summary["status"] == "failed"
     kept = committed_rows(tmp_path / "sweep" / "1")
-    with started(mgpu_infer(*settings), tmp_path) as process:
+    with started(ranks(1, *settings), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "sweep" / "2") > 0, process)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         ended = finish(process, tmp_path, 0)
     assert ended.code == 75, ended.err
     assert statuses(tmp_path) == ["complete", "complete", "preempted"]
     assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 4000 - kept
-    again = run(python_m(*settings), tmp_path)
+    again = run(ranks(1, *settings), tmp_path)
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["complete"] * 3
     for job in range(3):
@@ -132,9 +132,10 @@ def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     sizes = ("data.size=300", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=50")
     model = ("model.name=squeezenet1_1", "loader.workers=1", "loader.prefetch=1")
     points = ("batch_size=2,256,512,4", "sweep.stop_on_oom=true")
-    with started(torchrun(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
+    with started(ranks(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
-        rank = worker_pids(process.pid)[1]
+        assert isinstance(process, World)
+        rank = process.ranks[1].pid
         used = int(Path(f"/proc/{rank}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(rank, resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))
         ended = finish(process, tmp_path, 0)
@@ -183,7 +184,7 @@ def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path
 
 
 def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
-    ended: Ended = run(python_m("--multirun", "data.size=10,many"), tmp_path)
+    ended = run(ranks(1, "--multirun", "data.size=10,many"), tmp_path)
     assert ended.code == 2
     assert ended.err == "mgpu_ddp: data.size must be an integer, got 'many'. See --help.\n"
     assert not (tmp_path / "multirun").exists()

@@ -1,8 +1,11 @@
 """What the batch scripts start, word by word: what is typed reaches mgpu_ddp as it is, and no shell reads it."""
 
 import os
+import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -46,35 +49,57 @@ HOSTILE = [
 ]
 
 
-def started(
-    tmp_path: Path, script: str, *arguments: str, **environ: str
-) -> tuple["subprocess.CompletedProcess[str]", list[str]]:
-    """Run a script where SLURM's commands only write down what they were asked; returns srun's words."""
-    commands = tmp_path / "commands"
-    commands.mkdir(exist_ok=True)
-    written = tmp_path / "srun"
-    bodies = {
-        "srun": f'printf "%s\\0" "$@" > {written}; env | grep -E "^(SRUN|OMP|TORCH|MGPU)_" | sort > {written}.env',
-        "scontrol": 'case "$2" in hostnames) [ -z "$3" ] || printf "a1\\na2\\n" ;; '
-        f'job) echo "JobId=123 Command={LAUNCH}/slurm.sbatch WorkDir=/x" ;; esac',
-        "python3": "exit 0",
-    }
-    for name, body in bodies.items():
-        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
-        (commands / name).chmod(0o755)
-    work = tmp_path / "work"
-    work.mkdir(exist_ok=True)
-    kept = {"PATH": f"{commands}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(
-        ["bash", str(LAUNCH / script), *arguments],
-        env=kept | HERE | environ,
-        cwd=work,
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    assert not list(work.iterdir()), "nothing but srun was to do anything"
-    return done, written.read_text().split("\0")[:-1] if written.exists() else []
+COMMANDS = f"""
+srun() {{ printf "%s\\0" "$@" > ../srun; env | grep -E "^(SRUN|OMP|TORCH|MGPU)_" | sort > ../environ; }}
+scontrol() {{
+    case "$2" in
+    hostnames) [ -z "$3" ] || printf "a1\\na2\\n" ;;
+    job) echo "JobId=123 Command={LAUNCH}/slurm.sbatch WorkDir=/x" ;;
+    esac
+}}
+python3() {{ :; }}
+"""
+"""SLURM's commands, which only write down what they were asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a script is started, or was."""
+
+    arguments: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
+    code: int = 0
+    err: str = ""
+    words: Sequence[str] = ()
+    """That srun was given."""
+    seen: str = ""
+    """The part of the environment that srun passes on for us."""
+
+
+def start_all(tmp_path: Path, script: str, starts: Sequence[Start]) -> list[Start]:
+    """Start a script in each way, all in one bash, and return what became of each."""
+    lines = [COMMANDS]
+    for number, start in enumerate(starts):
+        (tmp_path / str(number) / "work").mkdir(parents=True)
+        exports = [shlex.join(["export", f"{name}={value}"]) for name, value in start.environ.items()]
+        source = shlex.join(["source", str(LAUNCH / script), *start.arguments])
+        lines.append(f"({'; '.join([f'cd {number}/work', *exports, source])}) > {number}/out 2> {number}/err")
+        lines.append(f"echo $? > {number}/code")
+    environ = {"PATH": "/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")} | HERE
+    subprocess.run(["bash", "-c", "\n".join(lines)], cwd=tmp_path, env=environ, check=True, timeout=120)
+    assert not list(tmp_path.glob("*/work/*")), "nothing but srun was to do anything"
+    return [_read(tmp_path / str(number), start) for number, start in enumerate(starts)]
+
+
+def _read(folder: Path, start: Start) -> Start:
+    words = (folder / "srun").read_text().split("\0")[:-1] if (folder / "srun").exists() else []
+    seen = (folder / "environ").read_text() if words else ""
+    code = int((folder / "code").read_text())
+    return replace(start, code=code, err=(folder / "err").read_text(), words=words, seen=seen)
+
+
+def start(tmp_path: Path, script: str, *arguments: str, **environ: str) -> Start:
+    return start_all(tmp_path, script, [Start(arguments=arguments, environ=environ)])[0]
 
 
 def assert_golden(name: str, text: str) -> None:
@@ -119,50 +144,54 @@ CASES: dict[str, tuple[str, list[str], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_started(case: str, tmp_path: Path) -> None:
+def test_srun_is_given_what_the_allocation_asks_for(case: str, tmp_path: Path) -> None:
     script, arguments, environ = CASES[case]
-    done, words = started(tmp_path, script, *arguments, **environ)
+    started = start(tmp_path, script, *arguments, **environ)
     # The recorder leaves no run folder, so no job was complete.
-    assert done.returncode == 1, done.stderr
-    assert_golden(f"{case}.txt", "\n".join([*words, "--", (tmp_path / "srun.env").read_text()]))
+    assert started.code == 1, started.err
+    assert_golden(f"{case}.txt", "\n".join([*started.words, "--", started.seen]))
 
 
-@pytest.mark.parametrize("word", HOSTILE)
-def test_what_is_typed_reaches_the_command_as_it_is(
-    word: str, tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch
+def test_what_is_typed_reaches_the_command_as_it_is(tmp_path: Path) -> None:
+    starts = [Start(), *(Start(arguments=(word, f"data.root={word}")) for word in HOSTILE)]
+    plain, *typed = start_all(tmp_path, "slurm.sbatch", starts)
+    assert plain.code == 1
+    for word, started in zip(HOSTILE, typed, strict=True):
+        assert started.words == [*plain.words, word, f"data.root={word}"]
+
+
+def test_a_run_folder_of_any_name_reaches_the_command_as_it_is(
+    tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, before = started(tmp_path, "slurm.sbatch")
-    assert plain.returncode == 1
-    _, words = started(tmp_path, "slurm.sbatch", word, f"data.root={word}")
-    assert words == [*before, word, f"data.root={word}"]
-    if "\n" not in word:
-        _, words = started(tmp_path, "slurm.sbatch", RUN_DIR=word)
-        assert words == before
-        assert f"MGPU_DDP_FOLDER={word}\n" in (tmp_path / "srun.env").read_text()
-        monkeypatch.setenv("MGPU_DDP_FOLDER", word)
-        assert check_command(words[-1:]).folder == str(Path(word).absolute())
+    names = [word for word in HOSTILE if "\n" not in word]
+    plain, *named = start_all(tmp_path, "slurm.sbatch", [Start(), *(Start(environ={"RUN_DIR": n}) for n in names)])
+    for name, started in zip(names, named, strict=True):
+        assert started.words == plain.words
+        assert f"MGPU_DDP_FOLDER={name}\n" in started.seen
+    for name in ("a b", "☃", "=", ",", "'", '"', "{a,b}", "${IFS}touch marker"):
+        monkeypatch.setenv("MGPU_DDP_FOLDER", name)
+        assert check_command(plain.words[-1:]).folder == str(Path(name).absolute())
 
 
 @pytest.mark.parametrize("name", ["PROCESSES", "SLURM_JOB_ID", "SHARDS"])
-@pytest.mark.parametrize("word", HOSTILE)
-def test_what_must_be_a_number_is_one(name: str, word: str, tmp_path: Path) -> None:
+def test_what_must_be_a_number_is_one(name: str, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "7"}
-    done, words = started(tmp_path, "slurm_array.sbatch", **{**array, name: word})
-    assert done.returncode == 2
-    assert words == []
-    assert f"mgpu_ddp: {name} must be a number" in done.stderr
+    starts = [Start(environ=array | {name: word}) for word in HOSTILE]
+    for word, started in zip(HOSTILE, start_all(tmp_path, "slurm_array.sbatch", starts), strict=True):
+        assert (started.code, started.words) == (2, []), word
+        assert f"mgpu_ddp: {name} must be a number" in started.err
 
 
 def test_an_allocation_without_nodes_is_refused(tmp_path: Path) -> None:
-    done, words = started(tmp_path, "slurm.sbatch", SLURM_JOB_NODELIST="")
-    assert (done.returncode, words) == (2, [])
-    assert done.stderr == "mgpu_ddp: the allocation must have nodes, got ''. Ask for --nodes=1 or more.\n"
+    started = start(tmp_path, "slurm.sbatch", SLURM_JOB_NODELIST="")
+    assert (started.code, started.words) == (2, [])
+    assert started.err == "mgpu_ddp: the allocation must have nodes, got ''. Ask for --nodes=1 or more.\n"
 
 
 def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(tmp_path: Path) -> None:
-    done, words = started(tmp_path, "slurm.sbatch", PYTHON="/bin/false")
-    assert (done.returncode, words) == (2, [])
-    assert done.stderr.startswith("mgpu_ddp: mgpu_ddp is not installed for /bin/false. ")
+    started = start(tmp_path, "slurm.sbatch", PYTHON="/bin/false")
+    assert (started.code, started.words) == (2, [])
+    assert started.err.startswith("mgpu_ddp: mgpu_ddp is not installed for /bin/false. ")
 
 
 def test_the_scripts_are_clean() -> None:

@@ -8,33 +8,40 @@ from pathlib import Path
 
 import pytest
 
+from mgpu_ddp.config.help import documented_keys
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.starting import (
     SMALL,
     SMALL_IMAGES,
     committed_rows,
     finish,
+    launched,
     mgpu_infer,
     ranks,
     run,
     run_all,
     started,
-    torchrun,
     wait_until,
     worker_pids,
 )
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
-SHORT = 4000
+SHORT = 2000
 
 
-def test_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
-    ended = run(torchrun(2, "batch_sizee=3"), tmp_path)
-    assert ended.code == 1, "torchrun knows only 0 and 1"
+def test_help_or_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
+    folders = [tmp_path / "help", tmp_path / "mistake"]
+    for folder in folders:
+        folder.mkdir()
+    helped, mistaken = run_all([launched(2, "--help"), launched(2, "batch_sizee=3")], folders)
+    assert helped.code == 0, helped.err
+    for key in documented_keys():
+        assert helped.out.count(f"\n{key}  (") == 1, key
+    assert mistaken.code == 1, "torchrun knows only 0 and 1"
     line = "mgpu_ddp: batch_sizee must be a known key, got 'batch_sizee=3'. Did you mean batch_size?"
-    assert ended.err.count(line) == 1
-    assert ended.out == ""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
+    assert mistaken.err.count(line) == 1
+    assert mistaken.out == ""
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["stderr.txt"] * 2 + ["stdout.txt"] * 2
 
 
 MISTAKES = {
@@ -78,7 +85,7 @@ def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
     paths = make_images(tmp_path / "bad", 40)
     sorted(paths)[21].write_bytes(b"broken")
     settings = (*SMALL_IMAGES, "data=folder", "data.root=bad", "on_error=raise", "output.dir=out")
-    ended = run(torchrun(2, *settings), tmp_path)
+    ended = run(launched(2, *settings), tmp_path)
     assert ended.code == 1
     assert ended.seconds < 60
     report = ended.err.partition("Root Cause")[2]
@@ -91,8 +98,8 @@ def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
 
 
 def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Path) -> None:
-    settings = (*SMALL, "data.size=5000", "output.commit_every=400", "output.dir=out")
-    with started(torchrun(3, *settings), tmp_path) as launcher:
+    settings = (*SMALL, f"data.size={SHORT}", "output.commit_every=160", "output.dir=out")
+    with started(launched(3, *settings), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         since = time.monotonic()
         os.kill(worker_pids(launcher.pid)[1], signal.SIGKILL)
@@ -105,11 +112,11 @@ def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Pat
         assert "SIGKILL" in report
         assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
         kept = committed_rows(tmp_path / "out")
-        assert 0 < kept < 5000
+        assert 0 < kept < SHORT
         again = run(ranks(2, *settings), tmp_path)
         assert again.code == 0, again.err
-        assert again.summary["rows_this_run"] == 5000 - kept
-        assert_proved(tmp_path / "out", 5000)
+        assert again.summary["rows_this_run"] == SHORT - kept
+        assert_proved(tmp_path / "out", SHORT)
         assert run(ranks(1, *settings[:-1], "output.dir=whole"), tmp_path).code == 0
         assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
 
@@ -146,7 +153,7 @@ def test_a_folder_in_use_is_refused_until_its_job_is_dead(tmp_path: Path) -> Non
 
 
 def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
-    with started(torchrun(2, *LONG), tmp_path) as launcher:
+    with started(launched(2, *LONG), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         workers = worker_pids(launcher.pid)
         assert len(workers) == 2
@@ -161,7 +168,7 @@ def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_restarted_worker_continues_in_the_same_folder(tmp_path: Path) -> None:
     settings = (*SMALL, f"data.size={SHORT}", "output.commit_every=200")
-    with started(torchrun(2, *settings, options=("--standalone", "--max-restarts=2")), tmp_path) as launcher:
+    with started(launched(2, *settings, options=("--standalone", "--max-restarts=2")), tmp_path) as launcher:
 
         def folders() -> list[Path]:
             return list(tmp_path.glob("outputs/*/*"))

@@ -1,5 +1,6 @@
 """A machine that turns against the job: full disks, vanished folders, ranks that hang, signals on signals."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -10,74 +11,97 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import fork
 from tests.support.runs import assert_proved, read_rows
 from tests.support.starting import (
     SMALL,
+    TIMEOUT_S,
     Process,
     committed_rows,
     finish,
-    python_m,
+    infer,
+    launched,
     ranks,
     run,
     started,
-    torchrun,
     wait_until,
     worker_pids,
 )
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
 SLOW_BATCH = (
-    "model.name=vgg11",
-    "data.size=160",
-    "batch_size=40",
+    "model.name=squeezenet1_1",
+    "data.image_size=[3,32,32]",
     "loader.workers=1",
     "output.commit_every=1",
     "output.dir=out",
 )
-"""One batch takes about six seconds on one core."""
-
-ON_A_SMALL_DISK = """
-set -e
-mkdir disk && mount -t tmpfs -o size=$1 tmpfs disk
-shift
-set +e
-"$@" > full.out 2> full.err
-echo $? > full.code
-set -e
-cp -r disk/out full
-mount -o remount,size=64m disk
-"$@" > again.out 2> again.err
-cp -r disk/out again
-"""
 
 
-def own_mounts() -> list[str]:
-    """The command that gives a process mounts of its own, without being root."""
-    return ["unshare", "--user", "--map-root-user", "--mount"]
+def slow_batch(batch_size: int) -> tuple[str, ...]:
+    """A job whose batches take about a fifth of a second an image on one core."""
+    return (*SLOW_BATCH, "transform.size=1024", f"batch_size={batch_size}", f"data.size={4 * batch_size}")
+
+
+def on_a_small_disk(size: str, *settings: str) -> None:
+    """Run a job on a disk that is too small for it, and again after the disk has grown; keep what each has left."""
+    _take_own_mounts()
+    Path("disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"], check=True)
+    for name in ("full", "again"):
+        Path(f"{name}.code").write_text(str(_run_alone(Path(f"{name}.err"), *settings)))
+        if Path("disk/out").exists():
+            shutil.copytree("disk/out", name)
+        subprocess.run(["mount", "-o", "remount,size=64m", "disk"], check=True)
+
+
+def _take_own_mounts() -> None:
+    """Give this process mounts of its own, without being root. Source: user_namespaces(7), mount_namespaces(7)."""
+    user, group = os.getuid(), os.getgid()
+    clone_newuser, clone_newns = 0x10000000, 0x00020000
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newuser | clone_newns):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+def _run_alone(err: Path, *settings: str) -> int:
+    """Run a job in a fork of this process, and return its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        with err.open("w") as file:
+            os.dup2(file.fileno(), 2)
+        try:
+            infer(*settings)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
 def may_mount() -> None:
-    if shutil.which("unshare") is None or subprocess.run([*own_mounts(), "true"], capture_output=True).returncode:
+    own_mounts = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
         pytest.skip("needs user namespaces, to mount a small disk")
 
 
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.parametrize("how", ["parquet", "npy"])
 def test_a_full_disk_ends_the_job_in_one_line_and_it_resumes_with_more(tmp_path: Path, how: str) -> None:
-    size, disk = 10_000, "400k"
-    settings = (*SMALL, f"data.size={size}", "output.commit_every=400", "output.topk=12", f"output.format={how}")
-    command = python_m(*settings, "output.dir=disk/out")
-    ended = run([*own_mounts(), "bash", "-c", ON_A_SMALL_DISK, "bash", disk, *command], tmp_path)
-    assert ended.code == 0, ended.err + (tmp_path / "full.err").read_text()
+    size = 4000
+    settings = (*SMALL, f"data.size={size}", "output.commit_every=200", "output.topk=12", f"output.format={how}")
+    process = fork(on_a_small_disk, "160k", *settings, "output.dir=disk/out", cwd=tmp_path)
+    assert process.wait(TIMEOUT_S) == 0, (tmp_path / "stderr.txt").read_text()
+    assert (tmp_path / "again.code").read_text() == "0"
     said = (tmp_path / "full.err").read_text()
     assert "No space left on device" in said
     assert "Traceback" not in said
     if how == "npy":
         # The array is allocated whole, so that the job does not even begin.
-        assert (tmp_path / "full.code").read_text() == "2\n"
+        assert (tmp_path / "full.code").read_text() == "2"
     else:
-        assert (tmp_path / "full.code").read_text() == "1\n"
+        assert (tmp_path / "full.code").read_text() == "1"
         kept = committed_rows(tmp_path / "full")
         assert 0 < kept < size
         assert len(read_rows(tmp_path / "full")) >= kept
@@ -97,7 +121,7 @@ def test_a_folder_deleted_in_the_middle_ends_the_job_in_one_line(tmp_path: Path)
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path: Path) -> None:
-    with started(torchrun(2, *LONG, "dist.timeout_s=5"), tmp_path) as launcher:
+    with started(launched(2, *LONG, "dist.timeout_s=5"), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         since = time.monotonic()
         hanging = worker_pids(launcher.pid)[1]
@@ -117,11 +141,11 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
-    ended = run(ranks(2, *SLOW_BATCH, "limit=41", "dist.timeout_s=2"), tmp_path)
+    ended = run(ranks(2, *slow_batch(20), "limit=21", "dist.timeout_s=2"), tmp_path)
     assert ended.code == 0, ended.err
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["ranks"][0]["predict_s"] > 2, "the batch was not slow enough to prove anything"
-    assert_proved(tmp_path / "out", 41)
+    assert_proved(tmp_path / "out", 21)
 
 
 def is_predicting(process: Process, cwd: Path) -> bool:
@@ -131,7 +155,7 @@ def is_predicting(process: Process, cwd: Path) -> bool:
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    with started(ranks(1, *SLOW_BATCH), tmp_path) as process:
+    with started(ranks(1, *slow_batch(40)), tmp_path) as process:
         wait_until(lambda: is_predicting(process, tmp_path), process)
         since = time.monotonic()
         process.terminate()

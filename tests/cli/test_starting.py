@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.runs import LAUNCH, assert_proved, read_rows
-from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, ranks, run, torchrun
+from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, ranks, run, run_all, torchrun
 
 
 def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
 
 def test_python_m_and_torchrun_give_the_same_rows(tmp_path: Path, images: Path) -> None:
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={images}")
-    one = run(python_m(*settings, f"hydra.run.dir={tmp_path / 'one'}"), tmp_path)
+    one = run(ranks(1, *settings, f"hydra.run.dir={tmp_path / 'one'}"), tmp_path)
     assert one.code == 0, one.err
     traced = run(ranks(2, *settings, "output.dir=two", "output.format=jsonl", "runtime.profile=true"), tmp_path)
     assert traced.code == 0, traced.err
@@ -88,25 +88,31 @@ def test_data_parallel_gives_the_same_rows_as_ddp(tmp_path: Path) -> None:
 
 
 def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path, images: Path) -> None:
-    done = run(mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"), tmp_path)
-    assert done.code == 0, done.err
-    assert "s of start-up: too short for a steady rate" in done.out
-    assert np.load(tmp_path / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
-    refused = run(mgpu_infer("batch_size=0"), tmp_path)
-    assert refused.code == 2
-    assert "batch_size must be at least 1 or auto, got 0" in refused.err
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "x.jpg").write_bytes(b"no")
-    settings = (*SMALL_IMAGES, "data=folder", f"data.root={bad}", "max_errors=0")
-    too_many = run(mgpu_infer(*settings, "output.dir=errors"), tmp_path)
+    over_bad = (*SMALL_IMAGES, "data=folder", f"data.root={bad}", "max_errors=0", "output.dir=out")
+    commands = {
+        "complete": mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"),
+        "refused": mgpu_infer("batch_size=0"),
+        "too many": mgpu_infer(*over_bad),
+        "raised": mgpu_infer(*over_bad, "on_error=raise"),
+    }
+    folders = [tmp_path / name for name in commands]
+    for folder in folders:
+        folder.mkdir()
+    complete, refused, too_many, raised = run_all(list(commands.values()), folders)
+    assert complete.code == 0, complete.err
+    assert "s of start-up: too short for a steady rate" in complete.out
+    assert np.load(tmp_path / "complete" / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
+    assert refused.code == 2
+    assert "batch_size must be at least 1 or auto, got 0" in refused.err
     assert too_many.code == 3, too_many.err
-    assert json.loads((tmp_path / "errors" / "status.json").read_text())["status"] == "failed"
-    ended = run(mgpu_infer(*settings, "on_error=raise", "output.dir=raised"), tmp_path)
-    assert ended.code == 1
+    assert json.loads((tmp_path / "too many" / "out" / "status.json").read_text())["status"] == "failed"
+    assert raised.code == 1
     # What one line says, torchrun does not say once more with its stack.
-    assert "x.jpg" in ended.err
-    assert "Traceback" not in ended.err
+    assert "x.jpg" in raised.err
+    assert "Traceback" not in raised.err
 
 
 def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(
@@ -129,15 +135,6 @@ def test_a_job_waits_neither_for_pandas_nor_for_a_compiler(tmp_path: Path, image
         imported = [line.split("|")[-1].strip() for line in ended.err.splitlines() if line.startswith("import time:")]
         assert "pyarrow.parquet.core" in imported
         assert not [name for name in imported if name.startswith(("pandas.", "torch._dynamo", "sympy"))]
-
-
-def test_help_is_printed_once_and_names_every_key(tmp_path: Path) -> None:
-    from mgpu_ddp.config.help import documented_keys
-
-    ended = run(torchrun(2, "--help"), tmp_path)
-    assert ended.code == 0
-    for key in documented_keys():
-        assert ended.out.count(f"\n{key}  (") == 1, key
 
 
 @pytest.mark.slow

@@ -20,11 +20,10 @@ from tests.support.starting import (
     World,
     committed_rows,
     finish,
-    python_m,
+    launched,
     ranks,
     run,
     started,
-    torchrun,
     wait_until,
     worker_pids,
 )
@@ -101,8 +100,8 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
 
 def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) -> None:
     """First a rank is killed, then a signal comes; each start has another number of ranks."""
-    settings = (*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, "batch_size=4,8,16")
-    with started(torchrun(2, *settings), tmp_path) as process:
+    settings = (*SMALL, "data.size=2000", "output.commit_every=100", *SWEEP, "batch_size=4,8,16")
+    with started(launched(2, *settings), tmp_path) as process:
         # Amid the start of a job, where the other rank waits for this one and no row flows.
         wait_until((tmp_path / "sweep" / "1").exists, process)
         os.kill(worker_pids(process.pid)[1], signal.SIGKILL)
@@ -119,12 +118,12 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
         ended = finish(process, tmp_path, 0)
     assert ended.code == 75, ended.err
     assert statuses(tmp_path) == ["complete", "complete", "preempted"]
-    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 4000 - kept
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 2000 - kept
     again = run(ranks(1, *settings), tmp_path)
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["complete"] * 3
     for job in range(3):
-        assert_proved(tmp_path / "sweep" / str(job), 4000)
+        assert_proved(tmp_path / "sweep" / str(job), 2000)
 
 
 def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
@@ -155,7 +154,7 @@ def only_child(pid: int) -> int:
 
 def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(tmp_path: Path) -> None:
     apart = ("hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2")
-    command = python_m(*SMALL, "data.size=4000", "output.commit_every=200", *SWEEP, *apart, "batch_size=4,-1,16")
+    command = ranks(1, *SMALL, "data.size=2000", "output.commit_every=100", *SWEEP, *apart, "batch_size=4,-1,16")
     with started(command, tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
         os.kill(worker_pids(only_child(process.pid))[0], signal.SIGSEGV)
@@ -163,7 +162,7 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
     assert ended.code == 1, ended.err
     assert statuses(tmp_path) == ["failed", "failed", "complete"]
     assert "rank 0 left no outcome" in ledger(tmp_path)[0]["reason"]
-    assert_proved(tmp_path / "sweep" / "2", 4000)
+    assert_proved(tmp_path / "sweep" / "2", 2000)
     assert ledger(tmp_path)[2]["world_size"] == 2
     logs = sorted((tmp_path / "sweep" / "logs" / "2").rglob("stderr.log"))
     assert len(logs) == 2
@@ -175,7 +174,7 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
 def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path) -> None:
     """Optuna's sampler is random: two ranks that asked it would run different jobs."""
     draw = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "batch_size=range(1,9)")
-    ended = run(torchrun(2, *SMALL, "data.size=20", *SWEEP, *draw), tmp_path)
+    ended = run(launched(2, *SMALL, "data.size=20", *SWEEP, *draw), tmp_path)
     assert ended.code == 0, ended.err
     assert statuses(tmp_path) == ["complete"] * 3
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()

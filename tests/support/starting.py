@@ -1,7 +1,7 @@
 """Starting the command, and watching it: by its three real ways, or as ranks forked from a preloaded process.
 
 Real starts cost seconds each, to import torch. They are for what launchers and fresh interpreters do; all other tests
-take `ranks`.
+take `ranks`, or `launched`, which is torchrun itself in a fork.
 """
 
 import json
@@ -64,24 +64,31 @@ def mgpu_infer(*settings: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """A command as its ranks alone, without a launcher."""
+class Forks:
+    """A command as functions for processes that are forked, each with its part of the environment."""
 
-    size: int
-    settings: tuple[str, ...]
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+    environs: Sequence[dict[str, str]]
 
 
-def ranks(size: int, *settings: str) -> Ranks:
-    """What `torchrun(size, ...)` runs, or for one rank `python_m(...)`, at the cost of a fork."""
-    return Ranks(size=size, settings=settings)
+def ranks(size: int, *settings: str) -> Forks:
+    """The ranks of `torchrun(size, ...)` without a launcher, or for one rank `python_m(...)`."""
+    return Forks(function=infer, arguments=settings, environs=[{}] if size == 1 else places_in_world(size))
+
+
+def launched(processes: int, *settings: str, options: tuple[str, ...] = ("--standalone",)) -> Forks:
+    """`torchrun(processes, ...)` in a forked process; its ranks are started as it always does."""
+    return Forks(function=_torchrun, arguments=tuple(torchrun(processes, *settings, options=options)), environs=[{}])
 
 
 class World:
-    """Forked ranks as one process, of which rank 0 speaks for all that end alike."""
+    """Forked processes as one, of which the first speaks for all that end alike."""
 
-    def __init__(self, command: Ranks, cwd: Path) -> None:
-        places = [{}] if command.size == 1 else places_in_world(command.size)
-        self.ranks = [forks.fork(_infer, *command.settings, cwd=cwd, **place) for place in places]
+    def __init__(self, command: Forks, cwd: Path) -> None:
+        self.ranks = [
+            forks.fork(command.function, *command.arguments, cwd=cwd, **environ) for environ in command.environs
+        ]
 
     @property
     def pid(self) -> int:
@@ -113,23 +120,32 @@ def places_in_world(size: int) -> list[dict[str, str]]:
     return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def _infer(*settings: str) -> None:
+def infer(*settings: str) -> None:
     """Be `python -m mgpu_ddp.infer`."""
-    from mgpu_ddp import cli, infer
+    from mgpu_ddp import cli
+    from mgpu_ddp import infer as module
 
-    sys.argv = [infer.__file__, *settings]
-    cli.main(infer.infer)
+    sys.argv = [module.__file__, *settings]
+    cli.main(module.infer)
+
+
+def _torchrun(*command: str) -> None:
+    """Be torchrun."""
+    from torch.distributed import run
+
+    sys.argv = [*command]
+    run.main()
 
 
 Process = subprocess.Popen[str] | World
 
 
 @contextmanager
-def started(command: list[str] | Ranks, cwd: Path) -> Iterator[Process]:
+def started(command: list[str] | Forks, cwd: Path) -> Iterator[Process]:
     """Start a command, its output in files in its working folder; whatever is left of it at the end is killed."""
     process: Process
     with (cwd / "stdout.txt").open("w") as out, (cwd / "stderr.txt").open("w") as err:
-        if isinstance(command, Ranks):
+        if isinstance(command, Forks):
             process = World(command, cwd)
         else:
             process = subprocess.Popen(
@@ -154,7 +170,7 @@ def finish(process: Process, cwd: Path, since: float) -> Ended:
     )
 
 
-def run(command: list[str] | Ranks, cwd: Path) -> Ended:
+def run(command: list[str] | Forks, cwd: Path) -> Ended:
     with started(command, cwd) as process:
         return finish(process, cwd, time.monotonic())
 
@@ -176,7 +192,7 @@ def committed_rows(run_dir: Path) -> int:
         return 0
 
 
-def run_all(commands: Sequence[list[str] | Ranks], folders: Sequence[Path]) -> list[Ended]:
+def run_all(commands: Sequence[list[str] | Forks], folders: Sequence[Path]) -> list[Ended]:
     """Run commands side by side, each in a folder of its own."""
     since = time.monotonic()
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from mgpu_ddp.config.schema import ArrayConfig, Config, LoaderConfig, ModelConfi
 from mgpu_ddp.data.array import ArraySamples, identity, open_array
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.batch import as_batch
-from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.models.build import build_model, choose_transform
 from mgpu_ddp.preprocess.transform import MEAN, Transform, imagenet, plain
@@ -47,10 +47,10 @@ def test_a_batch_equals_its_images_one_by_one(
 ) -> None:
     array = images(9, 18, 20, 3)
     samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
-    ring = Ring(1, 4, transform.out_size, packed=False)
-    ring.pixels(0)[:] = 99
-    worker = BatchMaker(samples, transform, ring, LoaderConfig())
-    batch = as_batch(worker.make(Order(slot=0, indices=indices)), ring, packed=False)
+    slots = SharedSlots(1, 4, transform.out_size)
+    slots.pixels(0)[:] = 99
+    worker = BatchMaker(samples, transform, slots, LoaderConfig())
+    batch = as_batch(worker.make(Order(slot=0, indices=indices)), slots)
     for place, index in enumerate(indices):
         pixels, label = samples.load(index, transform, ignore_time)
         assert np.array_equal(batch.pixels[place].numpy(), pixels)
@@ -73,11 +73,11 @@ def test_what_needs_no_resizing_is_copied_at_once(tmp_path: Path) -> None:
 def test_whole_images_are_read_to_where_they_belong(tmp_path: Path, indices: list[int], first: bool) -> None:
     array = images(9, 18, 20, 3)
     samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
-    ring = Ring(1, 4, (18, 20), planar=first)
-    worker = BatchMaker(samples, imagenet(16).without_geometry((18, 20)), ring, LoaderConfig())
-    assert samples._read(range(3), ring.array(0)[:3])
-    assert np.array_equal(ring.array(0)[:3], array[:3])
-    batch = as_batch(worker.make(Order(slot=0, indices=indices)), ring, raw=True)
+    slots = SharedSlots(1, 4, (18, 20), planar=first)
+    worker = BatchMaker(samples, imagenet(16).without_geometry((18, 20)), slots, LoaderConfig())
+    assert samples._read(range(3), slots.array(0)[:3])
+    assert np.array_equal(slots.array(0)[:3], array[:3])
+    batch = as_batch(worker.make(Order(slot=0, indices=indices)), slots, raw=True)
     assert np.array_equal(batch.pixels[: len(indices)].numpy(), array[indices])
 
 
@@ -85,7 +85,10 @@ def test_whole_images_are_read_to_where_they_belong(tmp_path: Path, indices: lis
 def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: str) -> None:
     config = saved(tmp_path / "x.npy", images(9, 18, 20, 3))
     samples, transform = ArraySamples(config), Transform(resize=(18, 20))
-    worker, order = BatchMaker(samples, transform, Ring(1, 4, (18, 20)), LoaderConfig()), Order(slot=0, indices=[4, 5])
+    worker, order = (
+        BatchMaker(samples, transform, SharedSlots(1, 4, (18, 20)), LoaderConfig()),
+        Order(slot=0, indices=[4, 5]),
+    )
     worker.make(order)
     if change == "cut short":
         os.truncate(config.path, 128 + 5 * 18 * 20 * 3 + 7)

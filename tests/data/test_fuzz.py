@@ -15,7 +15,7 @@ from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.loader.batch import as_batch
-from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.preprocess import transform
 from tests.support.samples import encoded, photo
@@ -64,9 +64,9 @@ def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     for name, content in (("0.png", good), ("1.png", data), ("2.png", good)):
         (root / name).write_bytes(content)
     samples = FileSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
-    ring = Ring(1, 4, (16, 16), packed=False)
-    worker = BatchMaker(samples, transform.imagenet(16), ring, LoaderConfig(timeout_s=10))
-    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1, 2])), ring, packed=False)
+    slots = SharedSlots(1, 4, (16, 16))
+    worker = BatchMaker(samples, transform.imagenet(16), slots, LoaderConfig(timeout_s=10))
+    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1, 2])), slots)
     assert set(batch.errors) <= {1}
     assert all("\n" not in reason and reason for reason in batch.errors.values())
     assert torch.equal(batch.pixels[0], batch.pixels[2])

@@ -26,12 +26,12 @@ def run(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> torch.Tensor:
-    """The rows of a batch, in the images' order, though they are made in reverse places."""
+    """The rows of a batch, in the images' order, though they are written in reverse."""
     out = torch.full((len(images), 3, *transform.out_size), torch.nan, dtype=dtype, device="cuda")
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    places = list(reversed(range(len(images))))
-    preprocess_images(cases.packed(images, "cuda"), orientations, transform, out=out, places=places)
-    return out[places]
+    rows = list(reversed(range(len(images))))
+    preprocess_images(cases.packed(images, "cuda"), orientations, transform, out=out, rows=rows)
+    return out[rows]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -114,14 +114,14 @@ def test_throughput(name: str, height: int, width: int, count: int) -> None:
     for orientation in (1, 6):
         arguments = (images, [orientation] * count, transform)
         for _ in range(3):
-            preprocess_images(*arguments, out=out, places=range(count))
+            preprocess_images(*arguments, out=out, rows=range(count))
         torch.cuda.synchronize()
         # The GPU sleeps until all launches are queued, so that its own time is measured and not the host's.
         torch.cuda._sleep(500_000_000)
         start.record()
         began = time.perf_counter()
         for _ in range(20):
-            preprocess_images(*arguments, out=out, places=range(count))
+            preprocess_images(*arguments, out=out, rows=range(count))
         host_s = (time.perf_counter() - began) / 20
         end.record()
         torch.cuda.synchronize()

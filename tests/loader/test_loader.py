@@ -22,10 +22,9 @@ from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.inference.gpu_input import copied
-from mgpu_ddp.loader.batch import Batch, Jpegs, as_batch
+from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers
-from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
 from tests.support.choices import resolved
@@ -50,10 +49,10 @@ def made(
     samples: Samples, indices: list[int], *, batch_size: int = 4, timeout_s: float = 60, packed: bool = False
 ) -> Batch:
     """One batch as a worker makes it in memory that was used before, and as its rank then sees it."""
-    ring = Ring(2, batch_size, (SIZE, SIZE), packed=packed)
-    ring.pixels(1)[:] = 99
-    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(timeout_s=timeout_s), packed=packed)
-    return as_batch(worker.make(Order(slot=1, indices=indices)), ring, packed=packed)
+    slots = SharedSlots(2, batch_size, (SIZE, SIZE), packed=packed)
+    slots.pixels(1)[:] = 99
+    worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=timeout_s), packed=packed)
+    return as_batch(worker.make(Order(slot=1, indices=indices)), slots)
 
 
 def test_a_short_batch_is_padded_with_zeros(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: 
     batch = made(samples, list(range(7)), batch_size=8, packed=True)
     assert batch.jpegs is not None
     jpegs = batch.jpegs
-    assert (jpegs.places.tolist(), jpegs.orientations.tolist()) == ([0, 4], [1, 6])
+    assert (jpegs.rows.tolist(), jpegs.orientations.tolist()) == ([0, 4], [1, 6])
     assert (jpegs.heights.tolist(), jpegs.widths.tolist()) == ([30, 20], [20, 30])
     assert (jpegs.down.tolist(), jpegs.across.tolist()) == ([2, 2], [2, 2])
     assert [jpegs.content(number) for number in range(len(jpegs))] == [files["0.jpg"], files["4.jpg"]]
@@ -133,38 +132,22 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     assert len(large) > 2 << 20
     small = encoded(photo(20, 30), "JPEG")
     samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
-    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
-    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(), packed=True)
-    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), ring, packed=True)
+    slots = SharedSlots(1, 2, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(), packed=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), slots)
     assert batch.jpegs is not None
     assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
     assert set(batch.seconds) == {"read", "pack"}, "what the worker did but read counts as well"
 
 
-def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
-    files = {f"{i}.jpg": encoded(photo(20 + i, 30), "JPEG") for i in range(6)}
-    files |= {"3.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95), "4.jpg": b"broken"}
-    samples = folder(tmp_path, files)
-    batches = [made(samples, indices, batch_size=2, packed=True) for indices in ([0, 1], [2, 3], [4, 5])]
-    joined = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], 2)
-    assert joined.places.tolist() == [0, 1, 2, 3, 5]
-    assert joined.widths.tolist() == [20, 21, 22, 1600, 25]
-    copies = torch.zeros(int(joined.lengths.sum()), dtype=torch.uint8)
-    where = copied(joined, copies)
-    assert copies.numpy().tobytes() == b"".join(files[f"{i}.jpg"] for i in (0, 1, 2, 3, 5))
-    assert (where.addresses - copies.data_ptr()).tolist() == [0, *np.cumsum(joined.lengths)[:-1].tolist()]
-    none = made(samples, [4], batch_size=2, packed=True)
-    assert none.jpegs is not None
-    assert len(copied(none.jpegs, torch.empty(0, dtype=torch.uint8)).addresses) == 0
-
-
 @pytest.mark.parametrize("limit", [599, 600])
 def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit: int) -> None:
     samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
-    ring = Ring(1, 2, (SIZE, SIZE), packed=True)
-    worker = BatchMaker(samples, plain(SIZE), ring, LoaderConfig(max_pixels=limit), packed=True)
-    assert len(worker.make(Order(slot=0, indices=[0])).jpegs) == (limit == 600)
+    slots = SharedSlots(1, 2, (SIZE, SIZE), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(max_pixels=limit), packed=True)
+    batch = as_batch(worker.make(Order(slot=0, indices=[0])), slots)
+    assert batch.jpegs is not None
+    assert len(batch.jpegs) == (limit == 600)
 
 
 def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) -> None:
@@ -174,7 +157,7 @@ def test_slots_are_used_again_only_when_the_consumer_has_let_go(world: World) ->
     kept: deque[tuple[Batch, torch.Tensor]] = deque()
     transform = plain(8)
     with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held) as batches:
-        for batch, _ in batches:
+        for batch in batches:
             kept.append((batch, batch.pixels.clone()))
             if len(kept) == held:
                 oldest, pixels = kept.popleft()
@@ -267,9 +250,9 @@ def test_batches_come_once_and_in_order(world: World, workers: int, start: int) 
     choices, transform = resolved(workers=workers), plain(8)
     with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=100) as loaded:
         batches = list(loaded)
-    assert [i for batch, _ in batches for i in batch.index.tolist()] == list(range(start, 23))
-    assert all(len(batch.pixels) == 4 and waited_s >= 0 for batch, waited_s in batches)
-    for batch, _ in batches:
+    assert [i for batch in batches for i in batch.index.tolist()] == list(range(start, 23))
+    assert all(len(batch.pixels) == 4 for batch in batches)
+    for batch in batches:
         for place, index in enumerate(batch.index.tolist()):
             pixels, label = samples.load(index, transform, lambda *_: None)
             assert np.array_equal(batch.pixels[place].numpy(), pixels)
@@ -300,7 +283,7 @@ def test_a_worker_that_is_slow_holds_up_no_order_but_its_own(world: World) -> No
     plan = Plan(start=0, stop=12, size=1, batch_size=1, contiguous=False, smallest_rows=12, largest_rows=12)
     choices = resolved(workers=2, batch_size=1)
     with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(prefetch=4), choices, world, held=1) as batches:
-        seen = [batch for batch, _ in batches]
+        seen = list(batches)
     assert [int(batch.index[0]) for batch in seen] == list(range(12))
     assert not any(batch.errors for batch in seen)
 

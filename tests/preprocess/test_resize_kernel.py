@@ -16,7 +16,7 @@ from mgpu_ddp.data.array import ArraySamples
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.loader.batch import as_batch
-from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Images
@@ -29,9 +29,9 @@ SIZES = [(1, 1), (1, 7), (9, 1), (8, 8), (5, 6), (31, 5), (13, 17), (40, 9), (9,
 
 
 def run(
-    images: list[torch.Tensor], orientations: list[int], transform: Transform, out: torch.Tensor, places: list[int]
+    images: list[torch.Tensor], orientations: list[int], transform: Transform, out: torch.Tensor, rows: list[int]
 ) -> torch.Tensor:
-    resize_kernel.preprocess_images(cases.packed(images), orientations, transform, out=out, places=places)
+    resize_kernel.preprocess_images(cases.packed(images), orientations, transform, out=out, rows=rows)
     return out
 
 
@@ -53,8 +53,8 @@ def test_the_kernel_yields_the_bits_of_the_cpu_path(
     want = cases.expected(images, orientations, transform)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.full_like(want, torch.nan, memory_format=layout)
-    places = list(reversed(range(len(images))))
-    got = interpreter.submit(run, images, orientations, transform, out, places).result()[places]
+    rows = list(reversed(range(len(images))))
+    got = interpreter.submit(run, images, orientations, transform, out, rows).result()[rows]
     largest, mean = cases.difference(got, want, transform)
     print(f"{name}: differs by at most {largest}/255, {mean}/255 on average")
     assert (largest, mean) == (0, 0)
@@ -79,16 +79,14 @@ def test_every_orientation_is_turned_upright(interpreter: ProcessPoolExecutor, o
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(interpreter: ProcessPoolExecutor) -> None:
     transform = imagenet(8)
     images, orientations = pictures()
-    places = list(range(1, len(images) + 1))
-    rows = interpreter.submit(
-        run, images, orientations, transform, torch.full((len(images) + 2, 3, 8, 8), 7.0), places
-    ).result()
+    rows, out = list(range(1, len(images) + 1)), torch.full((len(images) + 2, 3, 8, 8), 7.0)
+    together = interpreter.submit(run, images, orientations, transform, out, rows).result()
     for i in (0, 6):
         out = torch.zeros(1, 3, 8, 8)
         alone = interpreter.submit(run, images[i : i + 1], orientations[i : i + 1], transform, out, [0]).result()
-        assert torch.equal(alone[0], rows[places[i]])
+        assert torch.equal(alone[0], together[rows[i]])
     # Rows that nobody names stay as they are.
-    assert (rows[[0, -1]] == 7).all()
+    assert (together[[0, -1]] == 7).all()
 
 
 def run_in_parts(*arguments: Any) -> torch.Tensor:
@@ -108,13 +106,13 @@ def test_more_images_than_one_launch_holds_take_several(interpreter: ProcessPool
 
 
 def test_no_images_are_no_work() -> None:
-    resize_kernel.preprocess_images(cases.packed([]), [], plain(8), out=torch.zeros(0, 3, 8, 8), places=[])
+    resize_kernel.preprocess_images(cases.packed([]), [], plain(8), out=torch.zeros(0, 3, 8, 8), rows=[])
 
 
 def test_what_the_kernel_could_not_hold_is_refused() -> None:
     image, transform, out = torch.zeros(3, 5, 6, dtype=torch.uint8), plain(8), torch.zeros(2, 3, 8, 8)
     good = cases.packed([image])
-    for images, orientations, places, rows in [
+    for images, orientations, rows, into in [
         (replace(good, data=good.data.float()), [1], [0], out),
         (replace(good, data=good.data[::2]), [1], [0], out),
         (replace(good, data=good.data[:-1]), [1], [0], out),
@@ -132,7 +130,7 @@ def test_what_the_kernel_could_not_hold_is_refused() -> None:
         (good, [1], [0], out.to(torch.uint8)),
     ]:
         with pytest.raises(ValueError, match=r"must be|must have|must lie|do not pair"):
-            resize_kernel.preprocess_images(images, orientations, transform, out=rows, places=places)
+            resize_kernel.preprocess_images(images, orientations, transform, out=into, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_sizes_and_corners_are_torchvisions(name: str) -> None:
     # No pixel is touched here.
     heights, widths = np.array(sizes, dtype=np.int64).T
     images = Images(data=torch.zeros(1, dtype=torch.uint8), starts=heights * 0, heights=heights, widths=widths)
-    fields = resize_kernel._plan(images, [1] * len(sizes), transform, range(len(sizes)), rows=len(sizes))
+    fields = resize_kernel._plan(images, [1] * len(sizes), transform, range(len(sizes)), num_rows=len(sizes))
     for (height, width), (resized_height, resized_width, top, left) in zip(sizes, fields[:, 6:10], strict=True):
         want = tvf._compute_resized_output_size((height, width), list(transform.resize))
         assert [resized_height, resized_width] == want
@@ -188,7 +186,7 @@ def run_on_pixels(
     pixels: torch.Tensor, transform: Transform, out: torch.Tensor, orientations: list[int] | None = None
 ) -> torch.Tensor:
     images, n = Images.of(pixels), len(pixels)
-    resize_kernel.preprocess_images(images, orientations or [1] * n, transform, out=out, places=range(n))
+    resize_kernel.preprocess_images(images, orientations or [1] * n, transform, out=out, rows=range(n))
     return out
 
 
@@ -208,9 +206,9 @@ def test_what_a_worker_leaves_as_it_is_becomes_what_it_would_have_made_of_it(
         assert samples.layout == Layout(height=30, width=22, planar=True)
     left = transform.without_geometry((30, 22))
     # A fake image fits into a slot of either kind.
-    ring = Ring(1, 4, (30, 22), planar=planar)
-    worker = BatchMaker(samples, left, ring, LoaderConfig())
-    batch = as_batch(worker.make(Order(slot=0, indices=[1, 2, 4])), ring, raw=True)
+    slots = SharedSlots(1, 4, (30, 22), planar=planar)
+    worker = BatchMaker(samples, left, slots, LoaderConfig())
+    batch = as_batch(worker.make(Order(slot=0, indices=[1, 2, 4])), slots, raw=True)
     assert batch.pixels.shape == (4, 30, 22, 3)
     out = torch.full((4, 3, 16, 16), torch.nan)
     got = interpreter.submit(run_on_pixels, batch.pixels, transform, out).result()

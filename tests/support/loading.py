@@ -33,7 +33,7 @@ def load_all(samples: Samples, world: World, *, workers: int = 2, size: int = 1,
     found = Loaded()
     for rank in range(size):
         with load_batches(samples, ShardSampler(rows, rank), LoaderConfig(), choices, world, held=1) as batches:
-            for batch, _ in batches:
+            for batch in batches:
                 found.index += batch.index.tolist()
                 found.labels += batch.label.tolist()
                 found.errors |= batch.errors

@@ -1,25 +1,35 @@
-"""Where one rank's time went."""
+"""Measures where one rank's time goes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mgpu_ddp.inference.trace import named_range
 
+T = TypeVar("T")
+STAGES = {
+    "wait_s": "waiting for the loader",
+    "input_s": "GPU input",
+    "predict_s": "predicting",
+    "peers_s": "waiting for peers",
+}
+"""Where a rank's main thread spends its time, by the field of `Clock` that measures it. The report lists these stages,
+and a profile shows them as ranges of these names without their _s."""
 PACE_POINTS = 240
 
 
 @dataclass(slots=True)
 class Clock:
-    """Where one rank's time went, in seconds of wall time of its main thread unless said otherwise."""
+    """One rank's times, in seconds of wall time of its main thread unless said otherwise."""
 
     warm_up: int
-    """Batches that the steady rate leaves out: the first of each that run side by side."""
+    """Batches that the steady rate leaves out: as many as run side by side."""
     began: float
     """When the job began, by `time.perf_counter`."""
     reused: tuple[str, ...] = ()
-    """What the job before had made."""
+    """Names of what an earlier job of this process had made."""
     on_batch: Callable[[], None] = lambda: None
     """Called after each batch."""
     started: float = field(default_factory=time.perf_counter)
@@ -28,11 +38,11 @@ class Clock:
     input_s: float = 0.0
     """Waiting for model input to be made on the GPU."""
     decode_s: float = 0.0
-    """Of the threads that make it: inside calls of the GPU's JPEG decoder."""
+    """Of the threads that make it: inside calls to the GPU's JPEG decoder."""
     predict_s: float = 0.0
-    """Forward, on the CPU with normalising; until the result is on the host."""
+    """Waiting for the model, until its results are on the host. On the CPU it normalises as well."""
     gpu_s: float = 0.0
-    """Of the GPU: from the begin of each forward pass to the end of the copy of its results."""
+    """Of the GPU: from the begin of each forward pass to the end of copying its results."""
     peers_s: float = 0.0
     """Waiting for the windows of all ranks."""
     gather_s: float = 0.0
@@ -59,14 +69,25 @@ class Clock:
     _warm_rows: int = 0
 
     @contextmanager
-    def measuring(self, name: str) -> Iterator[None]:
-        """Add the time that a block takes."""
+    def measuring(self, stage: str) -> Iterator[None]:
+        """Add the time that a block takes to one of `STAGES`."""
         started = time.perf_counter()
-        with named_range(name.removesuffix("_s")):
+        with named_range(stage.removesuffix("_s")):
             yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+        setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
+
+    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches on, and add the time until each has come to `wait_s`."""
+        coming = iter(batches)
+        while True:
+            with self.measuring("wait_s"):
+                batch = next(coming, None)
+            if batch is None:
+                return
+            yield batch
 
     def batch(self, rows: int, workers: dict[str, float]) -> None:
+        """Count a batch whose rows are done, with the seconds that its loader worker spent per stage."""
         now = time.perf_counter()
         if not self.batch_s:
             self.first_at = now
@@ -78,7 +99,7 @@ class Clock:
         if not self.pace or now - self.began >= self.pace[-1][0] + self._pace_s:
             self.pace.append((now - self.began, self.rows))
             if len(self.pace) == PACE_POINTS:
-                # Every second one goes, and the next come at half the pace.
+                # Every second point goes, and the next ones come at half the pace.
                 self._pace_s = 2 * (self.pace[-1][0] - self.pace[0][0]) / PACE_POINTS
                 del self.pace[1:-1:2]
         for stage, seconds in workers.items():

@@ -1,7 +1,7 @@
-"""Batches → model input on a GPU, on streams and in threads of their own, while the model runs the batch before.
+"""Batches → model input on a GPU, in threads and on streams of their own, while the model runs the batch before.
 
-nvJPEG decodes whole batches, and one kernel makes model input of them. What nvJPEG refuses, Pillow decodes here, as
-the loader's workers do with all that is no plain JPEG.
+nvJPEG decodes whole batches, and one kernel makes model input of them. What nvJPEG refuses, Pillow decodes here; what
+is no plain JPEG, the loader's workers have decoded already.
 """
 
 import ctypes
@@ -14,27 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import Config, Listed
 from mgpu_ddp.errors import HangError, OutOfMemoryError
-from mgpu_ddp.loader.batch import Batch, Jpegs
-from mgpu_ddp.loader.worker import Integers, row_error
+from mgpu_ddp.loader.batch import Batch
+from mgpu_ddp.loader.jpegs import Jpegs
+from mgpu_ddp.loader.worker import row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
-from mgpu_ddp.preprocess.transform import Transform, decode, imagenet
+from mgpu_ddp.preprocess.transform import Integers, Pixels, Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = 1 << 29
-"""That one thread decodes at once, to bound memory: three bytes each."""
+"""Pixels that one thread decodes at once, three bytes each, to bound memory."""
 GROUP = 256
 """Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
 HANGS_S = 120
-"""A batch takes the decoder milliseconds; one that takes so long never ends."""
+"""A batch takes the decoder milliseconds; one that takes this long never ends."""
 LOOK_S = 5.0
-"""How often a batch that does not come is asked after."""
+"""How often a batch that does not come is looked after."""
 COPIED_BYTES = 256 << 20
-"""That raw images of a batch take on the GPU at once."""
+"""Bytes that raw images of a batch take on the GPU at once."""
 ALIGNMENT = 512
-"""Of the memory of a tensor of its own, in bytes."""
+"""Bytes that the memory of a tensor of its own is aligned to."""
 
 
 def decode_of(config: Config, device: torch.device) -> str:
@@ -61,12 +63,12 @@ def group_of(batch_size: int) -> int:
 
 @functools.cache
 def decoder_of(device: torch.device) -> Decoder:
-    """The decoder of a device: made once per process, for that takes a while."""
+    """The decoder of a device, made once per process because that takes a while."""
     return Decoder(device)
 
 
 def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
-    """Start what the first batch would wait for, beside other work: the device, the decoder and the kernel."""
+    """Start what the first batch would wait for, in the background: the device, the decoder and the kernel."""
 
     def run() -> None:
         from mgpu_ddp.preprocess.resize_kernel import preprocess_images
@@ -74,12 +76,12 @@ def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
         if decodes:
             decoder_of(device)
         side = np.array([8], dtype=np.int64)
-        # A new thread is on the first device of all, and what it pins there takes a context of each rank's there.
+        # A new thread starts on the first device, where pinning would make a context for each rank of the host.
         with torch.cuda.device(device):
             out = torch.empty(1, 3, 224, 224, dtype=torch.float16, device=device)
             for layout in (torch.channels_last, torch.contiguous_format):
                 images, out = Images.empty(side, side, device), out.contiguous(memory_format=layout)
-                preprocess_images(images, [1], imagenet(224), out=out, places=[0])
+                preprocess_images(images, [1], imagenet(224), out=out, rows=[0])
             torch.cuda.synchronize()
 
     pool = ThreadPoolExecutor(1)
@@ -95,7 +97,7 @@ class Ready:
     images: torch.Tensor
     made: torch.cuda.Event
     decode_s: float
-    """Inside nvJPEG's calls, for the batches that were decoded together: with the first of them."""
+    """Seconds inside nvJPEG's calls. The first of the batches that were decoded together has them all."""
 
     def on_current_stream(self) -> torch.Tensor:
         """The images (batch_size, 3, height, width) for work that is queued from now on."""
@@ -105,8 +107,52 @@ class Ready:
         return self.images
 
 
+class BatchGroup:
+    """Batches that are decoded together, and whose rows lie one batch after the other in one tensor.
+
+    Knows which batch a row of the group belongs to, and whether it is made of the batch's pixels or of a JPEG.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches, self._batch_size = batches, len(batches[0].pixels)
+        self.jpegs = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], self._batch_size)
+        """Of all batches; their `rows` are the group's."""
+        num_samples = np.array([len(batch.index) for batch in batches])
+        # (batches, batch_size). Rows past a batch's samples are made of nothing.
+        self._of_pixels = np.arange(self._batch_size) < num_samples[:, None]
+        self._of_pixels[divmod(self.jpegs.rows, self._batch_size)] = False
+
+    def __len__(self) -> int:
+        """Rows of all batches together."""
+        return self._of_pixels.size
+
+    def decode_on_cpu(self, number: int, geometry: Callable[[Image.Image], Pixels]) -> None:
+        """Decode a JPEG, by its number, into its batch's pixels; record the error if Pillow refuses it as well."""
+        owner, row = divmod(int(self.jpegs.rows[number]), self._batch_size)
+        batch = self._batches[owner]
+        batch.pixels[row] = 0
+        self._of_pixels[owner, row] = True
+        try:
+            batch.pixels[row].numpy()[:] = geometry(decode(self.jpegs.content(number)))
+        except Exception as error:  # decoders raise all kinds; each bad image is one row
+            batch.errors[int(batch.index[row])] = row_error(error)
+
+    def pixels(self) -> Iterator[tuple[Integers, torch.Tensor]]:
+        """Yield, for each batch, the group's rows that are made of pixels, and these pixels."""
+        for owner, (batch, chosen) in enumerate(zip(self._batches, self._of_pixels, strict=True)):
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                yield owner * self._batch_size + rows, batch.pixels[torch.from_numpy(rows)]
+
+    def split(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Split a tensor of all rows into one per batch."""
+        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
+        parts = images.split(self._batch_size)
+        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in parts]
+
+
 class GpuInput:
-    """Makes model input of batches, several at a time, each in a thread of its own and on a stream of its own."""
+    """Makes model input of batches, several at a time, each in its own thread and on its own stream."""
 
     THREADS = 2 * Decoder.LANES + 1
     """One waits for each of the decoder's lanes, while others prepare the next batches and finish the last ones."""
@@ -117,25 +163,25 @@ class GpuInput:
         self._transform, self._device, self._dtype = transform, device, dtype
         self._channels_last, self._exact = channels_last, exact
         self._finish = transform.without_geometry(transform.out_size)
-        """What is left to do with pixels that a loader's worker has brought to size."""
+        """What is left to do with pixels that a loader's worker has resized: normalising."""
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))
         rule = "gpu or cpu on a GPU without JPEG engines"
-        has_engines = not exact or decoder_of(device).has_engines
-        require(has_engines, "runtime.decode", rule, "exact", "Pillow's pixels take engines, or the CPU.")
+        is_possible = not exact or decoder_of(device).has_engines
+        require(is_possible, "runtime.decode", rule, "exact", "Only engines and the CPU yield Pillow's pixels.")
 
     def check(self) -> None:
         """Raise HangError if the decoder hangs."""
         if decoder_of.cache_info().currsize and decoder_of(self._device).longest_s > HANGS_S:
             raise HangError(
-                f"nvJPEG must decode a batch within {HANGS_S} s, and hangs. Start again, which resumes; if it comes"
-                " back, runtime.decode=cpu goes without it."
+                f"nvJPEG hangs: it has not decoded a batch for {HANGS_S} s. Start again, which resumes; if it hangs"
+                " again, set runtime.decode=cpu."
             )
 
     @torch.inference_mode()
     def make(self, batches: Sequence[Batch]) -> list[Ready]:
-        """Decode what is encoded and preprocess; bad samples that show up are added to their batch's errors."""
+        """Decode what is encoded, and preprocess; adds bad samples that show up to their batch's errors."""
         stream, decode_s = self._streams.get(), [0.0] * len(batches)
 
         def clock(spent_s: float) -> None:
@@ -143,9 +189,8 @@ class GpuInput:
 
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                jpegs = [batch.jpegs for batch in batches if batch.jpegs is not None]
-                if jpegs:
-                    images = self._decode_all(batches, Jpegs.joined(jpegs, len(batches[0].pixels)), clock)
+                if batches[0].jpegs is not None:
+                    images = self._decode_group(BatchGroup(batches), clock)
                 else:
                     images = [self._preprocess(batch) for batch in batches]
                 made = torch.cuda.Event()
@@ -164,55 +209,47 @@ class GpuInput:
         self._fill(out, batch.pixels, np.arange(len(out)), self._transform if batch.raw else self._finish)
         return out
 
-    def _fill(self, out: torch.Tensor, pixels: torch.Tensor, places: Integers, transform: Transform) -> None:
-        """Turn pixels of the host into these rows."""
+    def _fill(self, out: torch.Tensor, pixels: torch.Tensor, rows: Integers, transform: Transform) -> None:
+        """Turn pixels of the host into these rows of model input."""
         from mgpu_ddp.preprocess.resize_kernel import preprocess_images
 
         step = max(1, COPIED_BYTES // pixels[0].numel())
-        for part, where in zip(pixels.split(step), np.split(places, range(step, len(places), step)), strict=True):
+        for part, where in zip(pixels.split(step), np.split(rows, range(step, len(rows), step)), strict=True):
             images = Images.of(part.to(self._device, non_blocking=True))
-            preprocess_images(images, np.ones_like(where), transform, out=out, places=where)
+            preprocess_images(images, np.ones_like(where), transform, out=out, rows=where)
 
-    def _decode_all(self, batches: Sequence[Batch], jpegs: Jpegs, clock: Callable[[float], None]) -> list[torch.Tensor]:
+    def _decode_group(self, group: BatchGroup, clock: Callable[[float], None]) -> list[torch.Tensor]:
         from mgpu_ddp.preprocess.resize_kernel import preprocess_images
 
-        size = len(batches[0].pixels)
-        images = self._empty(len(batches) * size).zero_()
-        by_pixels = np.arange(len(images)) % size < np.repeat([len(batch.index) for batch in batches], size)
-        by_pixels[jpegs.places] = False
+        jpegs, images = group.jpegs, self._empty(len(group)).zero_()
         # Pinned, so that the decoder need not copy them while it keeps others waiting.
         pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
         files = copied(jpegs, pinned)
         for portion in _portions(jpegs.heights * jpegs.widths):
             for numbers, decoded in self._decode(jpegs, files, portion, clock):
-                places = jpegs.places[numbers]
                 if decoded is None:
-                    self._decode_on_cpu(batches[places[0] // size], jpegs, int(numbers[0]))
-                    by_pixels[places] = True
+                    group.decode_on_cpu(int(numbers[0]), self._transform.geometry)
                 else:
-                    orientations = jpegs.orientations[numbers]
-                    preprocess_images(decoded, orientations, self._transform, out=images, places=places)
-        for number, (batch, chosen) in enumerate(zip(batches, by_pixels.reshape(-1, size), strict=True)):
-            rows = np.flatnonzero(chosen)
-            if len(rows):
-                self._fill(images, batch.pixels[torch.from_numpy(rows)], number * size + rows, self._finish)
-        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
-        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in images.split(size)]
+                    turned, rows = jpegs.orientations[numbers], jpegs.rows[numbers]
+                    preprocess_images(decoded, turned, self._transform, out=images, rows=rows)
+        for rows, pixels in group.pixels():
+            self._fill(images, pixels, rows, self._finish)
+        return group.split(images)
 
     def _decode(
         self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]
     ) -> Iterator[tuple[Integers, Images | None]]:
-        """Decode images, with these numbers, in as few calls as the decoder lets: None for one that it refuses."""
+        """Decode images, by their numbers, in as few calls as possible; yields None for one that is refused."""
         sizes = jpegs.heights[numbers], jpegs.widths[numbers]
         into: Images | Planes = Images.empty(*sizes, self._device)
         if self._exact:
             into = Planes.empty(*sizes, jpegs.across[numbers], jpegs.down[numbers], self._device)
-        # What memory this was before, kernels on this stream may still be reading.
+        # Kernels on this stream may still be reading from this memory as it was before.
         torch.cuda.current_stream(self._device).synchronize()
         try:
             clock(decoder_of(self._device).decode(files[numbers], into))
         except JpegError:
-            # One refused image fails the call: halve until it stands alone.
+            # One refused image fails the call: halve until it is alone.
             if len(numbers) == 1:
                 yield numbers, None
             else:
@@ -220,15 +257,6 @@ class GpuInput:
                     yield from self._decode(jpegs, files, half, clock)
         else:
             yield numbers, _as_rgb(into)
-
-    def _decode_on_cpu(self, batch: Batch, jpegs: Jpegs, number: int) -> None:
-        place = int(jpegs.places[number]) % len(batch.pixels)
-        batch.pixels[place] = 0
-        try:
-            pixels = self._transform.geometry(decode(jpegs.content(number)))
-            batch.pixels[place] = torch.from_numpy(np.ascontiguousarray(pixels))
-        except Exception as error:  # decoders raise all kinds; each bad image is one row
-            batch.errors[int(batch.index[place])] = row_error(error)
 
 
 def _as_rgb(decoded: Images | Planes) -> Images:
@@ -240,7 +268,7 @@ def _as_rgb(decoded: Images | Planes) -> Images:
 
 
 def copied(jpegs: Jpegs, into: torch.Tensor) -> Files:
-    """Copy the files, one after the other; those that lie like that already in one go."""
+    """Copy files one after the other; those that already lie in a row are copied at once."""
     ends = np.cumsum(jpegs.lengths)
     addresses = into.data_ptr() + ends - jpegs.lengths
     breaks = np.flatnonzero(np.diff(jpegs.addresses - addresses)) + 1
@@ -251,7 +279,7 @@ def copied(jpegs: Jpegs, into: torch.Tensor) -> Files:
 
 
 def _portions(sizes: Integers) -> list[Integers]:
-    """Numbers of images in runs that together stay within `MAX_DECODED_PIXELS`, or hold one image."""
+    """Split the numbers of images of these sizes, in pixels, into runs within `MAX_DECODED_PIXELS`, or of one image."""
     cuts, left = [], MAX_DECODED_PIXELS
     for number, size in enumerate(sizes.tolist()):
         if size > left and number > 0:
@@ -262,32 +290,33 @@ def _portions(sizes: Integers) -> list[Integers]:
 
 
 class Staging:
-    """Batches on their way through a `GpuInput`, the small ones in groups; encoded ones in its threads."""
+    """Feeds batches to a `GpuInput`: encoded ones in threads, small ones of them in groups."""
 
     def __init__(self, inputs: GpuInput) -> None:
         self._inputs = inputs
         self._threads = ThreadPoolExecutor(inputs.THREADS)
         self._begun: set[Future[None]] = set()
+        """Groups that threads may still be at work on."""
         self._looks = 0
-        """At what is waited for, in vain."""
+        """How often what is waited for was not there yet."""
         self._group: list[tuple[Batch, Future[Ready]]] = []
 
     def submit(self, batch: Batch) -> Future[Ready]:
-        """Take a batch, and begin with it once its group is full or flushed."""
+        """Take a batch, and begin with it once its group is full, or at `flush`."""
         future: Future[Ready] = Future()
         self._group.append((batch, future))
         if batch.jpegs is None:
-            # Nothing to wait for: another thread would only cost time.
+            # There is nothing to wait for: another thread would only cost time.
             self._make(self._taken())
         elif len(self._group) == group_of(len(batch.pixels)):
             self.flush()
         return future
 
     def wait(self, future: Future[Ready]) -> Ready:
-        """What became of a batch.
+        """Wait until a batch's input is made.
 
         Raises:
-            HangError: nothing will, because the decoder hangs.
+            HangError: it never will be, because the decoder hangs.
             OutOfMemoryError: there is no room for it on the GPU.
         """
         self._await({future})
@@ -296,13 +325,13 @@ class Staging:
     def _await(self, futures: set[Future[Any]]) -> None:
         while wait(futures, timeout=LOOK_S).not_done:
             self._looks += 1
-            # Time alone would not do: it goes on for a process that is stopped.
+            # Looks are counted and not time, which goes on while a process is stopped.
             if self._looks * LOOK_S >= HANGS_S:
                 self._inputs.check()
         self._looks = 0
 
     def flush(self) -> None:
-        """Begin with what is there: no more batches come."""
+        """Begin with a group that is not full, because no more batches come."""
         if self._group:
             self._begun = {future for future in self._begun if not future.done()}
             self._begun.add(self._threads.submit(self._make, self._taken()))
@@ -325,11 +354,11 @@ class Staging:
                 future.set_result(ready)
 
     def close(self) -> None:
-        """Wait for what was begun, and begin with nothing else.
+        """Wait for the groups that were begun, and begin with no other.
 
         Raises:
-            HangError: it never ends, because the decoder hangs.
+            HangError: one never ends, because the decoder hangs.
         """
         self._threads.shutdown(wait=False, cancel_futures=True)
-        # `wait` does not count what was cancelled as done.
+        # `wait` does not count cancelled futures as done.
         self._await({future for future in self._begun if not future.done()})

@@ -1,6 +1,5 @@
-"""The loop and its clock: batches → model → rows, with nothing collective in it."""
+"""Batches → rows of this rank, with several batches at work at once. Knows nothing of other ranks."""
 
-import logging
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +17,13 @@ from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.output.rows import Rows
 
-log = logging.getLogger("mgpu_ddp")
+STAGED = 4
+"""Groups of batches whose input is made on a GPU while the model runs the batch before."""
 
 
 def in_flight(world: World) -> int:
-    """Batches handed to the device before the first one's result is awaited, so that it never runs dry."""
+    """How many batches the device has before the first one's result is awaited, so that it never runs dry."""
     return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
-
-
-STAGED = 4
-"""Groups of batches that are decoded on a GPU while the model runs a batch before."""
 
 
 def held_batches(resolved: Resolved, world: World) -> int:
@@ -38,80 +34,72 @@ def held_batches(resolved: Resolved, world: World) -> int:
     return in_flight(world) + (STAGED + 1) * group + 1
 
 
-def predict(
-    batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World
-) -> Generator[Rows]:
+def predict(batches: Iterable[Batch], predictor: Predictor, clock: Clock, world: World) -> Generator[Rows]:
     """Predict batches in order, a few at a time."""
     if predictor.inputs is None:
         results = _on_cpu(batches, predictor, clock, world)
     else:
-        results = _on_gpu(batches, predictor, predictor.inputs, clock, in_flight(world))
+        results = GpuPipeline(predictor, predictor.inputs, clock, in_flight(world)).run(batches)
     with closing(results):
         for batch, columns in results:
             yield _rows(batch, columns, clock)
 
 
-def _on_cpu(
-    batches: Iterable[tuple[Batch, float]], predictor: Predictor, clock: Clock, world: World
-) -> Generator[tuple[Batch, Columns]]:
-    """Predict several batches side by side, each in one thread.
+class GpuPipeline:
+    """Makes input of some batches, runs the model on the one before them and copies back the results before that.
 
-    Kernels split over several threads would add up in another order, and the bits of a row would depend on how many
-    cores its rank happened to have.
+                    stage            launch             land
+        loader ──────────► staged ──────────► in flight ──────► rows
+                   wait_s           input_s            predict_s    the clock that runs
+                           STAGED groups      `depth`               the most batches between two stages
+
+    All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`, the model
+    runs on the current stream.
     """
-    pending: deque[tuple[Batch, Future[Columns]]] = deque()
 
-    def finished() -> tuple[Batch, Columns]:
-        batch, future = pending.popleft()
-        with clock.measuring("predict_s"):
-            return batch, future.result()
+    def __init__(self, predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int) -> None:
+        self._predictor, self._clock, self._depth = predictor, clock, depth
+        self._staging = Staging(inputs)
+        self._staged: deque[tuple[Batch, Future[Ready]]] = deque()
+        self._flying: deque[tuple[Batch, Ready, Flight]] = deque()
 
-    with ThreadPoolExecutor(world.share_of_cpus, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for batch, waited_s in batches:
-            clock.wait_s += waited_s
-            pending.append((batch, pool.submit(predictor, batch.pixels)))
-            if len(pending) >= in_flight(world):
-                yield finished()
-        while pending:
-            yield finished()
+    def run(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, Columns]]:
+        with closing(self._staging):
+            for batch in self._clock.waiting_for(batches):
+                self.stage(batch)
+                group = 1 if batch.jpegs is None else group_of(len(batch.pixels))
+                if len(self._staged) > STAGED * group:
+                    self.launch()
+                if len(self._flying) >= self._depth:
+                    yield self.land()
+            self._staging.flush()
+            while self._staged or self._flying:
+                if self._staged:
+                    self.launch()
+                if not self._staged or len(self._flying) >= self._depth:
+                    yield self.land()
 
+    def stage(self, batch: Batch) -> None:
+        """Let the input of a batch be made."""
+        self._staged.append((batch, self._staging.submit(batch)))
 
-def _on_gpu(
-    batches: Iterable[tuple[Batch, float]], predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int
-) -> Generator[tuple[Batch, Columns]]:
-    """Decode some batches, run the model on the one before them and copy back the ones before that."""
-    staged: deque[tuple[Batch, Future[Ready]]] = deque()
-    flying: deque[tuple[Batch, Ready, Flight]] = deque()
+    def launch(self) -> None:
+        """Wait for the oldest staged input, and queue the model and the copy of its results behind it."""
+        batch, future = self._staged.popleft()
+        with self._clock.measuring("input_s"):
+            ready = self._staging.wait(future)
+        self._clock.decode_s += ready.decode_s
+        with self._clock.measuring("predict_s"):
+            self._flying.append((batch, ready, Flight(self._predictor, ready.on_current_stream())))
 
-    def launch() -> None:
-        batch, future = staged.popleft()
-        with clock.measuring("input_s"):
-            ready = staging.wait(future)
-        clock.decode_s += ready.decode_s
-        with clock.measuring("predict_s"):
-            flying.append((batch, ready, Flight(predictor, ready.on_current_stream())))
-
-    def landed() -> tuple[Batch, Columns]:
-        batch, _, flight = flying.popleft()
-        with clock.measuring("predict_s"):
+    def land(self) -> tuple[Batch, Columns]:
+        """Wait for the results of the oldest batch in flight."""
+        # Its input is kept until now: memory given back earlier could not be used again before the model is done.
+        batch, _, flight = self._flying.popleft()
+        with self._clock.measuring("predict_s"):
             columns, busy_s = flight.land()
-        clock.gpu_s += busy_s
+        self._clock.gpu_s += busy_s
         return batch, columns
-
-    with closing(Staging(inputs)) as staging:
-        for batch, waited_s in batches:
-            clock.wait_s += waited_s
-            staged.append((batch, staging.submit(batch)))
-            if len(staged) > STAGED * (1 if batch.jpegs is None else group_of(len(batch.pixels))):
-                launch()
-            if len(flying) >= depth:
-                yield landed()
-        staging.flush()
-        while staged or flying:
-            if staged:
-                launch()
-            if not staged or len(flying) >= depth:
-                yield landed()
 
 
 class Flight:
@@ -125,9 +113,34 @@ class Flight:
         self._ended.record()
 
     def land(self) -> tuple[Columns, float]:
-        """Wait for the results: on the host, and the seconds that the GPU had spent on them."""
+        """Wait for the results: on the host, with the seconds that the GPU spent on them."""
         self._ended.synchronize()
         return self._columns, self._began.elapsed_time(self._ended) / 1e3
+
+
+def _on_cpu(
+    batches: Iterable[Batch], predictor: Predictor, clock: Clock, world: World
+) -> Generator[tuple[Batch, Columns]]:
+    """Predict several batches side by side, each in one thread.
+
+    Kernels split over several threads would add up in another order, and the bits of a row would depend on how many
+    cores its rank happened to have.
+    """
+    flying: deque[tuple[Batch, Future[Columns]]] = deque()
+    with ThreadPoolExecutor(world.share_of_cpus, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for batch in clock.waiting_for(batches):
+            flying.append((batch, threads.submit(predictor, batch.pixels)))
+            if len(flying) >= in_flight(world):
+                yield _landed(flying, clock)
+        while flying:
+            yield _landed(flying, clock)
+
+
+def _landed(flying: deque[tuple[Batch, Future[Columns]]], clock: Clock) -> tuple[Batch, Columns]:
+    """Wait for the results of the oldest batch."""
+    batch, future = flying.popleft()
+    with clock.measuring("predict_s"):
+        return batch, future.result()
 
 
 def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:

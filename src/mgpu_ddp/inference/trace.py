@@ -1,14 +1,14 @@
-"""`runtime.profile`: a trace of some batches of each rank. And named ranges, which nsys shows without it.
+"""`runtime.profile`: a trace of some batches of each rank, with named ranges that nsys shows as well.
 
-RUN/profile/rank<n>.json.gz opens in https://ui.perfetto.dev. `nsys profile --trace=cuda,nvtx torchrun ...` (what nvprof
-was once) and a trace both want the GPU's counters: one at a time.
+RUN/profile/rank<n>.json.gz opens in https://ui.perfetto.dev. `nsys profile --trace=cuda,nvtx torchrun ...` (formerly
+nvprof) and a trace both want the GPU's counters: one at a time.
 """
 
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from mgpu_ddp.output.atomic_files import replace_bytes
 log = logging.getLogger("mgpu_ddp")
 
 STEPS, WARM_UP = 20, 2
-"""Batches that are traced, and batches before them that start the tracer."""
+"""Batches that are traced, and batches right before them that start the tracer."""
 SKIPPED = 10
-"""Batches before those, which pay for what happens once; fewer in a short job."""
+"""Batches before those, slow because of what happens only once; fewer in a short job."""
 
 
 class Profile:
@@ -35,26 +35,26 @@ class Profile:
             activities.append(ProfilerActivity.CUDA)
         skipped = max(0, min(SKIPPED, num_batches - STEPS - WARM_UP))
         self._written = False
-        # Its tracer talks to stderr of what is no matter of the user's, such as that there is no GPU.
+        # The tracer writes to stderr what does not concern the user, such as that there is no GPU.
         os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         self._profiler = profile(
             activities=activities,
             schedule=schedule(skip_first=skipped, wait=0, warmup=WARM_UP, active=STEPS, repeat=1),
             on_trace_ready=self._write,
-            # Batches are decoded, and on the CPU predicted, in threads of their own.
+            # JPEGs are decoded, and on the CPU batches predicted, in threads of their own.
             experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
         )
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Trace while the block counts its batches by `step`."""
+        """Trace the block, which calls `step` after each batch."""
         with self._profiler:
             yield
         if not self._written:
             log.warning("runtime.profile: fewer than %d batches per rank leave no trace", WARM_UP + 1)
 
     def step(self) -> None:
-        """Another batch is done."""
+        """Count a batch that is done."""
         self._profiler.step()
 
     def _write(self, done: "profile") -> None:
@@ -70,8 +70,14 @@ class Profile:
 @contextmanager
 def named_range(name: str) -> Iterator[None]:
     """Name what happens in the block, in a trace and for nsys."""
-    with ExitStack() as stack:
-        stack.enter_context(record_function(name))
-        if torch.cuda.is_initialized():
-            stack.enter_context(torch.cuda.nvtx.range(name))
-        yield
+    on_gpu = torch.cuda.is_initialized()
+    # Outside of a trace it costs several times what all else here does.
+    traced = record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
+    if on_gpu:
+        torch.cuda.nvtx.range_push(name)
+    try:
+        with traced:
+            yield
+    finally:
+        if on_gpu:
+            torch.cuda.nvtx.range_pop()

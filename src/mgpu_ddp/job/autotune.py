@@ -224,15 +224,15 @@ class Trial:
         )
 
     def _predict_one(self, batch: Batch) -> None:
-        self._predict([(batch, 0.0)], Clock(warm_up=1, began=time.perf_counter()))
+        self._predict([batch], Clock(warm_up=1, began=time.perf_counter()))
 
-    def _predict(self, batches: Iterable[tuple[Batch, float]], clock: Clock) -> None:
+    def _predict(self, batches: Iterable[Batch], clock: Clock) -> None:
         with closing(predict(batches, self.predictor, clock, self.world)) as predicted:
             for _ in predicted:
                 pass
 
 
-def _repeated(batch: Batch, clock: Clock) -> Iterator[tuple[Batch, float]]:
+def _repeated(batch: Batch, clock: Clock) -> Iterator[Batch]:
     """The same batch, until the clock has seen enough of it."""
     while len(clock.batch_s) < 2 * clock.warm_up or time.perf_counter() - clock.started < MEASURED_S:
-        yield batch, 0.0
+        yield batch

@@ -1,51 +1,15 @@
-"""What a loader hands to its rank: a padded batch, with the images that are left to a GPU."""
+"""A padded batch, as the loader hands it to its rank."""
 
-import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mgpu_ddp.loader.shared_slots import Ring
-from mgpu_ddp.loader.worker import Integers, Made
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Jpegs:
-    """k encoded images that are left to the GPU, int64 (k,) each.
-
-    Image i is `lengths[i]` bytes at `addresses[i]` of this process. It belongs into row `places[i]` of the batch once
-    its EXIF orientation `orientations[i]` is applied. It has `heights[i]` by `widths[i]` pixels, of which `down[i]`
-    by `across[i]` share a sample of chroma, 0 by 0 in a grey image.
-    """
-
-    addresses: Integers
-    lengths: Integers
-    places: Integers
-    orientations: Integers
-    heights: Integers
-    widths: Integers
-    down: Integers
-    across: Integers
-    spilt: list[torch.Tensor]
-    """Keeps what some of the addresses point to."""
-
-    def __len__(self) -> int:
-        return len(self.addresses)
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Jpegs]", batch_size: int) -> "Jpegs":
-        """Those of several batches, `places` in the row of all their batches."""
-        integers = {
-            f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.name != "spilt"
-        }
-        integers["places"] += np.repeat(np.arange(len(parts)) * batch_size, [len(part) for part in parts])
-        return cls(**integers, spilt=[tensor for part in parts for tensor in part.spilt])
-
-    def content(self, number: int) -> bytes:
-        return ctypes.string_at(int(self.addresses[number]), int(self.lengths[number]))
+from mgpu_ddp.loader.jpegs import Jpegs
+from mgpu_ddp.loader.shared_slots import SharedSlots
+from mgpu_ddp.loader.worker import Made
+from mgpu_ddp.preprocess.transform import Integers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,34 +22,26 @@ class Batch:
     again: they hold until `held` batches later.
     """
 
-    index: npt.NDArray[np.int64]
+    index: Integers
     label: npt.NDArray[np.int32]
     pixels: torch.Tensor
     jpegs: Jpegs | None
+    """Images that are left to a GPU; None in a job whose workers decode all."""
     errors: dict[int, str]
     seconds: dict[str, float]
     raw: bool = False
-    """Whether `pixels` are as the source has them, so that the transform's geometry is still to come."""
+    """`pixels` are as the source has them: the transform's geometry is still to come."""
     read_bytes: int = 0
-    """What its worker asked the kernel for in the meantime, as of all files."""
+    """All that its worker read in the meantime."""
 
 
-def as_batch(made: Made, ring: Ring, *, packed: bool = False, raw: bool = False) -> Batch:
-    """A worker's batch as the rank sees it."""
-    jpegs: Jpegs | None = None
-    if packed:
-        first, lengths, *columns = made.jpegs.T
-        addresses, spilt = ring.room(made.slot).data_ptr() + first, []
-        for number, data in made.spilt.items():
-            spilt.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            addresses[number], lengths[number] = spilt[-1].data_ptr(), len(data)
-        names = ("places", "orientations", "heights", "widths", "down", "across")
-        jpegs = Jpegs(addresses=addresses, lengths=lengths, **dict(zip(names, columns, strict=True)), spilt=spilt)
+def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False) -> Batch:
+    """The batch in the rank's view of the slot that a worker filled."""
     return Batch(
         index=made.index,
         label=made.label,
-        pixels=ring.pixels(made.slot),
-        jpegs=jpegs,
+        pixels=slots.pixels(made.slot),
+        jpegs=made.jpegs.in_room(slots.room(made.slot)) if made.jpegs is not None else None,
         errors=made.errors,
         seconds=made.seconds,
         raw=raw,

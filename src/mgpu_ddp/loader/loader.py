@@ -1,7 +1,6 @@
-"""Loader workers → batches, in order, in memory that is used again."""
+"""Samples → padded batches, in order, read ahead by workers, in memory that is used again."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -16,12 +15,13 @@ from mgpu_ddp.distributed.sharding import ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch, as_batch
-from mgpu_ddp.loader.shared_slots import Ring
+from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.loader.worker_pool import WorkerPool
+from mgpu_ddp.preprocess.transform import Layout, Transform
 
 COPYING_WORKERS = 4
-"""That only copy images to a GPU: they fill the memory bus."""
+"""Enough workers where they only copy images to a GPU: they fill the memory bus."""
 
 
 def num_workers(config: Config, world: World) -> int:
@@ -36,46 +36,48 @@ def num_workers(config: Config, world: World) -> int:
 @contextmanager
 def load_batches(
     samples: Samples, sampler: ShardSampler, config: LoaderConfig, resolved: Resolved, world: World, *, held: int
-) -> Iterator[Iterator[tuple[Batch, float]]]:
-    """This rank's samples in order, read ahead of the model; each batch with the seconds its consumer waited.
+) -> Iterator[Iterator[Batch]]:
+    """Load this rank's samples in order, ahead of the model. Images that a GPU decodes stay encoded.
 
-    What made them is put away with the block, not after the last batch, which would keep those before it waiting.
-    Images that a GPU decodes stay encoded. `held` is how many batches the consumer may keep.
+    The consumer may keep `held` batches. Workers and memory go when the block ends and not after the last batch, which
+    would delay those that the consumer still keeps.
+
+    Raises:
+        OutOfMemoryError: there is no memory for the batches that are read ahead.
     """
-    workers, batch_size, transform = resolved.workers, resolved.batch_size, resolved.transform
-    packed = resolved.decode != "cpu"
-    # A short job uses none of them again.
-    slots = max(1, min(workers * config.prefetch + held, -(-len(sampler) // batch_size)))
-    on_gpu = world.device.type == "cuda"
-    layout = samples.layout if on_gpu else None
-    most, num_images = available_bytes() // world.local_size, slots * batch_size
-    if layout is not None and (
-        2 * num_images * layout.height * layout.width * 3 > most
-        or not transform.may_resize(layout.width, layout.height)
-    ):
-        layout = None
-    size, planar = ((layout.height, layout.width), layout.planar) if layout else (transform.out_size, False)
-    if layout:
+    batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.decode != "cpu"
+    ahead = resolved.workers * config.prefetch
+    # A short job uses each slot once.
+    num_slots = max(1, min(ahead + held, -(-len(sampler) // batch_size)))
+    room = available_bytes() // world.local_size
+    raw = _raw_layout(samples, resolved.transform, num_slots * batch_size, room) if on_gpu else None
+    size, transform = resolved.transform.out_size, resolved.transform
+    if raw is not None:
+        size = raw.height, raw.width
         transform = transform.without_geometry(size)
-    needed = num_images * math.prod(size) * 3
-    if needed > most:
+    needed = num_slots * batch_size * math.prod(size) * 3
+    if needed > room:
         raise OutOfMemoryError(
-            f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {slots} batches"
-            f" read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
+            f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {num_slots}"
+            f" batches read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
         )
-    ring = Ring(slots, batch_size, size, planar=planar, packed=packed)
-    # Pillow warns from here on and refuses at twice as much. Workers inherit it.
+    slots = SharedSlots(num_slots, batch_size, size, planar=raw is not None and raw.planar, packed=packed)
+    # Pillow warns above this and refuses twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
-    maker = BatchMaker(samples, transform, ring, config, packed=packed)
+    maker = BatchMaker(samples, transform, slots, config, packed=packed)
     orders = (Order(indices=indices) for indices in BatchSampler(sampler, batch_size, drop_last=False))
-
-    def batches(pool: WorkerPool) -> Iterator[tuple[Batch, float]]:
-        started = time.perf_counter()
-        for made in pool.make(orders, ahead=workers * config.prefetch, held=held):
-            yield as_batch(made, ring, packed=packed, raw=layout is not None), time.perf_counter() - started
-            started = time.perf_counter()
-
-    with closing(ring), closing(WorkerPool(maker, workers, slots)) as pool:
+    with closing(slots), closing(WorkerPool(maker, resolved.workers, num_slots)) as pool:
         if on_gpu and not packed:
-            ring.pin()
-        yield batches(pool)
+            slots.pin()
+        yield (as_batch(made, slots, raw=raw is not None) for made in pool.make(orders, ahead=ahead, held=held))
+
+
+def _raw_layout(samples: Samples, transform: Transform, num_images: int, room: int) -> Layout | None:
+    """The layout of images that workers copy as they are for the GPU to resize; None where workers resize.
+
+    `num_images` of them must fit into half of `room`, in bytes.
+    """
+    layout = samples.layout
+    if layout is None or not transform.may_resize(layout.width, layout.height):
+        return None
+    return layout if 2 * num_images * layout.height * layout.width * 3 <= room else None

@@ -1,7 +1,7 @@
-"""Shared memory that loader workers fill and their rank reads: slots that are used again and again.
+"""Memory that loader workers fill and their rank reads, in slots of one batch that are used again and again.
 
-A batch made anew would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
-slots are made once, before the workers fork, and pinned once, beside the work on the first batches.
+A batch in new memory would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
+slots are made once, before the workers fork, and pinned once, in the background while the first batches are made.
 """
 
 import mmap
@@ -14,20 +14,20 @@ from mgpu_ddp.data import shared_memory
 from mgpu_ddp.preprocess.transform import Pixels
 
 JPEG_BYTES = 1 << 20
-"""Room for the encoded images of a slot, per image. Pages that nothing was written to take no memory."""
-TOUCHING_THREADS = 4
-"""To touch pages for the first time takes one thread longer than the model takes for what is on them."""
+"""A slot's room for encoded images, per image. Pages that are never written to take no memory."""
+PINNING_THREADS = 4
+"""One thread takes longer to touch pages for the first time than the model takes for the images on them."""
 
 
-class Ring:
+class SharedSlots:
     """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images.
 
-    Where `planar`, the channels of an image lie apart in memory.
+    Where `planar`, the channels of an image lie apart in memory. There is room for encoded images only where `packed`.
     """
 
     def __init__(
         self,
-        slots: int,
+        count: int,
         batch_size: int,
         size: tuple[int, int],
         *,
@@ -39,32 +39,32 @@ class Ring:
         self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
         self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
         self._slot_bytes = self._pixel_bytes + self._room
-        self._memory = torch.frombuffer(shared_memory.allocate(slots * self._slot_bytes), dtype=torch.uint8)
-        self._slots = slots
+        self._memory = torch.frombuffer(shared_memory.allocate(count * self._slot_bytes), dtype=torch.uint8)
+        self._count = count
         self._pinned: list[Future[None]] = []
 
     def pin(self) -> None:
-        """Begin to pin the pixels of all slots, for their rank. Workers must have been forked."""
+        """Start to pin the pixels of all slots, in the background. Workers must have been forked before."""
         register = torch.cuda.cudart().cudaHostRegister
 
         def pin(slot: int) -> None:
             first = slot * self._slot_bytes
-            # Read before, because the driver would do so nine times slower, and keep the model waiting meanwhile.
+            # Touched first, because the driver would do so nine times slower, and block the model meanwhile.
             self._memory[first : first + self._pixel_bytes : mmap.PAGESIZE].sum()
             _check(register(self._view(slot).data_ptr(), self._pixel_bytes, 0))
 
-        threads = ThreadPoolExecutor(TOUCHING_THREADS)
-        self._pinned = [threads.submit(pin, slot) for slot in range(self._slots)]
+        threads = ThreadPoolExecutor(PINNING_THREADS)
+        self._pinned = [threads.submit(pin, slot) for slot in range(self._count)]
         threads.shutdown(wait=False)
 
     def pixels(self, slot: int) -> torch.Tensor:
-        """The pixels of a slot, pinned once that was begun."""
+        """The pixels of a slot; waits until they are pinned, if `pin` was called."""
         if self._pinned:
             self._pinned[slot].result()
         return self._view(slot)
 
     def array(self, slot: int) -> Pixels:
-        """The pixels of a slot for a worker, which must not touch CUDA."""
+        """The same for a worker, which must not touch CUDA."""
         pixels: Pixels = self._view(slot).numpy()
         return pixels
 
@@ -81,7 +81,7 @@ class Ring:
     def close(self) -> None:
         """Unpin; the memory goes with its last reader."""
         if self._pinned:
-            # Copies to the GPU of batches that nobody waited for.
+            # Copies to the GPU may still be running, of batches that nobody waited for.
             torch.cuda.synchronize()
         for slot, pinned in enumerate(self._pinned):
             if not pinned.cancel() and pinned.exception() is None:
@@ -94,4 +94,4 @@ def _whole_pages(num_bytes: int) -> int:
 
 def _check(error: object) -> None:
     if int(error) != 0:  # type: ignore[call-overload]
-        raise RuntimeError(f"cudaHostRegister must pin the loader's memory, got error {error}")
+        raise RuntimeError(f"cudaHostRegister could not pin the loader's memory: error {error}")

@@ -1,7 +1,7 @@
-"""Loader workers as processes: who is free takes the next order, and what is made comes in the orders' order.
+"""Loader workers as processes: whichever is free takes the next order, and batches come out in the orders' order.
 
-A DataLoader asks its workers in turn, so that one that is slow for a while sets the pace of its rank. One on a CPU that
-serves a GPU's interrupts is: 30,000 a second while it decodes JPEGs, which made it ten times slower (H200, driver 580).
+A DataLoader gives its workers orders in turn, so that one slow worker sets the pace of its rank. A worker on a CPU that
+serves a GPU's interrupts is slow: 30,000 a second while JPEGs are decoded made it ten times slower (H200, driver 580).
 """
 
 import itertools
@@ -23,16 +23,16 @@ from mgpu_ddp.errors import StateError
 from mgpu_ddp.loader.worker import BatchMaker, Made, Order, start_worker
 
 LEAVES_S = 5.0
-"""A worker that was killed is gone at once, but for one that hangs in a read of a dead mount."""
+"""A killed worker is gone at once, unless it hangs in a read from a dead mount."""
 
 
 class WorkerPool:
-    """Processes forked from this one to fill the `slots` of their maker's ring; with 0 workers this one does."""
+    """Processes forked from this one that fill slots 0 to `num_slots` - 1; with 0 workers this process does."""
 
-    def __init__(self, maker: BatchMaker, workers: int, slots: int) -> None:
+    def __init__(self, maker: BatchMaker, workers: int, num_slots: int) -> None:
         # A forked worker starts at once and inherits what is imported; a spawned one would import torch for seconds.
         context = multiprocessing.get_context("fork")
-        self._maker, self._slots = maker, slots
+        self._maker, self._num_slots = maker, num_slots
         self._workers: dict[Connection, BaseProcess] = {}
         self._selector = DefaultSelector()
         # Its `put` never waits.
@@ -40,38 +40,38 @@ class WorkerPool:
         with warnings.catch_warnings():
             # They are forked beside the heartbeat thread: they use neither its store client nor CUDA nor gloo.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
-            for _ in range(min(workers, slots)):
+            for _ in range(min(workers, num_slots)):
                 results, into = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(maker, self._orders, into), daemon=True)
                 process.start()
-                # Else it would not be heard when the worker's end closes.
+                # Otherwise nobody would notice when the worker's end closes.
                 into.close()
                 self._workers[results] = process
                 self._selector.register(results, EVENT_READ)
 
     def make(self, orders: Iterator[Order], *, ahead: int, held: int) -> Generator[Made]:
-        """What becomes of each order, in their order.
+        """Yield what is made of each order, in their order.
 
-        Of those that did not come out yet, `ahead` are given out; slots are used again `held` batches later.
+        Up to `ahead` orders are given out before their turn; a slot is used again `held` batches later.
 
         Raises:
             StateError: a worker died, or the source is not what was listed.
             RuntimeError: a worker raised, with its traceback.
         """
         if not self._workers:
-            yield from (self._maker.make(replace(order, slot=n % self._slots)) for n, order in enumerate(orders))
+            yield from (self._maker.make(replace(order, slot=n % self._num_slots)) for n, order in enumerate(orders))
         made: dict[int, Made] = {}
-        given: deque[int] = deque()
-        # The first ones are the first that are pinned, and what was used last is used next: it may be in a cache.
-        free = [*reversed(range(self._slots))]
+        in_use: deque[int] = deque()
+        # The first slots are pinned first, and the slot used last is used next: it may be in a cache.
+        free = [*reversed(range(self._num_slots))]
         num_given = 0
         for number in itertools.count():
             if number >= held:
-                free.append(given.popleft())
+                free.append(in_use.popleft())
             self._receive(made, timeout_s=0)
             for order in itertools.islice(orders, number + ahead - num_given):
-                given.append(free.pop())
-                self._orders.put((num_given, replace(order, slot=given[-1])))
+                in_use.append(free.pop())
+                self._orders.put((num_given, replace(order, slot=in_use[-1])))
                 num_given += 1
             if num_given == number:
                 return
@@ -80,6 +80,7 @@ class WorkerPool:
             yield made.pop(number)
 
     def _receive(self, made: dict[int, Made], timeout_s: float | None) -> None:
+        """Take what workers have made, by the number of the order; waits for the first one up to `timeout_s`."""
         for key, _ in self._selector.select(timeout_s):
             results: Any = key.fileobj
             try:
@@ -89,13 +90,10 @@ class WorkerPool:
                         raise result
                     made[number] = result
             except (EOFError, ConnectionError):
-                raise StateError(
-                    f"loader workers must live, got: {_ending_of(self._workers[results])}. Look for what killed it;"
-                    " lack of memory?"
-                ) from None
+                raise StateError(_ending_of(self._workers[results])) from None
 
     def close(self) -> None:
-        """End the workers now, whatever they are at."""
+        """Kill the workers, whatever they are doing."""
         for process in self._workers.values():
             process.kill()
         for results, process in self._workers.items():
@@ -109,12 +107,13 @@ class WorkerPool:
 def _ending_of(process: BaseProcess) -> str:
     process.join(LEAVES_S)
     code = process.exitcode
-    how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
-    return f"worker {process.pid} {how}"
+    if code is not None and code < 0:
+        return f"loader worker {process.pid} was killed ({signal.Signals(-code).name}); out of memory?"
+    return f"loader worker {process.pid} left with exit code {code}; its own output may say why."
 
 
 def _work(maker: BatchMaker, orders: Any, results: Connection) -> None:
-    """Make what is ordered, for ever."""
+    """Make what is ordered until this process is killed."""
     start_worker()
     next_one: tuple[int, Order] | None = None
     while True:
@@ -128,6 +127,6 @@ def _work(maker: BatchMaker, orders: Any, results: Connection) -> None:
             result = maker.make(order, next_one[1].indices if next_one else ())
         except StateError as error:
             result = error
-        except Exception as error:  # the rank tells it, with the worker's traceback
+        except Exception as error:  # the rank raises it, with the worker's traceback
             result = RuntimeError("".join(traceback.format_exception(error)))
         results.send((number, result))

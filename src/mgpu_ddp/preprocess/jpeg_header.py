@@ -1,10 +1,10 @@
-"""Read a JPEG's header without decoding it, to tell which files a GPU's decoder may be given.
+"""Reads a JPEG's header without decoding it, to tell which files a GPU may decode.
 
-The GPU's decoder fails a whole batch for one file that it cannot read, and may show half a file without a word. So
-only what is plain goes there, and Pillow judges the rest. Where this reader and Pillow could see a file differently
-(padding between segments, odd metadata), it says None or asks Pillow.
+The GPU's decoder fails a whole batch for one file that it cannot read, and may decode half a file without an error. So
+it gets only plain files, and Pillow judges the rest. Where this reader and Pillow could see a file differently
+(padding between segments, odd metadata), it returns None or asks Pillow.
 
-Segments and their fields are those of ITU-T T.81 annex B; how colours are told is libjpeg's rule (jdapimin.c).
+Source: ITU-T T.81 annex B for segments and their fields; libjpeg's jdapimin.c for the rule that tells colours.
 """
 
 import re
@@ -17,27 +17,27 @@ from PIL import Image
 from mgpu_ddp.preprocess.transform import EXIF_ORIENTATION, MAX_RESIZED_PIXELS
 
 SEGMENTS = 4096
-"""No more are read; a profile or a preview that is split over many stays far below."""
+"""The most that are read; a profile or a preview that is split over many stays far below."""
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SKIPPED = frozenset(range(0xE0, 0xF0)) | {0xCC, 0xDD, 0xFE}
 DHT, SOS, DQT, APP1, APP14 = 0xC4, 0xDA, 0xDB, 0xE1, 0xEE
 EOI = b"\xff\xd9"
 CHROMA = {b"\x11": (0, 0), b"\x11\x11\x11": (1, 1), b"\x21\x11\x11": (1, 2), b"\x22\x11\x11": (2, 2)}
-"""How many pixels, (down, across), share a sample of chroma: in grey, 4:4:4, 4:2:2 and 4:2:0."""
+"""Pixels, (down, across), that share a sample of chroma, by `Header.sampling`: in grey, 4:4:4, 4:2:2 and 4:2:0."""
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-"""Of the types of a TIFF entry that Pillow knows."""
+"""Bytes of a value of each type of TIFF entry that Pillow knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a JPEG says of itself before its first scan.
+    """A JPEG's header, up to its first scan.
 
-    `width` and `height` are in pixels, as stored, and `orientation` (EXIF's, 1 to 8) is what Pillow would apply.
+    `width` and `height` are in pixels, as stored, and `orientation` (EXIF's, 1 to 8) is the one Pillow would apply.
     `frame` is the n of its SOFn: 0 baseline, 1 extended, 2 progressive, above that lossless or arithmetic. `names`
     and `sampling` hold one byte per component, the latter horizontal << 4 | vertical. `adobe` is the transform of an
-    Adobe segment. `one_scan` says that the first scan holds all components, entire, and that all tables it needs are
-    there. `whole` says that there is an end marker behind the start of the scan; Pillow does not mind what follows it.
+    Adobe segment. `one_scan`: the first scan holds all components, entire, and all tables it needs are there. `whole`:
+    an end marker follows the start of the scan; Pillow ignores what comes after it.
     """
 
     width: int
@@ -62,9 +62,9 @@ class Header:
 
     @property
     def plain(self) -> bool:
-        """Whether a GPU's decoder may be given the file: whole, baseline, 8 bits, grey or YCbCr, common sampling.
+        """A GPU may decode the file: it is whole, baseline, of 8 bits, grey or YCbCr, of common sampling.
 
-        An image so large that Pillow would warn of it or refuse it is Pillow's to judge.
+        Images so large that Pillow would warn of them or refuse them are left to Pillow.
         """
         return (
             self.frame == 0
@@ -78,7 +78,7 @@ class Header:
 
 
 def read_header(data: bytes | memoryview) -> Header | None:
-    """Read a file's header up to its first scan; None where it is no JPEG, or not one with an intact header."""
+    """Read a file's header up to its first scan; None where it is no JPEG, or its header is not intact."""
     try:
         return _read(bytes(data))
     except (IndexError, struct.error):
@@ -149,7 +149,7 @@ def _read(data: bytes) -> Header | None:
 
 
 def _tables(data: bytes, at: int, end: int, marker: int) -> set[int] | None:
-    """Which tables a segment defines; None where it is not made of whole ones.
+    """The tables that a segment defines; None where it is not made of whole ones.
 
     Quantisation tables are 0 to 3 (those of 16 bits, which no baseline file may have, are higher), Huffman tables
     0x40 to 0x43 (DC) and 0x50 to 0x53 (AC).
@@ -186,7 +186,7 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in a TIFF directory; what is not as it should be there is read by Pillow, at its own pace."""
+    """The orientation in a TIFF directory; a malformed directory is left to Pillow, which is slower."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return _pillows_orientation(exif)
@@ -219,5 +219,5 @@ def _pillows_orientation(exif: bytes) -> int | None:
             value = directory.get(EXIF_ORIENTATION)
         return None if value is None else int(value) if value in range(1, 9) else 0
     except Exception:
-        # As `preprocess.upright`: metadata that cannot be read says nothing, and XMP is not asked either.
+        # As in `transform.upright`: unreadable metadata says nothing, and XMP is not asked either.
         return 1

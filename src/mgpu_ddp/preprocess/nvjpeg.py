@@ -1,11 +1,11 @@
-"""nvJPEG: a batch of JPEGs → RGB, or their planes of luma and chroma, by the JPEG engines of a GPU that has them.
+"""nvJPEG: a batch of JPEGs → RGB, or planes of luma and chroma, by the JPEG engines of a GPU that has them.
 
-The engines' inverse DCT yields the levels of libjpeg's, bit for bit (as `tests/gpu` checks). What nvJPEG makes of the
-planes is a few levels off, because it repeats chroma where libjpeg interpolates; `colours` does that as libjpeg does,
-but nvJPEG hands out planes more slowly than RGB.
+The engines' inverse DCT yields the levels of libjpeg's, bit for bit (as `tests/gpu` checks). nvJPEG's RGB is a few
+levels off, because it repeats chroma where libjpeg interpolates. `ycbcr_kernel` converts planes as libjpeg does, but
+nvJPEG yields planes more slowly than RGB.
 
-torchvision's wheels bring the library. Its functions are called here, because torchvision's own decoder copies the
-files to where the engines can read them while it has the decoder, and waits before and after. Source: nvjpeg.h;
+torchvision's wheels bring the library. It is called directly, because torchvision's own decoder holds the library
+while it copies the files to where the engines can read them, and waits before and after. Source: nvjpeg.h;
 https://docs.nvidia.com/cuda/nvjpeg/index.html.
 """
 
@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Integers = npt.NDArray[np.int64]
+from mgpu_ddp.preprocess.transform import Integers
+
 GPU_HYBRID, HARDWARE = 2, 3
 """Backends."""
 YUV, RGB = 1, 3
@@ -34,12 +35,12 @@ NAMES = ("libnvjpeg.so.13", "libnvjpeg.so.12", "libnvjpeg.so")
 
 
 class JpegError(RuntimeError):
-    """The decoder refuses a file of a batch, and does not say which."""
+    """The decoder refused a file of a batch, and does not say which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """n encoded images in memory that the engines read from, host memory that is best pinned: int64 (n,) each."""
+    """n encoded images in host memory, which is best pinned: int64 (n,) each."""
 
     addresses: Integers
     lengths: Integers
@@ -88,7 +89,7 @@ class Images:
 
     @property
     def planes(self) -> Integers:
-        """Where each plane begins, in bytes, (n, 3)."""
+        """First byte of each plane, (n, 3)."""
         return self.starts[:, None] + (self.heights * self.widths)[:, None] * np.arange(3)
 
     @property
@@ -165,22 +166,23 @@ def library() -> ctypes.CDLL | None:
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """What one batch needs while it is decoded; nobody else uses it meanwhile."""
+    """The library's state and the stream of one batch while it is decoded."""
 
     handle: ctypes.c_void_p
     stream: torch.cuda.Stream
     ready_for: tuple[int, int] = (0, 0)
+    """(batch size, output format) that it was initialised for."""
 
 
 class _Lane:
-    """A decoder of the library's own, asked by one thread, which keeps batches in the order in which they come.
+    """One handle of the library, called by one thread, which decodes batches in the order in which they come.
 
-    A batch is waited for before its state and its stream are used again. Without that, batches came to wait for each
-    other for ever: with two decoders at work side by side, and with one state on several streams (H200, driver 580).
+    A batch is waited for before its state and its stream are used again. Without that, batches deadlocked: with two
+    decoders side by side, and with one state on several streams (H200, driver 580).
     """
 
     STATES = 2
-    """While the colours of one batch are made, the engines decode the next."""
+    """The engines decode one batch while the colours of the one before are made."""
 
     def __init__(self, backend: int, found: ctypes.CDLL, device: torch.device) -> None:
         self._library = found
@@ -191,21 +193,21 @@ class _Lane:
             state = _State(handle=ctypes.c_void_p(), stream=torch.cuda.Stream(device))
             _check(found.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.handle)))
             self._states.put(state)
-        self._asking = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+        self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
 
     def decode(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> float:
-        """Have a batch decoded, and wait for it; returns the seconds in the library."""
-        state, spent_s = self._asking.submit(self._ask, arguments, output).result()
+        """Decode a batch and wait for it; returns the seconds spent in the library."""
+        state, spent_s = self._thread.submit(self._call, arguments, output).result()
         self._give_back(state)
         return spent_s
 
-    def _ask(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
+    def _call(self, arguments: list[npt.NDArray[np.uint64]], output: int) -> tuple[_State, float]:
         state, wanted = self._states.get(), (len(arguments[0]), output)
         try:
             started = time.perf_counter()
             if state.ready_for != wanted:
                 _check(self._library.nvjpegDecodeBatchedInitialize(self._handle, state.handle, wanted[0], 1, output))
-            # What a failure leaves behind in the state is not to be relied on.
+            # A failure may leave the state broken.
             state.ready_for = 0, 0
             pointers = [array.ctypes.data for array in arguments]
             _check(self._library.nvjpegDecodeBatched(self._handle, state.handle, *pointers, state.stream.cuda_stream))
@@ -219,15 +221,15 @@ class _Lane:
         try:
             state.stream.synchronize()
         finally:
-            # Also where the device has failed: whoever waits for a state is to hear of it, and not to wait.
+            # Also where the device has failed: whoever waits for a state must learn of it.
             self._states.put(state)
 
 
 class Decoder:
-    """What decodes batches on one device, for any thread, in about the order in which they come."""
+    """Decodes batches on one device, for any thread, in about the order in which they come."""
 
     LANES = 2
-    """That decode side by side: one thread that asks is too slow for the engines, and a third adds nothing."""
+    """Handles side by side: one calling thread is too slow for the engines, and a third adds nothing."""
 
     def __init__(self, device: torch.device) -> None:
         found = library()
@@ -243,13 +245,13 @@ class Decoder:
                 self._lanes = [_Lane(GPU_HYBRID, found, device)]
         self._turns = itertools.cycle(self._lanes)
 
-    def decode(self, files: Files, into: "Images | Planes") -> float:
+    def decode(self, files: Files, into: Images | Planes) -> float:
         """Decode files on the current device, into memory that is free; returns the seconds it took.
 
-        The caller's thread waits meanwhile, without the interpreter's lock.
+        The calling thread waits meanwhile, without the GIL.
 
         Raises:
-            JpegError: it refuses one of them.
+            JpegError: nvJPEG refuses one of them.
         """
         # nvjpegImage_t: four addresses of planes, then the bytes of a line of each.
         images = np.zeros((len(into.heights), 8), dtype=np.uint64)
@@ -266,12 +268,12 @@ class Decoder:
 
     @property
     def longest_s(self) -> float:
-        """For how long the batch has been decoded that has waited longest; 0 where there is none."""
+        """Seconds since the oldest batch that is not done was begun; 0 where there is none."""
         return max((time.perf_counter() - began for began in list(self._began.values())), default=0.0)
 
 
 def _check(status: int) -> None:
     if status == ALLOCATOR_FAILURE:
-        raise torch.OutOfMemoryError("nvJPEG must find memory for a batch on the GPU")
+        raise torch.OutOfMemoryError("nvJPEG found no memory for a batch on the GPU")
     if status != 0:
-        raise JpegError(f"nvJPEG must decode the batch, got status {status}")
+        raise JpegError(f"nvJPEG refused a batch with status {status}")

@@ -1,12 +1,12 @@
 """Resize, crop and normalise a whole batch of images of any size in one launch, with Pillow's own arithmetic.
 
 Pillow resizes in two passes, one per axis, with weights of 22 fractional bits, and rounds to uint8 after each
-(Pillow, src/libImaging/Resample.c). The kernel does the same in integers, so that it yields the very levels that
-`Transform.geometry` yields, and then looks up what `Transform.normalise` makes of each level. Nothing in it
-depends on the other images of the batch.
+(Pillow, src/libImaging/Resample.c). The kernel does the same in integers, so that it yields the very levels of
+`Transform.geometry`, and looks up the value that `Transform.normalise` gives each level. Nothing in it depends on the
+other images of the batch.
 
-Each thread holds a few output pixels and loops over their taps in both directions. A sum of the first pass is thus
-formed again for every output pixel that needs it, two (bilinear) or four (bicubic) times: cheaper than to keep it.
+Each thread holds a few output pixels and loops over their taps in both directions. A sum of the first pass is computed
+again for every output pixel that needs it, two (bilinear) or four (bicubic) times: cheaper than to store it.
 
 Import this module only where there is a CUDA device: other builds of torch come without Triton.
 """
@@ -15,49 +15,48 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import PIL
 import torch
 import triton
 import triton.language as tl
 
 from mgpu_ddp.preprocess.nvjpeg import Images
-from mgpu_ddp.preprocess.transform import Transform
+from mgpu_ddp.preprocess.transform import Integers, Transform
 
 RADIUS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 """How far a filter reaches, in pixels of the coarser of the two images."""
 TILE_ROWS, TILE_COLUMNS, WARPS = 8, 32, 1
-"""What one program yields, in pixels. With one warp a thread owns a column of the tile, so that a weight once computed
-serves all of its rows and channels."""
+"""Output pixels of one program. With one warp a thread owns a column of the tile, so that a weight once computed serves
+all of its rows and channels."""
 PILLOW_REORDERS = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow 13 resizes vertically first where that saves time, which moves a level by one here and there."""
 MAX_BYTES = 2**31
 """Offsets inside one image are 32 bits wide."""
 LAUNCHED = 65_535
-"""Images of one launch, the most that a grid has of them. Source: CUDA C++ Programming Guide, compute capabilities."""
+"""Images of one launch: a grid has no more. Source: CUDA C++ Programming Guide, compute capabilities."""
 
 
 def preprocess_images(
     images: Images,
-    orientations: Sequence[int] | npt.NDArray[np.int64],
+    orientations: Sequence[int] | Integers,
     transform: Transform,
     *,
     out: torch.Tensor,
-    places: Sequence[int] | npt.NDArray[np.int64],
+    rows: Sequence[int] | Integers,
 ) -> None:
     """Turn decoded images into rows of model input, on the current stream of `out`'s device.
 
-    `orientations` are EXIF's, 1 to 8, applied first. Image i becomes row `places[i]` of `out`
+    `orientations` are EXIF's, 1 to 8, applied first. Image i becomes row `rows[i]` of `out`
     (n, 3, *transform.out_size), contiguous or channels_last, of any floating dtype; other rows stay as they are. Images
     that another stream made must be ready, and stay allocated until this stream has read them (`record_stream`).
 
     Raises:
-        ValueError: an image, an orientation, a place or `out` is not as described.
+        ValueError: an image, an orientation, a row or `out` is not as described.
     """
     _check(images, transform, out)
     if not len(images):
         return
-    fields = on_device(_plan(images, orientations, transform, places, rows=len(out)), out.device)
+    fields = on_device(_plan(images, orientations, transform, rows, num_rows=len(out)), out.device)
     height, width = transform.out_size
     table = _levels(transform, out.dtype, out.device)
     with torch.cuda.device(out.device if out.is_cuda else -1):
@@ -78,15 +77,15 @@ def preprocess_images(
             )
 
 
-def on_device(numbers: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """Numbers that a kernel on the current stream reads."""
+def on_device(numbers: Integers, device: torch.device) -> torch.Tensor:
+    """Copy numbers to the device, for a kernel on the current stream."""
     staged = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     staged.numpy()[:] = numbers
     return staged.to(device, non_blocking=True)
 
 
 def _check(images: Images, transform: Transform, out: torch.Tensor) -> None:
-    # The kernel is given bare addresses: what is wrong here would be read or written outside the tensors.
+    # The kernel takes bare addresses: with wrong ones it would read or write outside the tensors.
     shape, expected = tuple(out.shape), (len(out), 3, *transform.out_size)
     if shape != expected or not out.is_floating_point():
         raise ValueError(f"out must be floating point {expected}, got {out.dtype} {shape}")
@@ -101,32 +100,49 @@ def _check(images: Images, transform: Transform, out: torch.Tensor) -> None:
 
 def _plan(
     images: Images,
-    orientations: Sequence[int] | npt.NDArray[np.int64],
+    orientations: Sequence[int] | Integers,
     transform: Transform,
-    places: Sequence[int] | npt.NDArray[np.int64],
+    rows: Sequence[int] | Integers,
     *,
-    rows: int,
-) -> npt.NDArray[np.int64]:
-    """What the kernel must know of each image, int64 (n, 12), in the order in which `_preprocess` loads it."""
-    address, height, width = images.data.data_ptr() + images.starts, images.heights, images.widths
-    orientation, place = np.asarray(orientations, dtype=np.int64), np.asarray(places, dtype=np.int64)
-    if not orientation.shape == place.shape == address.shape:
-        raise ValueError(f"{len(images)} images, {len(orientations)} orientations and {len(places)} places do not pair")
+    num_rows: int,
+) -> Integers:
+    """Each image's fields for the kernel, int64 (n, 12), in the order in which `_preprocess` loads them."""
+    orientation, row = np.asarray(orientations, dtype=np.int64), np.asarray(rows, dtype=np.int64)
+    if not orientation.shape == row.shape == images.starts.shape:
+        raise ValueError(f"{len(images)} images, {len(orientations)} orientations and {len(rows)} rows do not pair")
     if not ((orientation >= 1) & (orientation <= 8)).all():
         raise ValueError(f"orientations must be 1 to 8, got {orientations}")
-    if not ((place >= 0) & (place < rows)).all():
-        raise ValueError(f"places must be rows of out, 0 to {rows - 1}, got {places}")
+    if not ((row >= 0) & (row < num_rows)).all():
+        raise ValueError(f"rows must be rows of out, 0 to {num_rows - 1}, got {rows}")
+    first, down, right, plane = _steps(images, orientation)
+    upright = np.where(orientation >= 5, (images.widths, images.heights), (images.heights, images.widths))
+    resized, corner = _geometry(upright, transform)
+    # As Pillow decides, from 13.0 on.
+    less_height, less_width = upright - resized
+    vertical_first = (less_height > 0) & (less_height > 2 * less_width) & PILLOW_REORDERS
+    fields = (images.data.data_ptr() + first, down, right, plane, *upright, *resized, *corner, vertical_first, row)
+    return np.stack(fields, axis=1)
 
-    # An upright pixel lies at first + y * down + x * right in the stored plane (EXIF 2.32, tag 0x0112).
+
+def _steps(images: Images, orientation: Integers) -> tuple[Integers, Integers, Integers, Integers]:
+    """Where upright pixels are stored: pixel (y, x) of channel c at byte first + y * down + x * right + c * plane.
+
+    Source: EXIF 2.32, tag 0x0112.
+    """
+    height, width = images.heights, images.widths
     step, plane = (3, np.ones_like(height)) if images.interleaved else (1, height * width)
     from_right, from_bottom = np.isin(orientation, (2, 3, 7, 8)), np.isin(orientation, (3, 4, 6, 7))
     across, along = step * np.where(from_right, -1, 1), step * np.where(from_bottom, -width, width)
-    first = step * (np.where(from_right, width - 1, 0) + np.where(from_bottom, (height - 1) * width, 0))
+    corner = step * (np.where(from_right, width - 1, 0) + np.where(from_bottom, (height - 1) * width, 0))
     turned = orientation >= 5
-    down, right = np.where(turned, across, along), np.where(turned, along, across)
-    upright = np.where(turned, (width, height), (height, width))
+    return images.starts + corner, np.where(turned, across, along), np.where(turned, along, across), plane
 
-    # As torchvision.transforms.functional.resize and center_crop compute them.
+
+def _geometry(upright: Integers, transform: Transform) -> tuple[Integers, Integers]:
+    """Resized sizes, and the output's corner in them, of images of these sizes, (height or width, n) each.
+
+    As torchvision.transforms.functional.resize and center_crop compute them.
+    """
     if len(transform.resize) == 1:
         short, long = upright.min(0), upright.max(0)
         resized_long = (transform.resize[0] * long / short).astype(np.int64)
@@ -134,21 +150,16 @@ def _plan(
     else:
         resized = np.broadcast_to(np.array(transform.resize)[:, None], upright.shape)
     spare = resized - np.array(transform.out_size)[:, None]
-    corner = np.where(spare < 0, -(-spare // 2), np.rint(spare / 2).astype(np.int64))
-    # As Pillow decides, from 13.0 on.
-    less_height, less_width = upright - resized
-    vertical_first = (less_height > 0) & (less_height > 2 * less_width) & PILLOW_REORDERS
-    fields = (address + first, down, right, plane, *upright, *resized, *corner, vertical_first, place)
-    return np.stack(fields, axis=1)
+    return resized, np.where(spare < 0, -(-spare // 2), np.rint(spare / 2).astype(np.int64))
 
 
 @functools.lru_cache(maxsize=16)
 def _levels(transform: Transform, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What each uint8 level of each channel becomes, (3, 256), bitwise as `Transform.normalise` on this device."""
+    """The normalised value of each uint8 level of each channel, (3, 256), bitwise `Transform.normalise`'s here."""
     pixels = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 256, 1).expand(1, 1, 256, 3)
     table = transform.normalise(pixels, dtype=dtype, channels_last=False).view(3, 256)
     if device.type == "cuda":
-        # The next call may use it on another stream.
+        # The next call may read it on another stream.
         torch.cuda.current_stream(device).synchronize()
     return table
 
@@ -174,7 +185,7 @@ def _preprocess(
     in_height, in_width = tl.load(plan + 4).to(tl.int32), tl.load(plan + 5).to(tl.int32)
     resized_height, resized_width = tl.load(plan + 6).to(tl.int32), tl.load(plan + 7).to(tl.int32)
     top, left = tl.load(plan + 8).to(tl.int32), tl.load(plan + 9).to(tl.int32)
-    vertical_first, place = tl.load(plan + 10), tl.load(plan + 11)
+    vertical_first, row = tl.load(plan + 10), tl.load(plan + 11)
 
     # Threads past an edge repeat the last pixel and store the same value there.
     y = tl.minimum(tl.program_id(1) * tile_rows + tl.arange(0, tile_rows)[:, None], height - 1)
@@ -188,7 +199,7 @@ def _preprocess(
 
     # Where the resized image does not reach, a centre crop pads with zeros.
     inside = (y + top >= 0) & (y + top < resized_height) & (x + left >= 0) & (x + left < resized_width)
-    out += place * out_image + (y * out_row + x * out_column)
+    out += row * out_image + (y * out_row + x * out_column)
     tl.store(out, tl.load(table + tl.where(inside, red, 0)))
     tl.store(out + out_channel, tl.load(table + 256 + tl.where(inside, green, 0)))
     tl.store(out + 2 * out_channel, tl.load(table + 512 + tl.where(inside, blue, 0)))
@@ -220,15 +231,15 @@ def _level(total: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _taps(at: tl.tensor, in_size: tl.tensor, out_size: tl.tensor, stride: tl.tensor, radius: tl.constexpr) -> tl.tuple:
-    """Which input pixels make the output pixels `at` along one axis.
+    """The input pixels that make the output pixels `at` along one axis.
 
-    (the first, how many, its distance from the centre and that of two neighbours in units of the filter, what makes
-    the weights add up to 2**22, the axis's length, its stride)
+    Returns (the first, how many, its distance from the centre and that of two neighbours in units of the filter, the
+    factor that makes the weights add up to 2**22, the axis's length, its stride).
     """
     at = tl.minimum(tl.maximum(at, 0), out_size - 1)
     length, pixels = in_size.to(tl.float64), out_size.to(tl.float64)
     if radius == 0:
-        # Pillow goes from pixel to pixel by adding (ImagingScaleAffine), and what that loses decides ties.
+        # Pillow goes from pixel to pixel by adding (ImagingScaleAffine), and its rounding errors decide ties.
         step = length / pixels
         centre = at.to(tl.float64) * 0 + 0.5 * step
         for i in range(out_size):
@@ -252,13 +263,13 @@ def _taps(at: tl.tensor, in_size: tl.tensor, out_size: tl.tensor, stride: tl.ten
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _offset(taps: tl.tuple, i: tl.tensor) -> tl.tensor:
-    """Where tap i lies; past the image's edge, where it weighs nothing, the last pixel."""
+    """The offset of tap i; past the image's edge, where it weighs nothing, that of the last pixel."""
     return tl.minimum(taps[0] + i, taps[5] - 1) * taps[6]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _weight(taps: tl.tuple, i: tl.tensor, radius: tl.constexpr) -> tl.tensor:
-    """Tap i's weight as Pillow has it: 22 fractional bits, halves rounded away from zero."""
+    """Tap i's weight as Pillow computes it: 22 fractional bits, halves rounded away from zero."""
     weight = _filter(taps[2] + i * taps[3], radius) * taps[4]
     rounded = (weight + tl.where(weight < 0, -0.5, 0.5)).to(tl.int32)
     return tl.where(taps[0] + i < taps[5], rounded, 0)

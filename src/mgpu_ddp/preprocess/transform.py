@@ -1,7 +1,7 @@
-"""From the bytes of an image to model input: decode, make upright RGB, resize and crop, then normalise.
+"""Image bytes → model input: decode, make upright RGB, resize and crop, then normalise.
 
-The geometry runs where the image is decoded and yields uint8, exactly what torchvision's transforms yield for
-a PIL image. Scaling and normalising run on the model's device, on whole batches.
+The geometry runs where the image is decoded and yields uint8, exactly as torchvision's transforms do for a PIL image.
+Scaling and normalising run on the model's device, on whole batches.
 """
 
 import io
@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 StageClock = Callable[[str, float], None]
-"""Told the stage (`read`, `pack`, `decode`, `resize`, `generate`) and the seconds it took."""
+"""Takes a stage (`read`, `pack`, `decode`, `resize`, `generate`) and the seconds it took."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-"""The decoders that may see a file, whatever its name says."""
+"""The decoders that Pillow may use, whatever a file's name says."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 EXIF_ORIENTATION = 0x0112
@@ -33,18 +34,19 @@ TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of each EXIF orientation upright."""
+"""The operation that makes an image of each EXIF orientation upright."""
 MAX_RESIZED_PIXELS = 89_478_485
 """Pillow's own limit for an image that is opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How images lie in memory that come decoded and all alike: sizes in pixels, the channels apart or together."""
+    """How decoded images of one size, in pixels, lie in memory."""
 
     height: int
     width: int
     planar: bool
+    """The channels of an image lie apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ class Transform:
         return np.asarray(image, dtype=np.uint8)
 
     def cut(self, height: int, width: int) -> tuple[int, int] | None:
-        """(top, left) of the output in an image of this size that needs no resizing; None for any other."""
+        """The output's (top, left) in an image of this size that needs no resizing; None for any other."""
         target = (height, width) if len(self.resize) == 2 else (min(height, width),)
         out_height, out_width = self.out_size
         if self.resize != target or out_height > height or out_width > width:
@@ -94,7 +96,7 @@ class Transform:
         return round((height - out_height) / 2), round((width - out_width) / 2)
 
     def without_geometry(self, size: tuple[int, int]) -> "Transform":
-        """The same for images that have this size, (height, width) in pixels, and keep it."""
+        """The same transform for images that have this size, (height, width) in pixels, and keep it."""
         return replace(self, resize=size, crop=None, interpolation="bilinear")
 
     def may_resize(self, width: int, height: int) -> bool:
@@ -104,7 +106,7 @@ class Transform:
 
     def normalise(self, pixels: torch.Tensor, *, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
         """Turn uint8 (n, height, width, 3) into model input (n, 3, height, width) of `dtype`, on its device."""
-        # In this order, because it gives the same bits as ToTensor and Normalize.
+        # This order gives the same bits as ToTensor and Normalize.
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         if self.mean is not None and self.std is not None:
             shape = (1, 3, 1, 1)
@@ -114,7 +116,7 @@ class Transform:
 
 
 def copy_pixels(pixels: Pixels, into: Pixels) -> None:
-    """Copy uint8 (..., height, width, 3); planar ones plane by plane, which takes numpy a third of the time."""
+    """Copy uint8 (..., height, width, 3); planar images plane by plane, which takes numpy a third of the time."""
     if pixels.strides[-1] == 1:
         into[:] = pixels
     else:
@@ -156,7 +158,7 @@ def decode(data: bytes) -> Image.Image:
     Raises whatever Pillow raises: OSError for most broken files, but ValueError, SyntaxError and others too.
     """
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of large images; a large one past its limit is an error all the same.
+        # Pillow warns of odd metadata and of large images; those past its limit are errors all the same.
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
@@ -168,9 +170,9 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:
-        # Metadata that cannot be read says nothing about the pixels: viewers show such a file as it is stored.
+        # Unreadable metadata says nothing about the pixels: viewers show such a file as it is stored.
         orientation = 1
-    # Pillow's own exif_transpose writes the metadata anew, and fails where any of it is malformed.
+    # Pillow's own exif_transpose rewrites the metadata, and fails where any of it is malformed.
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 

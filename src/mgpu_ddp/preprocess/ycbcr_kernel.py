@@ -1,8 +1,9 @@
 """Planes of luma and chroma → RGB for a whole batch in one launch, with libjpeg's own arithmetic.
 
 Chroma of half the size is interpolated with weights of 3/4 and 1/4 along each axis (libjpeg's fancy upsampling,
-jdsample.c), and colours are made of it with 16 fractional bits (jdcolor.c), so that the levels are those that Pillow
-yields. Import this module only where there is a CUDA device: other builds of torch come without Triton.
+jdsample.c), and converted with 16 fractional bits (jdcolor.c), so that the levels are Pillow's.
+
+Import this module only where there is a CUDA device: other builds of torch come without Triton.
 """
 
 import numpy as np
@@ -78,7 +79,7 @@ def _chroma(
     if tall:
         here = 3 * here + _sample(plane + near_row * columns + column, inside)
         beside = 3 * beside + _sample(plane + near_row * columns + near_column, inside)
-    # What halves are rounded to alternates from pixel to pixel.
+    # Halves are rounded down and up in turns from pixel to pixel.
     rounding = tl.where(tall, 8 - x % 2, 1 + x % 2)
     shift = tl.where(tall, 4, 2)
     return tl.where(inside, tl.where(wide, (3 * here + beside + rounding) >> shift, here), 128)

@@ -10,8 +10,8 @@ if not torch.cuda.is_available():
 
 import torchvision
 
-from mgpu_ddp.models.fusion import fold_batch_norms, fuse_activations
-from mgpu_ddp.models.prepare import FUSED, head_of
+from mgpu_ddp.models.fusion import FUSED, fold_batch_norms, fuse_activations
+from mgpu_ddp.models.head import head_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 FUSED_NAMES = ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "densenet121"]

@@ -15,7 +15,7 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import LARGEST, SMALLEST, choose_compile, find_batch_size
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import operations
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.preprocess.transform import plain

@@ -15,9 +15,10 @@ from torch import nn
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, RuntimeConfig, TransformConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models import build
 from mgpu_ddp.models.build import build_model, choose_transform, load_model
-from mgpu_ddp.models.prepare import head_of, prepare
+from mgpu_ddp.models.head import head_of
+from mgpu_ddp.models.model import Model
+from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from mgpu_ddp.preprocess import transform
 from tests.support.choices import resolved
@@ -43,7 +44,7 @@ def trained(name: str = SMALL, num_classes: int = 5) -> nn.Module:
 def digest_of(config: Config) -> str:
     """Build and fill a model as rank 0 does."""
     model = build_model(config)
-    load_weights(model.module, model.num_classes, config.model)
+    load_weights(model, config.model)
     return weights_digest(model.module)
 
 
@@ -108,7 +109,7 @@ def test_a_checkpoint_without_batch_counters_loads(tmp_path: Path) -> None:
     state = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pt")
     model = build_model(job("resnet18", weights=tmp_path / "w.pt"))
-    load_weights(model.module, model.num_classes, job("resnet18", weights=tmp_path / "w.pt").model)
+    load_weights(model, job("resnet18", weights=tmp_path / "w.pt").model)
     assert all(torch.equal(model.module.state_dict()[k], v) for k, v in state.items())
 
 
@@ -252,7 +253,7 @@ def test_folding_keeps_the_logits(name: str, world: World) -> None:
     with torch.inference_mode():
         images = torch.randn(2, 3, 64, 64)
         expected = module(images)
-        model = build.Model(module=module, num_classes=5, origin="", class_names=None, preset=None)
+        model = Model(module=module, num_classes=5, origin="", class_names=None, preset=None)
         folded = prepare(model, job(name), resolved(), world)
         assert (folded(images) - expected).abs().max() < 1e-4
     norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -16,7 +16,8 @@ from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, OutputConfi
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.build import build_model, choose_transform
-from mgpu_ddp.models.prepare import embedding_dim, head_of, prepare
+from mgpu_ddp.models.head import embedding_dim, head_of
+from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from tests.support.choices import resolved
 
@@ -48,7 +49,7 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
     save_file(module.state_dict(), tmp_path / "w.safetensors")
     config = job("test_resnet", weights=str(tmp_path / "w.safetensors"))
     model = build_model(config)
-    load_weights(model.module, model.num_classes, config.model)
+    load_weights(model, config.model)
     assert weights_digest(model.module) == weights_digest(module)
 
 

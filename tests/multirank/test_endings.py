@@ -22,7 +22,7 @@ from mgpu_ddp.job.autotune import choose_compile
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
-from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.preprocess.transform import plain
 from tests.support.choices import PredictorsOf, setup
 from tests.support.runs import assert_proved, make_images, read_rows

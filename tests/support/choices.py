@@ -11,7 +11,7 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.preprocess.transform import plain
 

@@ -14,7 +14,8 @@ from mgpu_ddp.config.schema import Config
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.inference.cuda_graph import Columns, Replayed
 from mgpu_ddp.inference.gpu_input import GpuInput
-from mgpu_ddp.models.prepare import DTYPES, head_of
+from mgpu_ddp.models.head import head_of
+from mgpu_ddp.models.prepare import DTYPES
 
 log = logging.getLogger("mgpu_ddp")
 

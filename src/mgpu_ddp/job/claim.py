@@ -23,9 +23,9 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job.context import Claim, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
-from mgpu_ddp.models.build import Model
 from mgpu_ddp.models.class_names import names_digest
-from mgpu_ddp.models.prepare import embedding_dim
+from mgpu_ddp.models.head import embedding_dim
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.manifest import Manifest, write_status
 from mgpu_ddp.output.parts import write_error

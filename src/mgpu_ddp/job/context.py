@@ -14,7 +14,7 @@ from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.models.build import Model
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.output.manifest import Manifest
 

@@ -1,4 +1,4 @@
-"""Names of a model's classes, read from a file."""
+"""Names of a model's classes: read from a file, and their digest."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
     require(len(names) == num_classes, key, f"a file of {num_classes} names for this model", found, remedy)
     names = tuple(name.strip() for name in names)
     for number, name in enumerate(names):
-        # A lone surrogate, which JSON may spell, is no text that a table could hold.
+        # JSON may spell a lone surrogate, which no table can hold.
         ok = bool(name) and name.isprintable()
         require(ok, key, "printable names", f"{name!r} for class {number}", remedy)
     return names

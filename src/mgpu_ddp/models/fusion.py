@@ -9,6 +9,9 @@ import warnings
 import torch
 from torch import fx, nn
 
+FUSED = ("resnet", "resnext", "densenet")
+"""Models whose rows keep their bits when cuDNN fuses, wherever they stand in a batch, as `tests/gpu` checks in half
+precision. Others (vgg, squeezenet), and fp32, do not."""
 RELUS = (torch.relu, nn.functional.relu)
 ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -18,14 +21,14 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     from torch.fx.proxy import TraceError
 
     with warnings.catch_warnings():
-        # What this module itself imports is deprecated in some releases of torch.
+        # Some releases of torch deprecate an import of this module's own.
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.fx.experimental.optimization import fuse
 
     try:
         folded: nn.Module = fuse(module)
     except (TraceError, TypeError):
-        # Control flow that depends on data: such models have few batch norms, and speed is all that is at stake.
+        # Control flow depends on data. Such models have few batch norms, and only speed is lost.
         return module
     return folded
 
@@ -33,7 +36,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 def fuse_activations(module: nn.Module, head: nn.Module) -> nn.Module:
     """Let cuDNN's convolutions apply the ReLU after them, and the addition between the two. CUDA, half precision.
 
-    The head stays a module of its own, because others look at what goes into it.
+    The head stays a module of its own, so that its input can be read.
     """
     if not isinstance(module, fx.GraphModule):
         return module
@@ -42,13 +45,13 @@ def fuse_activations(module: nn.Module, head: nn.Module) -> nn.Module:
         if not _is_relu(node, modules) or not isinstance(before := node.args[0], fx.Node) or len(before.users) > 1:
             continue
         if _is_convolution(before, modules, head):
-            _replace(module, modules, node, before, None)
+            _replace_relu(module, modules, node, before, added=None)
             module.graph.erase_node(before)
         elif before.op == "call_function" and before.target in ADDS:
             terms = [term for term in before.args[:2] if isinstance(term, fx.Node)]
             found = [term for term in terms if _is_convolution(term, modules, head) and len(term.users) == 1]
             if len(terms) == 2 and found:
-                _replace(module, modules, node, found[0], terms[1 - terms.index(found[0])])
+                _replace_relu(module, modules, node, found[0], added=terms[1 - terms.index(found[0])])
                 module.graph.erase_node(before)
                 module.graph.erase_node(found[0])
     module.graph.lint()
@@ -75,14 +78,15 @@ def _is_convolution(node: fx.Node, modules: dict[str, nn.Module], head: nn.Modul
     )
 
 
-def _replace(
+def _replace_relu(
     module: fx.GraphModule,
     modules: dict[str, nn.Module],
     relu: fx.Node,
     convolution: fx.Node,
+    *,
     added: fx.Node | None,
 ) -> None:
-    """Put one call of cuDNN in the place of a ReLU; what went into it is the caller's to erase."""
+    """Replace a ReLU by one call of cuDNN. The caller erases the nodes that it no longer needs."""
     layer, graph = modules[str(convolution.target)], module.graph
     assert isinstance(layer, nn.Conv2d)
     how = (layer.stride, layer.padding, layer.dilation, layer.groups)

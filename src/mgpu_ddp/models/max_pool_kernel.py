@@ -1,4 +1,4 @@
-"""Max pooling of channels-last images in one pass, several times faster than torch's own, with the same result.
+"""Max pooling of channels-last images in one pass: torch's own result, several times faster.
 
 Import this module only where there is a CUDA device: other builds of torch come without Triton.
 """
@@ -13,7 +13,7 @@ TILE = 4096
 
 
 class MaxPool(nn.Module):
-    """What `nn.MaxPool2d` with these settings computes."""
+    """`nn.MaxPool2d` with these settings."""
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MaxPool(nn.Module):
 
 
 def replace_max_pools(module: nn.Module) -> None:
-    """Put `MaxPool` in the place of each `nn.MaxPool2d` that it stands for."""
+    """Replace each `nn.MaxPool2d` that `MaxPool` can stand for."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if (

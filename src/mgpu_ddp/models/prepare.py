@@ -1,4 +1,4 @@
-"""A model made ready to predict: shared by rank 0, folded, fused, moved to its device, compiled."""
+"""Makes a model ready to predict: shared by rank 0, folded, fused, moved to its device, compiled."""
 
 import copy
 import itertools
@@ -12,14 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, RuntimeConfig
 from mgpu_ddp.distributed.world import World, share_weights
-from mgpu_ddp.models.build import Model
-from mgpu_ddp.models.fusion import fold_batch_norms, fuse_activations
+from mgpu_ddp.models.fusion import FUSED, fold_batch_norms, fuse_activations
+from mgpu_ddp.models.head import embedding_dim, head_of
+from mgpu_ddp.models.model import Model
 from mgpu_ddp.preprocess.transform import Transform
-
-FUSED = ("resnet", "resnext", "densenet")
-"""Models whose rows keep their bits when cuDNN fuses, wherever they stand in a batch, as `tests/gpu` checks in half
-precision. Others (vgg, squeezenet), and fp32, do not."""
-
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,32 +38,17 @@ def prepare(model: Model, config: Config, resolved: Resolved, world: World, *, k
 
 
 def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> nn.Module:
-    precision = resolved.precision
     if config.runtime.fold:
-        folded, classes = fold_batch_norms(module), config.model.num_classes
-        # Tracing may dissolve the head, and embeddings are what goes into it.
-        if embedding_dim(folded, classes) == embedding_dim(module, classes):
-            module = folded
-        if (
-            device.type == "cuda"
-            and precision in ("fp16", "bf16")
-            and config.runtime.channels_last
-            and (config.model.name.startswith(FUSED) or not config.runtime.deterministic)
-        ):
-            module = fuse_activations(module, head_of(module, config.model.num_classes))
+        module = _fold(module, config, resolved, device)
     if device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp":
         from mgpu_ddp.models.max_pool_kernel import replace_max_pools
 
         replace_max_pools(module)
-    # One process may run jobs of several precisions: set both ways. Where cuDNN chooses kernels by timing them,
-    # bitwise equality between processes is gone.
-    torch.backends.cudnn.benchmark = not config.runtime.deterministic
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    _set_backends(resolved.precision, deterministic=config.runtime.deterministic)
     layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
-    module = module.to(device=device, dtype=DTYPES[precision])
+    module = module.to(device=device, dtype=DTYPES[resolved.precision])
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        # What has more dimensions (a constant that tracing has found) has no such layout.
+        # A tensor of more dimensions (a constant that tracing has found) has no such layout.
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
     if config.strategy == "data_parallel":
@@ -79,6 +60,31 @@ def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.
         torch._inductor.config.deterministic = config.runtime.deterministic
         module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return module
+
+
+def _fold(module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> nn.Module:
+    """Fold batch norms, and fuse activations where cuDNN can and may."""
+    classes, runtime = config.model.num_classes, config.runtime
+    folded = fold_batch_norms(module)
+    # Tracing may dissolve the head, and embeddings are its input.
+    if embedding_dim(folded, classes) == embedding_dim(module, classes):
+        module = folded
+    if (
+        device.type == "cuda"
+        and resolved.precision in ("fp16", "bf16")
+        and runtime.channels_last
+        and (config.model.name.startswith(FUSED) or not runtime.deterministic)
+    ):
+        module = fuse_activations(module, head_of(module, classes))
+    return module
+
+
+def _set_backends(precision: str, *, deterministic: bool) -> None:
+    """Set how this process computes; always, because one process may run jobs of several precisions."""
+    # Where cuDNN chooses kernels by timing them, bitwise equality between processes is gone.
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
 
 def operations(module: nn.Module, transform: Transform) -> int:
@@ -116,17 +122,3 @@ class _Operations(TorchDispatchMode):
         formula = self._formulas.get(func.overloadpacket)
         self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
         return out
-
-
-def embedding_dim(module: nn.Module, num_classes: int) -> int:
-    """How many features the head sees."""
-    head = head_of(module, num_classes)
-    return head.in_features if isinstance(head, nn.Linear) else head.in_channels
-
-
-def head_of(module: nn.Module, num_classes: int) -> nn.Linear | nn.Conv2d:
-    """The layer that turns pooled features into logits: the last linear one of that width, or the last of all."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    # Tracing may change the order of modules.
-    fitting = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == num_classes]
-    return (fitting or layers)[-1]

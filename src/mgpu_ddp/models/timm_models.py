@@ -1,27 +1,56 @@
 """timm's models: built by name without a network, with the transform that they were evaluated with."""
 
-import difflib
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.schema import ModelConfig
+from mgpu_ddp.config.schema import Config, TimmConfig
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.models.model import Model, State, did_you_mean
+from mgpu_ddp.models.weights import CHECKPOINTS, read_checkpoint
 
-WEIGHTS = "model.safetensors"
-NONE = "timm names none on the Hugging Face hub."
+HUB_FILE = "model.safetensors"
+"""The weights in a model's repository on the Hugging Face hub: tensors alone, no code."""
 
 
-def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
-    """The module without its weights, and what `preprocess.from_weights` reads.
+def build_timm(config: Config, wanted: TimmConfig) -> Model:
+    """Build the model that `wanted` names.
 
     Raises:
-        UsageError: timm is not installed, has no such model, or has one whose transform is not supported.
+        UsageError: timm is not installed, has no such model or weights, or the model cannot do what is asked for.
     """
+    weights = wanted.weights
+    rule = f"null, DEFAULT or a path to {'/'.join(CHECKPOINTS)} for model=timm"
+    is_known = weights is None or weights == "DEFAULT" or weights.endswith(CHECKPOINTS)
+    remedy = "A timm model's name may end in a tag: model.name=resnet18.a1_in1k."
+    require(is_known, "model.weights", rule, weights, remedy)
+    torch.manual_seed(config.seed)
+    module, preset = _create(wanted)
+    if weights == "DEFAULT":
+        _check_hub_weights(wanted, module.pretrained_cfg)
+    if "embedding" in config.output.computed:
+        _check_embedding(wanted, module)
+    source = f"random weights from seed {config.seed}" if weights is None else f"weights {weights}"
+    return Model(
+        module=module,
+        num_classes=wanted.num_classes,
+        origin=f"timm {wanted.name}, {source}",
+        class_names=_class_names(module.pretrained_cfg) if weights == "DEFAULT" else None,
+        preset=preset,
+        fetch_weights=partial(_download, module.pretrained_cfg["hf_hub_id"]) if weights == "DEFAULT" else None,
+        # Many of timm's models take images of one size alone.
+        input_size=preset.crop_size[0],
+    )
+
+
+def _create(wanted: TimmConfig) -> tuple[Any, Any]:
+    """The module without its weights, and its preset."""
     try:
         import timm
         from timm.data.config import resolve_data_config
@@ -30,8 +59,8 @@ def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
     # From its own list alone: timm takes names of hub repositories and of local folders too.
     name = wanted.name
     known = timm.is_model(name) and ":" not in name and "/" not in name
-    near = difflib.get_close_matches(name.partition("/")[2] or name, timm.list_models(pretrained="." in name), n=1)
-    remedy = f"Did you mean {near[0]}?" if near else "timm.list_models() names them."
+    names = timm.list_models(pretrained="." in name)
+    remedy = did_you_mean(name.partition("/")[2] or name, names, "timm.list_models() names them.")
     require(known, "model.name", "a timm model", name, remedy)
     try:
         module: Any = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
@@ -39,38 +68,48 @@ def build_timm(wanted: ModelConfig) -> tuple[nn.Module, Any]:
         raise UsageError(
             f"model.name must be a timm model, got {name!r} ({str(error).rstrip('.')}). {remedy}"
         ) from None
-    if wanted.weights == "DEFAULT":
-        config = module.pretrained_cfg
-        require(bool(config.get("hf_hub_id")), "model.weights", "null or a checkpoint for this model", "DEFAULT", NONE)
-        classes, remedy = config["num_classes"], f"Set model.num_classes={config['num_classes']}."
-        fits = wanted.num_classes == classes
-        require(fits, "model.num_classes", f"{classes} for these weights", wanted.num_classes, remedy)
     return module, _preset(resolve_data_config(model=module), name)
 
 
-def download_timm(wanted: ModelConfig, module: Any) -> Path:
-    """The model's own weights, from the cache of the Hugging Face hub or from the hub itself: tensors alone.
+def _check_hub_weights(wanted: TimmConfig, pretrained: Any) -> None:
+    rule, remedy = "null or a checkpoint for this model", "timm names none on the Hugging Face hub."
+    require(bool(pretrained.get("hf_hub_id")), "model.weights", rule, "DEFAULT", remedy)
+    classes = pretrained["num_classes"]
+    rule, remedy = f"{classes} for these weights", f"Set model.num_classes={classes}."
+    require(wanted.num_classes == classes, "model.num_classes", rule, wanted.num_classes, remedy)
+
+
+def _check_embedding(wanted: TimmConfig, module: Any) -> None:
+    # The embedding of a head of several layers is the input of none of them: the mean of two tokens, say.
+    head = module.get_classifier()
+    rule = "without embedding for a model whose classifier is not one linear layer"
+    found = f"{wanted.name} with {type(head).__name__}"
+    require(isinstance(head, nn.Linear | nn.Conv2d), "output.fields", rule, found, "Leave it out.")
+
+
+def _download(repository: str) -> State:
+    """Get a model's own weights from the cache of the Hugging Face hub or from the hub itself.
 
     Raises:
         UsageError: they are in neither.
     """
     from huggingface_hub import hf_hub_download
 
-    source = module.pretrained_cfg["hf_hub_id"]
     try:
-        return Path(hf_hub_download(source, WEIGHTS))
+        path = Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the hub's own, those of its HTTP client, and OSError
         raise UsageError(
-            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__} for {source} of"
-            f" the Hugging Face hub). Fetch {WEIGHTS} where there is a network, and give its path."
+            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__} for"
+            f" {repository} of the Hugging Face hub). Fetch {HUB_FILE} where there is a network, and give its path."
         ) from None
+    return read_checkpoint(path)
 
 
-def class_names_of(module: Any) -> tuple[str, ...] | None:
+def _class_names(pretrained: Any) -> tuple[str, ...] | None:
     """The names of the classes that the model was trained on, where timm knows them."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
-    subset = infer_imagenet_subset(module.pretrained_cfg)
+    subset = infer_imagenet_subset(pretrained)
     if subset is None:
         return None
     info = ImageNetInfo(subset)

@@ -1,4 +1,4 @@
-"""Weights: named ones, checkpoints as people have them, and their digest."""
+"""Fills a model with weights: named ones, or those of checkpoints as people have them."""
 
 import argparse
 import hashlib
@@ -11,27 +11,24 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.schema import ModelConfig, TimmConfig
+from mgpu_ddp.config.schema import ModelConfig
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.timm_models import download_timm
+from mgpu_ddp.models.model import Model, State
 
 log = logging.getLogger("mgpu_ddp")
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
-
-
 PREFIXES = ("module.", "_orig_mod.", "resnet.")
 """What DataParallel and DDP, torch.compile and the tutorial's SimpleModel put before every key."""
-
-
 NESTS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts keep the state dict."""
+IGNORED = ("state_dict_ema", "model_ema")
+"""Keys of averaged weights, which training scripts may keep beside it."""
+NAMED_KEYS = 4
+"""Of the keys that do not fit, so many are named."""
 
 
-OTHERS = ("state_dict_ema", "model_ema")
-"""What training scripts may keep beside these."""
-
-
-def load_weights(module: nn.Module, num_classes: int, config: ModelConfig) -> None:
+def load_weights(model: Model, config: ModelConfig) -> None:
     """Fill the module from the named weights or the checkpoint, if there are any. Rank 0 only: DDP shares them.
 
     Raises:
@@ -39,58 +36,43 @@ def load_weights(module: nn.Module, num_classes: int, config: ModelConfig) -> No
     """
     if config.weights is None:
         return
-    if config.weights.endswith(CHECKPOINTS):
-        state = _strip(_read_checkpoint(Path(config.weights)))
-    elif isinstance(config, TimmConfig):
-        state = _read_checkpoint(download_timm(config, module))
+    if model.fetch_weights is not None:
+        state = model.fetch_weights()
     else:
-        state = _named_state(config)
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    problems = [
-        f"{word} {len(keys)} keys ({', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''})"
-        for word, keys in (
-            ("missing", [k for k in expected if k not in given and not k.endswith("num_batches_tracked")]),
-            ("unexpected", [k for k in given if k not in expected]),
-            (
-                "misshapen",
-                [f"{k} {given[k]} for {expected[k]}" for k in given if k in expected and given[k] != expected[k]],
-            ),
+        state = _without_prefixes(read_checkpoint(Path(config.weights)))
+    misfits = _misfits(model.module.state_dict(), state)
+    if misfits:
+        raise UsageError(
+            f"model.weights must fit {config.name} with {model.num_classes} classes, got {config.weights!r}:"
+            f" {misfits}. Set model.name and model.num_classes to the checkpoint's."
         )
+    model.module.load_state_dict(state, strict=False)
+
+
+def _misfits(expected: State, given: State) -> str:
+    """Name the keys that do not fit; empty if all do."""
+    kinds = {
+        "missing": [key for key in expected if key not in given and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in given if key not in expected],
+        "misshapen": [
+            f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
+            for key, value in given.items()
+            if key in expected and value.shape != expected[key].shape
+        ],
+    }
+    return "; ".join(
+        f"{kind} {len(keys)} keys ({', '.join(sorted(keys)[:NAMED_KEYS])}{', ...' if len(keys) > NAMED_KEYS else ''})"
+        for kind, keys in kinds.items()
         if keys
-    ]
-    if problems:
-        raise UsageError(
-            f"model.weights must fit {config.name} with {num_classes} classes, got {config.weights!r}:"
-            f" {'; '.join(problems)}. Set model.name and model.num_classes to the checkpoint's."
-        )
-    module.load_state_dict(state, strict=False)
+    )
 
 
-def _named_state(config: ModelConfig) -> dict[str, torch.Tensor]:
-    import torchvision
+def read_checkpoint(path: Path) -> State:
+    """Read the state dict in a file without running code of it.
 
-    weights = torchvision.models.get_model_weights(config.name)[config.weights]
-    try:
-        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-        raise UsageError(
-            f"model.weights must be on this machine or reachable, got {config.weights!r} ({gist(error)}). Put"
-            f" {weights.url.rpartition('/')[2]} at {file}, or give a checkpoint path."
-        ) from None
-    return state
-
-
-def gist(error: Exception) -> str:
-    """The gist of an error that tells a long story."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds objects that only code can load"
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
-
-
-def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    Raises:
+        UsageError: there is no such file, or it holds no state dict, or code.
+    """
     require(path.is_file(), "model.weights", "an existing file", str(path), "Check the path.")
     try:
         if path.suffix == ".safetensors":
@@ -104,9 +86,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         is_foreign = isinstance(error, pickle.UnpicklingError)
         remedy = "Save module.state_dict()." if is_foreign else "It may be damaged: copy it again."
         raise UsageError(
-            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({gist(error)}). {remedy}"
+            f"model.weights must be a checkpoint of tensors alone, got {str(path)!r} ({in_one_line(error)}). {remedy}"
         ) from None
-    for name in (name for name in OTHERS if isinstance(loaded, dict) and name in loaded):
+    for name in (name for name in IGNORED if isinstance(loaded, dict) and name in loaded):
         log.info("model.weights=%s: took the trained weights, not %s, which it has too", path, name)
     for nest in NESTS:
         if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
@@ -116,7 +98,15 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return dict(loaded)
 
 
-def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_one_line(error: Exception) -> str:
+    """Shorten an error whose text goes on for a screen."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds objects that only code can load"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+
+
+def _without_prefixes(state: State) -> State:
     """Remove wrapper prefixes that stand before every key."""
     while state and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}

@@ -1,0 +1,35 @@
+"""A model before it runs, as every family of models hands it over."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+State = dict[str, torch.Tensor]
+"""A state dict."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A module with what is known about it before it runs."""
+
+    module: nn.Module
+    """On the CPU; random until `load_weights` fills it."""
+    num_classes: int
+    origin: str
+    """Where the weights come from, for the log."""
+    class_names: tuple[str, ...] | None
+    preset: Any
+    """The transform that the model was evaluated with, in the words of torchvision's presets; None if unknown."""
+    fetch_weights: Callable[[], State] | None = None
+    """Gets the weights that `model.weights` names; None where it is null or a path."""
+    input_size: int | None = None
+    """Side of the images that it takes, in pixels, where it may take no others."""
+
+
+def did_you_mean(name: str, names: Sequence[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {near[0]}?" if near else otherwise

@@ -1,0 +1,88 @@
+"""torchvision's classification models: built by name, with random or named weights."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.schema import Config, ModelConfig
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.models.model import Model, State, did_you_mean
+from mgpu_ddp.models.weights import CHECKPOINTS, in_one_line
+
+OLD_INIT = ("googlenet", "inception_v3")
+"""Builders that warn unless they are told how to initialise."""
+
+
+def build_torchvision(config: Config, wanted: ModelConfig) -> Model:
+    """Build the model that `wanted` names.
+
+    Raises:
+        UsageError: torchvision has no such model or weights, or the weights have other classes.
+    """
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    remedy = did_you_mean(wanted.name, names, "torchvision.models.list_models() names them.")
+    require(wanted.name in names, "model.name", "a torchvision classification model", wanted.name, remedy)
+    torch.manual_seed(config.seed)
+    if wanted.weights is None or wanted.weights.endswith(CHECKPOINTS):
+        return _without_named_weights(wanted, config.seed)
+    return _with_named_weights(wanted, wanted.weights)
+
+
+def _without_named_weights(wanted: ModelConfig, seed: int) -> Model:
+    import torchvision
+
+    extra = {"init_weights": True} if wanted.name in OLD_INIT else {}
+    module = torchvision.models.get_model(wanted.name, weights=None, num_classes=wanted.num_classes, **extra)
+    origin = f"{wanted.name}, weights from {wanted.weights}"
+    if wanted.weights is None:
+        origin = f"{wanted.name}, random weights from seed {seed} (model.weights=DEFAULT loads trained ones)"
+    return Model(module=module, num_classes=wanted.num_classes, origin=origin, class_names=None, preset=None)
+
+
+def _with_named_weights(wanted: ModelConfig, name: str) -> Model:
+    import torchvision
+
+    choices = torchvision.models.get_model_weights(wanted.name)
+    known = ["DEFAULT", *(choice.name for choice in choices)]
+    rule = f"null, {', '.join(known)} or a path to {'/'.join(CHECKPOINTS)}"
+    require(name in known, "model.weights", rule, name, "Choose one of these.")
+    chosen = choices[name]
+    categories = tuple(chosen.meta["categories"])
+    rule = f"{len(categories)} for these weights"
+    is_same = wanted.num_classes == len(categories)
+    require(is_same, "model.num_classes", rule, wanted.num_classes, "Leave model.num_classes out.")
+    # What torchvision itself passes to these builders along with trained weights.
+    extra = {"transform_input": True, "init_weights": False} if wanted.name in OLD_INIT else {}
+    return Model(
+        module=torchvision.models.get_model(wanted.name, weights=None, num_classes=len(categories), **extra),
+        num_classes=len(categories),
+        origin=f"{wanted.name}, weights {chosen.name}",
+        class_names=categories,
+        preset=chosen.transforms(),
+        fetch_weights=partial(_fetch, wanted.name, name),
+    )
+
+
+def _fetch(model: str, name: str) -> State:
+    """Get named weights from torch's cache or the network.
+
+    Raises:
+        UsageError: they are in neither.
+    """
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(model)[name]
+    try:
+        state: State = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:
+        file = weights.url.rpartition("/")[2]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        raise UsageError(
+            f"model.weights must be on this machine or reachable, got {name!r} ({in_one_line(error)}). Put {file} at"
+            f" {path}, or give a checkpoint path."
+        ) from None
+    return state

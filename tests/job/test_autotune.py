@@ -16,7 +16,7 @@ from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import LARGEST, SMALLEST, choose_compile, find_batch_size
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
-from mgpu_ddp.models.prepare import operations
+from mgpu_ddp.models.operations import operations
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.preprocess.transform import plain
 from tests.inference.test_predictor import CLASSES, SIDE, TOO_MUCH

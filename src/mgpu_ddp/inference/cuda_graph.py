@@ -1,4 +1,4 @@
-"""CUDA graphs: a step's kernels recorded once and launched together, where launching them one by one takes longest."""
+"""CUDA graphs: a step's kernels, recorded once and launched together, where launching them one by one is the limit."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ import torch
 
 Columns = dict[str, torch.Tensor]
 LARGEST_BATCH = 256
-"""Beyond, the device has enough to do with each kernel, and a graph only keeps its memory for itself."""
+"""With more images, kernels take longer than their launches, and a graph would only hold memory."""
 EAGER_STEPS = 16
-"""Before it is recorded: a short job would not win back what recording costs."""
+"""Steps before it is recorded: a short job would not win back what recording costs."""
 
 
 class Replayed:
-    """A step for CUDA tensors that is recorded once it is worth it; the same kernels, and so the same bits.
+    """A step for CUDA tensors that is recorded once it is worth it: the same kernels, and so the same bits.
 
-    What it returns holds until the next call, for work that is queued on the current stream.
+    What a call returns is valid until the next call, for work on the current stream.
     """
 
     def __init__(self, step: Callable[[torch.Tensor], Columns]) -> None:
@@ -29,9 +29,9 @@ class Replayed:
             return self._step(images)
         shape = images.shape, images.dtype
         if shape != self._shape:
-            # The batches of a sweep's next job, or halves of one that did not fit.
+            # Batches of a sweep's next job, or halves of one that did not fit into memory.
             if self._graph is not None:
-                # Its memory may still be worked on.
+                # Kernels may still use its memory.
                 torch.cuda.current_stream(images.device).synchronize()
             self._shape, self._eager_steps, self._graph = shape, 0, None
         if self._graph is None:
@@ -46,7 +46,7 @@ class Replayed:
     def _record(self, images: torch.Tensor) -> torch.cuda.CUDAGraph:
         self._images = images.clone()
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on to decode, and to allocate, in the meantime.
+        # Other threads decode, and allocate, in the meantime.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._columns = self._step(self._images)
         return graph

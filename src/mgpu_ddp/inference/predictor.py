@@ -1,4 +1,4 @@
-"""Model input → columns of rows, on the model's device."""
+"""Model input → columns of rows, on the model's device. Splits batches that do not fit into memory."""
 
 import logging
 import threading
@@ -30,7 +30,7 @@ class Predictor:
         self._module, self._transform, self._device = module, transform, device
         self._dtype, self._channels_last = DTYPES[resolved.precision], runtime.channels_last
         self.decodes = resolved.decode != "cpu"
-        """Whether encoded images may come in."""
+        """Batches may come with encoded images."""
         self.inputs = (
             GpuInput(
                 transform, device, self._dtype, channels_last=self._channels_last, exact=resolved.decode == "exact"
@@ -41,7 +41,7 @@ class Predictor:
         self._fields, self._topk = set(output.computed), output.topk
         self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
-        # A compiled module has its own ways, and DataParallel's threads cannot be recorded.
+        # A compiled module launches in its own way, and DataParallel's threads cannot be recorded.
         graphs = device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp"
         self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
         self._kept = threading.local()
@@ -50,7 +50,7 @@ class Predictor:
 
     @staticmethod
     def depends_on(config: Config, resolved: Resolved, device: torch.device) -> Any:
-        """What makes one predictor differ from another."""
+        """All values that tell one predictor from another."""
         output = config.output
         chosen = replace(config.runtime, precision=resolved.precision, decode=resolved.decode, compile=resolved.compile)
         return [
@@ -65,15 +65,15 @@ class Predictor:
     def __call__(self, pixels: torch.Tensor) -> Columns:
         """Predict uint8 (batch_size, height, width, 3), or what `GpuInput` made: columns as `Rows` has them.
 
-        Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, maybe more
-        than once, because the device lacked the memory for it.
+        Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, perhaps more
+        than once, for lack of memory.
 
         Raises:
-            OutOfMemoryError: it did, and batches are not to be split.
+            OutOfMemoryError: there is no memory for a batch, and batches must not be split.
         """
         columns = self._attempt(pixels)
         if columns is None:
-            log.warning("a batch of %d did not fit in memory and was split: lower batch_size", len(pixels))
+            log.warning("a batch of %d did not fit into memory and was split: lower batch_size", len(pixels))
             columns = self._in_halves(pixels)
             columns["split"] = torch.ones(len(pixels), dtype=torch.bool)
         return columns
@@ -115,11 +115,11 @@ class Predictor:
             wide["embedding"] = self._kept.embedding
         for name in self._fields & wide.keys():
             columns[name] = wide[name].to(self._wide_dtype)
-            # What is too large for half precision becomes infinite.
+            # Values too large for half precision become infinite.
             columns["finite"] &= columns[name].isfinite().all(dim=1)
         return columns
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU torch has no class of its own for it.
+    # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -21,7 +21,7 @@ from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.batch import Batch
-from mgpu_ddp.models.prepare import operations
+from mgpu_ddp.models.operations import operations
 
 log = logging.getLogger("mgpu_ddp")
 

@@ -165,13 +165,11 @@ class Collector:
 
     def _hand_over(self, finished: tuple[Payload, Rows | None]) -> bool:
         """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
-        started = time.perf_counter()
-        with self._turn:
+        with self._clock.measuring("peers_s"), self._turn:
             while self._handed is not None and not self._over:
                 self._turn.wait()
             self._handed = None if self._over else finished
             self._turn.notify_all()
-        self._clock.peers_s += time.perf_counter() - started
         return not self._over
 
     def _run(self) -> None:

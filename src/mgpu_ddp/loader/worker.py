@@ -116,7 +116,7 @@ class BatchMaker:
             made.clock("pack", time.perf_counter() - started - sum(made.seconds.values()))
 
     def _is_for_gpu(self, header: Header) -> bool:
-        """Whether the GPU decodes a JPEG. All that is not plain, Pillow judges."""
+        """Decide whether the GPU decodes a JPEG; Pillow judges all that is not plain."""
         return (
             header.plain
             and self._transform.may_resize(header.width, header.height)

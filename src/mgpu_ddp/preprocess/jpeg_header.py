@@ -169,7 +169,7 @@ def _tables(data: bytes, at: int, end: int, marker: int) -> set[int] | None:
 
 
 def _is_entire(scan: bytes, names: bytes, tables: set[int]) -> bool:
-    """Whether a scan holds all components in one, with all coefficients, and tables that exist."""
+    """Check that a scan holds all components, with all coefficients, and that its tables exist."""
     count = len(names)
     if len(scan) != 4 + 2 * count or scan[0] != count or scan[1 : 1 + 2 * count : 2] != names:
         return False

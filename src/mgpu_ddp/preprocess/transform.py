@@ -100,7 +100,7 @@ class Transform:
         return replace(self, resize=size, crop=None, interpolation="bilinear")
 
     def may_resize(self, width: int, height: int) -> bool:
-        """Whether an image stays within reason when its shorter side is resized."""
+        """Check that an image does not become excessively large when its shorter side is resized."""
         short, long = sorted((width, height))
         return len(self.resize) == 2 or self.resize[0] ** 2 * long / short <= MAX_RESIZED_PIXELS
 

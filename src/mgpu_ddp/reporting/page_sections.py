@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.table_stats import TableStats
@@ -21,13 +22,7 @@ LABELS_SHOWN = 200
 RANKS_SHOWN = 32
 ERRORS_SHOWN = 50
 ERRORS_READ = 100_000
-STAGES = {
-    "startup_s": "start-up",
-    "wait_s": "waiting for the loader",
-    "input_s": "GPU input",
-    "predict_s": "predicting",
-    "peers_s": "waiting for peers",
-}
+STAGES = {"startup_s": "start-up", **clock.STAGES}
 TOPS = {"top1": "top-1", "top5": "top-5"}
 
 

@@ -1,5 +1,6 @@
 """Batches that are decoded together: which row is whose, and one copy of all their files."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,27 +21,31 @@ from mgpu_ddp.preprocess.transform import plain
 from tests.support.samples import encoded, photo
 
 SIDE, BATCH_SIZE = 16, 3
-# More than 3 MB, which do not fit into a slot's room.
-LARGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1800, 1600, 3), dtype=np.uint8))
-FILES = {
-    "0.jpg": encoded(photo(20, 30), "JPEG"),
-    "1.png": encoded(photo(21, 30), "PNG"),
-    "2.jpg": encoded(photo(22, 30), "JPEG"),
-    "3.jpg": b"broken",
-    "4.jpg": encoded(LARGE, "JPEG", quality=95),
-    "5.png": encoded(photo(25, 30), "PNG"),
-    "6.jpg": encoded(photo(26, 30), "JPEG"),
-    "7.jpg": encoded(photo(27, 30), "JPEG"),
-}
 ORDERS = [[0, 1, 2], [3, 4, 5], [6, 7]]
 JPEGS = [0, 2, 4, 6, 7]
 
 
+@functools.cache
+def files() -> dict[str, bytes]:
+    # More than 3 MB, which do not fit into a slot's room.
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1800, 1600, 3), dtype=np.uint8))
+    return {
+        "0.jpg": encoded(photo(20, 30), "JPEG"),
+        "1.png": encoded(photo(21, 30), "PNG"),
+        "2.jpg": encoded(photo(22, 30), "JPEG"),
+        "3.jpg": b"broken",
+        "4.jpg": encoded(large, "JPEG", quality=95),
+        "5.png": encoded(photo(25, 30), "PNG"),
+        "6.jpg": encoded(photo(26, 30), "JPEG"),
+        "7.jpg": encoded(photo(27, 30), "JPEG"),
+    }
+
+
 def batches(root: Path, orders: Sequence[list[int]]) -> list[Batch]:
-    """Batches of `FILES` by a worker that leaves JPEGs encoded, each in a slot of its own that was used before."""
-    for name, data in FILES.items():
+    """Batches of `files` by a worker that leaves JPEGs encoded, each in a slot of its own that was used before."""
+    for name, data in files().items():
         (root / name).write_bytes(data)
-    samples = FileSamples(str(root), Listing.build(sorted(name.encode() for name in FILES)))
+    samples = FileSamples(str(root), Listing.build(sorted(name.encode() for name in files())))
     slots = SharedSlots(len(orders), BATCH_SIZE, (SIDE, SIDE), packed=True)
     worker = BatchMaker(samples, plain(SIDE), slots, LoaderConfig(), packed=True)
     for slot in range(len(orders)):
@@ -91,7 +96,7 @@ def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path
     jpegs = group.jpegs
     copies = torch.zeros(int(jpegs.lengths.sum()), dtype=torch.uint8)
     where = copied(jpegs, copies)
-    assert copies.numpy().tobytes() == b"".join(FILES[f"{i}.jpg"] for i in JPEGS)
+    assert copies.numpy().tobytes() == b"".join(files()[f"{i}.jpg"] for i in JPEGS)
     assert (where.addresses - copies.data_ptr()).tolist() == [0, *np.cumsum(jpegs.lengths)[:-1].tolist()]
     none = BatchGroup(batches(tmp_path, [[3]])).jpegs
     assert len(copied(none, torch.empty(0, dtype=torch.uint8)).addresses) == 0

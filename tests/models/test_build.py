@@ -81,11 +81,11 @@ WRAPS: dict[str, Any] = {
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_a_checkpoint_loads_however_it_was_wrapped(tmp_path: Path, wrap: str, suffix: str) -> None:
-    module = trained("resnet18")
+    module = trained()
     path = tmp_path / f"weights{suffix}"
     state = WRAPS[wrap](module).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    assert digest_of(job("resnet18", weights=path)) == weights_digest(module)
+    assert digest_of(job(weights=path)) == weights_digest(module)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the tests of the kernel share: pictures, every transform there is, the oracle, and the arithmetic spelt out."""
+"""Shared by the tests of the kernel: pictures, every transform there is, and the oracle."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
 
-from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Images
 from mgpu_ddp.preprocess.transform import EXIF_ORIENTATION, Transform, from_weights, imagenet, plain, upright
 
@@ -62,56 +61,8 @@ def difference(got: torch.Tensor, want: torch.Tensor, transform: Transform) -> t
     return float(apart.max()), float(apart.mean())
 
 
-def reference(image: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """The kernel's arithmetic as two matrix products of whole numbers in float64: uint8 (3, height, width)."""
-    height, width = image.shape[1:]
-    if len(transform.resize) == 1:
-        short, long = sorted((height, width))
-        new_long = int(transform.resize[0] * long / short)
-        new_height, new_width = (new_long, transform.resize[0]) if width <= height else (transform.resize[0], new_long)
-    else:
-        new_height, new_width = transform.resize
-    down = weights(height, new_height, transform.interpolation)
-    across = weights(width, new_width, transform.interpolation).T
-    channels = []
-    for channel in image.to(torch.float64):
-        # Pillow 13 goes vertically first where that saves much. The image between the passes is uint8.
-        if resize_kernel.PILLOW_REORDERS and height - new_height > max(0, 2 * (width - new_width)):
-            channels.append(rounded(rounded(down @ channel) @ across))
-        else:
-            channels.append(rounded(down @ rounded(channel @ across)))
-    resized = torch.stack(channels).to(torch.uint8)
-    if transform.crop is None:
-        return resized
-    out = torch.zeros(3, transform.crop, transform.crop, dtype=torch.uint8)
-    (to_y, from_y), (to_x, from_x) = (_centre(size, transform.crop) for size in (new_height, new_width))
-    out[:, to_y, to_x] = resized[:, from_y, from_x]
-    return out
-
-
-def weights(in_size: int, out_size: int, interpolation: str) -> torch.Tensor:
-    """One axis of a resize as a matrix (out_size, in_size) of weights times 2**22, whole numbers in float64."""
-    scale = max(in_size / out_size, 1.0)
-    centre = (torch.arange(out_size, dtype=torch.float64) + 0.5) * in_size / out_size
-    if interpolation == "nearest":
-        return torch.nn.functional.one_hot(centre.long(), in_size).to(torch.float64) * 2**22
-    t = ((torch.arange(in_size, dtype=torch.float64) + 0.5 - centre[:, None]) / scale).abs()
-    if interpolation == "bilinear":
-        weight = (1 - t).clamp(min=0)
-    else:
-        near, far = (1.5 * t - 2.5) * t * t + 1, (((t - 5) * t + 8) * t - 4) * -0.5
-        weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weight = weight / weight.sum(1, keepdim=True) * 2**22
-    return (weight.abs() + 0.5).floor() * weight.sign()
-
-
-def rounded(total: torch.Tensor) -> torch.Tensor:
-    """A sum of levels weighted by `weights`, as a level."""
-    return ((total + 2**21) / 2**22).floor().clamp(0, 255)
-
-
-def _centre(size: int, crop: int) -> tuple[slice, slice]:
-    """Where a centre crop puts what, along one axis: (of the crop, of the image)."""
+def centre(size: int, crop: int) -> tuple[slice, slice]:
+    """The stretches that a centre crop copies along one axis: (of the crop, of the image)."""
     if size < crop:
         first = (crop - size) // 2
         return slice(first, first + size), slice(0, size)

@@ -26,8 +26,8 @@ BUILDERS: dict[type[ModelConfig], Callable[[Config, Any], Model]] = {
 """Families of models, by the schema class of `config.model`.
 
 A builder takes the configuration and its `model`, and returns a `Model` on the CPU, without its weights; it raises
-`UsageError` for a name, weights or number of classes that its family does not have. To add a family: a schema class in
-`config.schema` with its line in GROUPS, a module beside `timm_models` with its builder, and a line here.
+`UsageError` for a name, weights or number of classes that its family does not have. docs/architecture.md lists all
+steps of adding a family.
 """
 
 

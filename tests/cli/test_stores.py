@@ -70,7 +70,7 @@ def test_a_job_survives_what_happens_to_stores_and_tells_nobody_the_key(
         reason = json.loads((tmp_path / "out" / "status.json").read_text())["reason"]
         assert "cannot be read with these credentials (" in reason
         assert "ExpiredToken" in reason
-        assert "stores.py" not in locked_out.err, "a traceback says no more than the line"
+        assert "retry.py" not in locked_out.err, "a traceback says no more than the line"
         assert kept < committed_rows(tmp_path / "out") < COUNT
 
         proxy.fault = lambda number: None

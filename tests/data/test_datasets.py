@@ -8,15 +8,18 @@ import torch
 from torchvision import transforms
 from torchvision.datasets import FakeData
 
-from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, TransformConfig
-from mgpu_ddp.data.datasets import find_listing, open_samples
+from mgpu_ddp.config.schema import GROUPS, ArrayConfig, Config, FakeConfig, FolderConfig
+from mgpu_ddp.data.datasets import SOURCES, find_listing, identity, open_samples
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.files import FileSamples, find_images
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.preprocess.transform import MEAN, STD, Transform, imagenet, plain
+from mgpu_ddp.preprocess.transform import MEAN, STD, Pixels, StageClock, Transform, imagenet, plain
+from tests.support.loading import load_all
 from tests.support.samples import encoded, ignore_time, photo
+from tests.support.sources import config_of
 
 
 def model_input(samples: FakeSamples, index: int, transform: Transform) -> tuple[torch.Tensor, int]:
@@ -82,7 +85,7 @@ def test_folder_samples_load_by_the_listing(tmp_path: Path) -> None:
 
 
 def folder_config(root: Path) -> Config:
-    return Config(data=FolderConfig(root=str(root)), transform=TransformConfig(), model=ModelConfig())
+    return config_of(FolderConfig(root=str(root)))
 
 
 def test_a_folder_without_images_is_the_users_mistake(tmp_path: Path, world: World) -> None:
@@ -110,7 +113,35 @@ def test_a_continued_folder_keeps_its_listing_and_appends(tmp_path: Path, world:
     assert open_samples(config, known).path(0) == "b.png"
 
 
+class Grey(Samples):
+    """What a source needs to have, and no more."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        return np.full((*transform.out_size, 3), index, np.uint8), index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_needs_a_length_and_images_alone(world: World, workers: int) -> None:
+    samples = ChosenSamples(Grey(), np.array([5, 0, 3]))
+    loaded = load_all(samples, world, workers=workers)
+    assert (loaded.index, loaded.labels, loaded.errors) == ([0, 1, 2], [5, 0, 3], {})
+    assert [set(pixels.flatten().tolist()) for pixels in loaded.pixels] == [{5}, {0}, {3}]
+    assert samples.names(np.arange(3)).to_pylist() == [None] * 3
+
+
+def test_every_kind_of_data_has_a_source_and_arrays_an_identity_of_their_own(tmp_path: Path) -> None:
+    assert set(SOURCES) == set(GROUPS["data"].values())
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    assert "(2, 8, 8, 3), modified " in str(identity(config_of(ArrayConfig(path=str(tmp_path / "x.npy")))))
+    assert identity(config_of(FakeConfig())) is None
+
+
 def test_fake_data_needs_no_listing(world: World) -> None:
-    config = Config(data=FakeConfig(size=3), transform=TransformConfig(), model=ModelConfig())
+    config = config_of(FakeConfig(size=3))
     assert find_listing(config, None, world) is None
     assert isinstance(open_samples(config, None), FakeSamples)

@@ -53,7 +53,7 @@ def damaged_images(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@bounded(600)
+@bounded(200)
 @given(data=st.one_of(damaged_images(), st.binary(max_size=200)))
 def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

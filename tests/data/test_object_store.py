@@ -1,6 +1,7 @@
 """Images behind URLs: a real server of S3's protocol, and a network that fails in the ways networks do."""
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,12 @@ def test_what_is_listed_is_what_is_there(proxy: s3.Proxy, folder: Path) -> None:
         file.seek(1000)
         assert (file.read(5000), file.tell()) == (content[1000:6000], 6000)
         assert file.read() == content[6000:]
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"^gs:// needs the package gcsfs: pip install 'mgpu-ddp\[cloud\]'$"):
+        object_store.find("gs://bucket/photos")
 
 
 def test_what_goes_over_by_itself_is_asked_for_again(proxy: s3.Proxy, folder: Path) -> None:

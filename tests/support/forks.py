@@ -22,7 +22,7 @@ from typing import Any
 
 PRELOADED = (
     *("mgpu_ddp.infer", "mgpu_ddp.merge", "mgpu_ddp.report", "tests.support.worlds"),
-    *("torchvision.models", "torchvision.datasets", "torchvision.transforms.v2", "torch.distributed.run"),
+    *("torchvision.models", "torchvision.datasets", "torch.distributed.run"),
     *("pyarrow.parquet", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin", "matplotlib.figure", "pytest"),
 )
 ONE_THREAD = {

@@ -19,7 +19,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.loader.loader import num_workers
 from mgpu_ddp.models.build import choose_transform, load_model
 from mgpu_ddp.models.prepare import precision_of
-from mgpu_ddp.output.arrow import keep_pandas_out
+from mgpu_ddp.output.no_pandas import keep_pandas_out
 
 
 def set_up(job: Job, world: World, kept: Kept) -> Setup:

@@ -14,9 +14,10 @@ class _Refusal(MetaPathFinder):
 def keep_pandas_out() -> None:
     """Let Arrow find no pandas in this process, and in those forked from it, unless it is imported already.
 
-    At its first array Arrow imports pandas, where that is installed, to see whether the array is one of pandas'. That
-    takes 0.4 to 2 s, and the import has the interpreter, so that the predicting loop stands still. Whoever imports
-    pandas still can, and what is asked of Arrow for pandas, as `to_pandas`, still finds it.
+    Arrow imports pandas, where that is installed, to ask whether a value is one of pandas': in `pa.array` of a list
+    or an ndarray alike, `pa.scalar`, `to_numpy`, and compute functions that are given a Python value. That takes 0.4
+    to 2 s and holds the GIL, so the predicting loop would stand still. It asks once. Whoever imports pandas still
+    can, and what is asked of Arrow for pandas, as `to_pandas`, still finds it.
     """
     import pyarrow as pa
 

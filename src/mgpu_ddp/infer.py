@@ -12,7 +12,7 @@ from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.claim import claim_job
 from mgpu_ddp.job.collector import Ending
 from mgpu_ddp.job.context import JobContext
-from mgpu_ddp.job.finish import finish_job, holding
+from mgpu_ddp.job.finish import finish_job
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import dry_run
 from mgpu_ddp.job.setup import begin, set_up
@@ -24,8 +24,8 @@ def infer(job: Job, world: World, stop: StopWish, kept: Kept) -> dict[str, Any]:
     setup = set_up(job, world, kept)
     if job.config.dry_run:
         return dry_run(setup)
-    claim = claim_job(setup)
-    with holding(claim):
+    with setup.folder:
+        claim = claim_job(setup)
         context = begin(setup, claim, stop)
         ending = predict_all(context)
         return finish_job(context, ending)

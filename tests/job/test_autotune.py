@@ -145,7 +145,7 @@ def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: st
     again = replace(job(tmp_path, batch_size=16, limit=9), batch_size_given=False)
     assert choose(again, world) == (was, [48] if was == "on" else [])
     assert choose(replace(again, batch_size_given=True), world) == (was, [9] if was == "on" else [])
-    assert choose(replace(again, starts_over=True), world) == ("off", [])
+    assert choose(replace(again, config=replace(again.config, overwrite=True)), world) == ("off", [])
     replace(manifest, complete=True).write(tmp_path)
     assert choose(again, world) == (was, []), "nothing is left to do"
     grown = replace(again, config=replace(again.config, limit=10))

@@ -1,6 +1,5 @@
 """A job's place in the run folder, before anything is predicted."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from mgpu_ddp.config.schema import (
     WebDatasetConfig,
 )
 from mgpu_ddp.data.datasets import find_listing
-from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
@@ -33,6 +31,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import Planner, dataset_range
 from mgpu_ddp.job.tasks import error_limit
 from mgpu_ddp.models.build import build_model
+from mgpu_ddp.output.run_folder import RunFolder
 from tests.support.choices import resolved, setup
 from tests.support.runs import make_images
 from tests.support.sources import write_parquet, write_tar
@@ -43,19 +42,18 @@ def config(**changes: Any) -> Config:
     return Config(**{"data": FakeConfig(), "transform": TransformConfig(), "model": model} | changes)
 
 
-def claimed(settings: Config, run_dir: Path, world: World) -> tuple[Claim, Samples]:
+def claimed(settings: Config, run_dir: Path, world: World) -> tuple[RunFolder, Claim]:
     """Claim a run folder as a job does, and let go of it."""
-    job = place_job(Job(name="0", config=settings, run_dir=run_dir), world)
+    job = Job(name="0", config=settings, run_dir=run_dir)
+    folder = place_job(job, world)
+    files = find_listing(settings, known_listing(settings, folder, world), world)
     made = setup(job, build_model(settings), world, batch_size=int(settings.batch_size))
-    files = find_listing(settings, known_listing(job, made.before, world), world)
-    claim = claim_job(replace(made, files=files))
-    assert claim.held is not None
-    os.close(claim.held)
-    return claim, claim.samples
+    with folder:
+        return folder, claim_job(replace(made, folder=folder, files=files))
 
 
-def listed(samples: Samples) -> list[str | None]:
-    return [samples.path(i) for i in range(len(samples))]
+def listed(claim: Claim) -> list[str | None]:
+    return [claim.samples.path(i) for i in range(len(claim.samples))]
 
 
 @pytest.mark.parametrize("name", ["other", "first"])
@@ -66,10 +64,10 @@ def test_overwrite_lists_the_images_anew(tmp_path: Path, world: World, name: str
     claimed(config(data=FolderConfig(root=str(tmp_path / "first"))), tmp_path / "run", world)
     (tmp_path / "first/a.png").rename(tmp_path / "first/z.png")
     again = config(data=FolderConfig(root=str(tmp_path / name)), overwrite=True)
-    claim, samples = claimed(again, tmp_path / "run", world)
+    folder, claim = claimed(again, tmp_path / "run", world)
     expected = sorted(path.name for path in (tmp_path / name).iterdir())
-    assert listed(samples) == expected
-    assert claim.folder == tmp_path / "run/.next"
+    assert listed(claim) == expected
+    assert folder.path == tmp_path / "run/.next"
     assert (claim.start, claim.stop) == (0, len(expected))
 
 
@@ -81,7 +79,7 @@ def test_overwrite_holds_until_an_attempt_of_the_launch_has_claimed(tmp_path: Pa
     assert place_job(job, world).starts_over
     claimed(job.config, job.run_dir, world)
     again = place_job(job, world)
-    assert (again.run_dir, again.starts_over) == (tmp_path / "run/.next", False)
+    assert (again.path, again.starts_over) == (tmp_path / "run/.next", False)
 
 
 def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, world: World) -> None:
@@ -90,11 +88,11 @@ def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, wor
     settings = config(data=FolderConfig(root=str(tmp_path / "images")))
     claimed(settings, tmp_path / "run", world)
     (tmp_path / "images/a.png").touch()
-    claim, samples = claimed(settings, tmp_path / "run", world)
-    assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2)
+    _, claim = claimed(settings, tmp_path / "run", world)
+    assert (listed(claim), claim.stop) == (["b.png", "a.png"], 2)
     (tmp_path / "images/b.png").unlink()
-    claim, samples = claimed(settings, tmp_path / "run", world)
-    assert (listed(samples), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
+    _, claim = claimed(settings, tmp_path / "run", world)
+    assert (listed(claim), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.parts import Table, open_writer
 from mgpu_ddp.output.rows import Rows
-from mgpu_ddp.output.run_folder import claim_folder
+from mgpu_ddp.output.run_folder import RunFolder
 from mgpu_ddp.reporting.class_table import ClassTable, find_classes, read_classes
 from mgpu_ddp.reporting.table_stats import BINS, TableStats, count_rows
 from tests.support.samples import texts
@@ -40,8 +40,8 @@ def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
     job = {"output.format": how, "output.fields": ["topk"], "output.topk": topk, "model.num_classes": CLASSES}
     manifest = Manifest(fingerprint=job, start=0, stop=ROWS, batch_size=4)
     columns = CLASSES if how == "npy" else None
-    settings: dict[str, Any] = {"resume": True, "overwrite": False, "batch_size_given": False, "files": None}
-    manifest = claim_folder(run_dir, manifest, array_columns=columns, **settings)
+    with RunFolder.place(run_dir) as folder:
+        manifest = folder.claim(manifest, None, resume=True, batch_size_given=False, array_columns=columns)
     writer = open_writer(run_dir, how, lambda indices: texts(map(str, indices)), NAMES, "t", 0)
     probs = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
     for first, stop in zip((0, *stops), stops, strict=False):

@@ -12,7 +12,7 @@ from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
-from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.run_folder import RunFolder
 from mgpu_ddp.preprocess.transform import plain
 
 
@@ -43,14 +43,13 @@ class PredictorsOf:
 
 
 def setup(job: Job, model: Model, world: World, predictors: Any = None, **changes: Any) -> Setup:
-    """A set-up job without a listing, with a folder as it is found now."""
-    before = None if job.starts_over else Manifest.read(job.run_dir)
+    """A set-up job without a listing, in its folder as it is found now."""
     return Setup(
         job=job,
         world=world,
         model=model,
         files=None,
-        before=before,
+        folder=RunFolder.place(job.run_dir, overwrite=job.config.overwrite),
         resolved=resolved(**changes),
         predictors=predictors,
     )

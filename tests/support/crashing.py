@@ -1,10 +1,10 @@
 """A job without a model, killed at every step it takes on disk, then resumed: run as a plain process.
 
-python -m tests.support.crashing FORMAT FOLDER EVERY
+python -m tests.support.crashing FOLDER HOW/SCENARIO/EVERY...
 
-Rows are drawn from names of files instead of predicted; what puts them on disk is the real code, called in the
-order of job.py, planning.py and ending.py. Nothing here imports torch, so that a job takes milliseconds and a
-killed one is a fork. Prints one JSON object: what was tried and what went wrong.
+Rows are drawn from names of files instead of predicted; what puts them on disk is `RunFolder`, as in the program.
+Nothing here imports torch, so that a job takes milliseconds and a killed one is a fork. Prints one JSON object: what
+was tried and what went wrong.
 """
 
 import functools
@@ -29,19 +29,18 @@ import pyarrow
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.output.formats import FORMATS, to_table
-from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest, write_status
-from mgpu_ddp.output.parts import MendedTable, Table, array_digest, open_writer
-from mgpu_ddp.output.replace import NEXT, holds_result, is_half_replaced, put_in_place
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest
+from mgpu_ddp.output.parts import array_digest, open_writer
+from mgpu_ddp.output.replace import NEXT, is_half_replaced
 from mgpu_ddp.output.rows import Rows
-from mgpu_ddp.output.run_folder import claim_folder, hold_folder, remove_unlisted, to_continue
-from mgpu_ddp.output.verify import error_rows, prove, write_errors
+from mgpu_ddp.output.run_folder import RunFolder
+from mgpu_ddp.output.verify import error_rows, prove
 from tests.support.disk import Steps, Unsynced, cut_power, watching
 
 CLASSES = 3
 CLASS_NAMES = ("ant", "bee", "cat")
 WINDOW = 2
 SCENARIOS = ("fresh", "retried", "grown", "replaced")
-HOWS = (*FORMATS, "npy")
 
 Told = Callable[[str, int], None]
 
@@ -60,7 +59,7 @@ class Job:
     salt: int = 0
     """Another model has another one."""
     unreadable: frozenset[int] = frozenset()
-    mended: frozenset[int] = frozenset()
+    readable_again: frozenset[int] = frozenset()
     """Of the unreadable ones, those that a retry can read."""
     retry: bool = False
     overwrite: bool = False
@@ -96,7 +95,7 @@ def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bo
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     errors = {}
     for i, number in zip(index.tolist(), numbers, strict=True):
-        if number in job.unreadable and not (again and number in job.mended):
+        if number in job.unreadable and not (again and number in job.readable_again):
             errors[i] = f'OSError: "cannot",\nread {number} {"again" if again else "at first"}'
     columns: dict[str, Any] = {
         "pred": probs.argmax(axis=1).astype(np.int32),
@@ -114,58 +113,32 @@ def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bo
 
 def attempt(home: Path, job: Job, token: str, *, first: bool = True, told: Told = ignore) -> None:
     """One attempt at a job, from its start to its end; `first` unless an earlier one of its launch claimed."""
-    # job.place_job
-    if is_half_replaced(home):
-        held = hold_folder(home)
-        put_in_place(home)
-        os.close(held)
-    starts_over = job.overwrite and first and holds_result(home)
-    beside = starts_over or (home / NEXT).exists()
-    run_dir = home / NEXT if beside else home
-    # datasets.find_listing
-    known = None if starts_over or Manifest.read(run_dir) is None else Listing.open(run_dir / FILE_NAME)
-    files = Listing.build(job.names) if known is None else known.grown(job.names)
-    # job.claim_job
-    wanted = Manifest(
-        fingerprint={"salt": job.salt, "output.format": job.how, "listing": files.digest(len(files))},
-        start=0,
-        stop=len(files),
-        batch_size=4,
-    )
-    if not starts_over:
-        to_continue(run_dir, wanted, resume=True, files=files)
-    held = hold_folder(home)
-    try:
-        manifest = claim_folder(
-            run_dir,
-            wanted,
-            resume=True,
-            overwrite=starts_over,
-            batch_size_given=False,
-            array_columns=job.columns,
-            files=files,
+    with RunFolder.place(home, overwrite=job.overwrite and first) as folder:
+        known = folder.known_listing()
+        files = Listing.build(job.names) if known is None else known.grown(job.names)
+        wanted = Manifest(
+            fingerprint={"salt": job.salt, "output.format": job.how, "listing": files.digest(len(files))},
+            start=0,
+            stop=len(files),
+            batch_size=4,
         )
-        if not manifest.complete:
-            write_status(run_dir, "running", manifest)
+        manifest = folder.claim(wanted, files, resume=True, batch_size_given=False, array_columns=job.columns)
         told("claimed", manifest.prefix)
         told("errors", manifest.errors)
-        files = Listing.open(run_dir / FILE_NAME)
-        predict(run_dir, job, manifest, files, token, told)
+        folder.mark_running()
+        files = Listing.open(folder.path / FILE_NAME)
+        predict(folder, job, files, token, told)
         if job.stop_at is None:
-            conclude(home, run_dir, job, manifest, files)
+            folder.finish("complete", lambda index: readable(files.path(index)))
+            folder.publish()
             told("complete", 1)
-    finally:
-        os.close(held)
 
 
-def predict(run_dir: Path, job: Job, manifest: Manifest, files: Listing, token: str, told: Told) -> None:
-    """The tasks of planning.tasks, window by window, as the collector commits them."""
-
-    def path_of(index: int) -> str:
-        return readable(files.path(index))
-
-    writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
-    table = Table(run_dir, manifest, writer)
+def predict(folder: RunFolder, job: Job, files: Listing, token: str, told: Told) -> None:
+    """Commit the rows window by window, then those of a retry, as the collector does."""
+    manifest = folder.claimed
+    writer = open_writer(folder.path, job.how, files.names, CLASS_NAMES, token, manifest.start)
+    table = folder.open_table(writer)
     stop = manifest.stop if job.stop_at is None else job.stop_at
     number = 0
     while manifest.prefix < stop:
@@ -179,27 +152,15 @@ def predict(run_dir: Path, job: Job, manifest: Manifest, files: Listing, token: 
             table.list([writer.write(rows_of(job, files, np.arange(a, b), again=False)) for a, b in stretches])
         told("prefix", manifest.prefix)
     if job.retry and job.stop_at is None:
-        chosen = np.array([i for i, _, _ in error_rows(run_dir, manifest, job.how, path_of)], dtype=np.int64)
-        writer = open_writer(run_dir, job.how, files.names, CLASS_NAMES, token, manifest.start)
+        failed = error_rows(folder.path, manifest, job.how, lambda index: readable(files.path(index)))
+        chosen = np.array([index for index, _, _ in failed], dtype=np.int64)
+        writer = open_writer(folder.path, job.how, files.names, CLASS_NAMES, token, manifest.start)
         if len(chosen):
             rows = rows_of(job, files, chosen, again=True)
             errors = {int(np.searchsorted(chosen, i)): reason for i, reason in rows.errors.items()}
             rows = replace(rows, index=np.arange(len(chosen)), errors=errors)
-            MendedTable(run_dir, manifest, writer, chosen).add(rows)
-            told("mended", manifest.errors)
-
-
-def conclude(home: Path, run_dir: Path, job: Job, manifest: Manifest, files: Listing) -> None:
-    """What ending.finish_job does on rank 0."""
-    remove_unlisted(run_dir, manifest)
-    proof = prove(run_dir, manifest, job.how)
-    assert (proof.rows, proof.missing, proof.duplicates) == (proof.total, 0, 0), proof
-    write_errors(run_dir, manifest, job.how, lambda index: readable(files.path(index)))
-    manifest.complete = True
-    manifest.write(run_dir)
-    write_status(run_dir, "complete", manifest)
-    if run_dir != home:
-        put_in_place(home)
+            folder.open_table(writer, chosen).add(rows)
+            told("retried", manifest.errors)
 
 
 def listed_rows(folder: Path, manifest: Manifest) -> list[Any]:
@@ -367,8 +328,8 @@ class Scenario:
         demand(
             seen["claimed"] >= told.get("prefix", 0), f"{told.get('prefix')} rows were durable, got {seen['claimed']}"
         )
-        if "mended" in told:
-            demand(seen["errors"] <= told["mended"], "rows that a retry mended are gone")
+        if "retried" in told:
+            demand(seen["errors"] <= told["retried"], "rows that a retry could read are gone")
         ended = Ended.of(home)
         demand(ended.rows == wanted.rows, f"{ended.rows} instead of {wanted.rows}")
         names = sorted(ended.files.keys() ^ wanted.files.keys())
@@ -380,7 +341,7 @@ class Scenario:
 
 def scenario(name: str, how: str) -> Scenario:
     bad = frozenset({1, 2})
-    job = Job(how=how, numbers=tuple(range(6)), unreadable=bad, mended=frozenset({2}))
+    job = Job(how=how, numbers=tuple(range(6)), unreadable=bad, readable_again=frozenset({2}))
     if name == "fresh":
         return Scenario(job=replace(job, unreadable=frozenset({2}), retry=True))
     if name == "retried":
@@ -453,8 +414,8 @@ def run_until(
     return status, pickle.loads((case / "dump").read_bytes())
 
 
-def try_all(name: str, how: str, place: Path, every: int, share: tuple[int, int]) -> Report:
-    """Kill the scenario's job at every step, or at each of `every` steps; this process does its share of them."""
+def try_all(name: str, how: str, place: Path, every: int) -> Report:
+    """Kill the scenario's job at every step, or at each of `every` steps."""
     scene = scenario(name, how)
     report = Report()
     before = None
@@ -471,7 +432,7 @@ def try_all(name: str, how: str, place: Path, every: int, share: tuple[int, int]
     cases = [(len(state.steps), False), *((number, False) for number in range(len(state.steps)))]
     cases += [(number, True) for number, what in enumerate(state.steps) if what == "write"]
     cases = [*sorted(cases[1:])[::every], cases[0]]
-    for number, torn in cases[share[0] :: share[1]]:
+    for number, torn in cases:
         label = f"{'in' if torn else 'before'} step {number}"
         case = place / f"case {number} {torn}"
         try:
@@ -506,31 +467,20 @@ def try_all(name: str, how: str, place: Path, every: int, share: tuple[int, int]
     return report
 
 
-def main(how: str, folder: str, every: str) -> None:
-    """Try all scenarios of one format, each with two processes."""
-    place = Path(folder)
+def main(folder: str, *cases: str) -> None:
+    """Try cases one after another."""
     # Tables this small are read faster by one thread, and what is loaded once is forked with everything.
     pyarrow.set_cpu_count(1)
-    schema_of(how if how in FORMATS else "csv")
+    for how in {case.partition("/")[0] for case in cases}:
+        schema_of(how if how in FORMATS else "csv")
     gc.freeze()
-
-    def work(half: int) -> None:
-        reports = {}
-        for name in SCENARIOS:
-            (place / name / str(half)).mkdir(parents=True)
-            reports[name] = asdict(try_all(name, how, place / name / str(half), int(every), (half, 2)))
-        (place / f"reports{half}").write_text(json.dumps([reports, sorted(sys.modules)]))
-
-    other = os.fork()
-    if other == 0:
-        os._exit(child(lambda: work(1)) and 1)
-    work(0)
-    os.waitpid(other, 0)
-    (one, modules), (two, _) = (json.loads((place / f"reports{half}").read_text()) for half in (0, 1))
-    for name, report in one.items():
-        for key in ("killed", "ended", "torn", "power_cuts", "broken"):
-            report[key] += two[name][key]
-    print(json.dumps({"reports": one, "imported": modules}))
+    reports = {}
+    for case in cases:
+        how, name, every = case.split("/")
+        place = Path(folder) / how / name
+        place.mkdir(parents=True)
+        reports[f"{how}/{name}"] = asdict(try_all(name, how, place, int(every)))
+    print(json.dumps({"reports": reports, "imported": sorted(sys.modules)}))
 
 
 if __name__ == "__main__":

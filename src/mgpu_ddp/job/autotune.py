@@ -81,7 +81,7 @@ def choose_compile(setup: Setup) -> str:
 
 def _plan_compile(setup: Setup) -> CompilePlan:
     """Decide by what was asked, by how the folder was begun, and by the work there is. Rank 0 only."""
-    config, before = setup.job.config, setup.before
+    config, before = setup.job.config, setup.folder.before
     asked_on = config.runtime.compile == "on"
     if before and before.fingerprint.get("runtime.compile") != "on":
         # Where it is asked for nevertheless, the folder is refused when it is claimed.
@@ -123,7 +123,8 @@ def find_batch_size(setup: Setup) -> int:
     asked, world = setup.job.config.batch_size, setup.world
     if asked != "auto":
         return int(asked)
-    before = world.share("batch size", setup.before.batch_size if setup.before else None)
+    begun = setup.folder.before
+    before = world.share("batch size", begun.batch_size if begun else None)
     if before is not None:
         return int(before)
     trial, rates = Trial.of(setup), dict[int, float]()

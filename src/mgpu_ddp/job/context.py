@@ -2,7 +2,6 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
@@ -16,7 +15,7 @@ from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import prepare
-from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +55,7 @@ class Setup:
     model: Model
     files: Listing | None
     """On rank 0, where the data have a listing."""
-    before: Manifest | None
-    """What the run folder was begun with, where the job goes on with it. On rank 0."""
+    folder: RunFolder
     resolved: Resolved
     predictors: Predictors
 
@@ -76,11 +74,6 @@ class Claim:
     batch_size: int
     token: str
     """Of this attempt; part names carry it."""
-    manifest: Manifest | None
-    """On rank 0."""
-    held: int | None
-    """On rank 0: the descriptor that keeps other jobs out."""
-    folder: Path
     samples: Samples
 
 
@@ -93,6 +86,7 @@ class JobContext:
     stop: StopWish
     model: Model
     resolved: Resolved
+    folder: RunFolder
     claim: Claim
     predictor: Predictor
     clock: Clock

@@ -15,21 +15,11 @@ class Job:
     """Unique in this process; payloads carry it."""
     config: Config
     run_dir: Path
-    """Where it works."""
-    replaces: Path | None = None
-    """The folder with an older result that `run_dir` replaces once it is complete."""
-    starts_over: bool = False
-    """Discard what `run_dir` holds."""
     batch_size_given: bool = True
     in_sweep: bool = False
     """Other jobs may come before and after it."""
     hydra_files: dict[str, Any] | None = None
     """The content of RUN/.hydra, by file name. On rank 0."""
-
-    @property
-    def home(self) -> Path:
-        """The run folder as the user knows it."""
-        return self.replaces or self.run_dir
 
     def order(self) -> dict[str, Any]:
         """Return what the other ranks need to run it, as JSON values."""

@@ -115,7 +115,7 @@ class Session:
                 _say(error)
                 outcome |= self._what_failed(error)
             if self.world.rank == 0:
-                outcome |= {"run_dir": str(job.home)}
+                outcome |= {"run_dir": str(job.run_dir)}
                 console.print_summary(outcome)
             self.outcomes.append(outcome)
             if raised:

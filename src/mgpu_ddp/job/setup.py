@@ -13,7 +13,7 @@ from mgpu_ddp.inference.gpu_input import decode_of, warm_up
 from mgpu_ddp.inference.pipeline import in_flight
 from mgpu_ddp.job.autotune import DEFAULT_BATCH_SIZE, choose_compile, find_batch_size
 from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.claim import found_manifest, known_listing, place_job
+from mgpu_ddp.job.claim import known_listing, place_job
 from mgpu_ddp.job.context import Claim, JobContext, Predictors, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.loader.loader import num_workers
@@ -37,18 +37,17 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     # Before there are threads and workers, which inherit it.
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
-    job = place_job(job, world)
+    folder = place_job(job, world)
     # Before the images are listed, which may take minutes: a model that is not there is told in seconds.
     model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
-    before = found_manifest(job, world)
-    files = find_listing(config, known_listing(job, before, world), world)
+    files = find_listing(config, known_listing(config, folder, world), world)
     predictors = Predictors(kept=kept, model=model, config=config, world=world, warm=warm)
     setup = Setup(
         job=job,
         world=world,
         model=model,
         files=files,
-        before=before,
+        folder=folder,
         predictors=predictors,
         resolved=Resolved(
             precision=precision_of(config.runtime, world.device),
@@ -79,6 +78,7 @@ def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
         stop=stop,
         model=setup.model,
         resolved=replace(setup.resolved, batch_size=claim.batch_size),
+        folder=setup.folder,
         claim=claim,
         predictor=predictor,
         clock=Clock(warm_up=in_flight(setup.world), began=kept.began, reused=tuple(kept.reused)),

@@ -20,7 +20,7 @@ from mgpu_ddp.job.collector import Collector
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.job.plan import Planner
 from mgpu_ddp.loader.loader import load_batches
-from mgpu_ddp.output.parts import MendedTable, PartWriter, Table, open_writer
+from mgpu_ddp.output.parts import PartWriter, Table, open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.verify import error_rows
 from mgpu_ddp.reporting import console
@@ -71,10 +71,10 @@ def tasks(context: JobContext) -> Iterator[Task]:
 
 def _failed_rows(context: JobContext) -> npt.NDArray[np.int64]:
     """Dataset indices of the error rows. Collective: every rank calls this."""
-    claim, failed = context.claim, list[int]()
+    folder, failed = context.folder, list[int]()
     with context.world.together("find the failed rows"):
-        if claim.manifest is not None:
-            rows = error_rows(claim.folder, claim.manifest, context.config.output.format, claim.samples.path)
+        if context.world.rank == 0:
+            rows = error_rows(folder.path, folder.claimed, context.config.output.format, context.claim.samples.path)
             failed = [index for index, _, _ in rows]
     return np.array(context.world.share("failed rows", failed), dtype=np.int64)
 
@@ -97,7 +97,11 @@ def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
         errors_before=task.errors_before,
         max_errors=error_limit(config, claim.stop - claim.start),
     )
-    with console.log_into(claim.folder, world), Progress(world, task.total, task.total - plan.rows_left), collector:
+    with (
+        console.log_into(context.folder.path, world),
+        Progress(world, task.total, task.total - plan.rows_left),
+        collector,
+    ):
         _log_task(context, task)
         yield collector
     channel.close()
@@ -108,12 +112,8 @@ def _open_table(context: JobContext, task: Task) -> tuple[PartWriter, Table | No
     config, claim, class_names = context.config, context.claim, context.model.class_names
     # A task may choose among the samples; parts name them as the dataset does.
     names_of = claim.samples.names
-    writer = open_writer(claim.folder, config.output.format, names_of, class_names, claim.token, claim.start)
-    if claim.manifest is None:
-        return writer, None
-    if task.chosen is not None:
-        return writer, MendedTable(claim.folder, claim.manifest, writer, task.chosen)
-    return writer, Table(claim.folder, claim.manifest, writer)
+    writer = open_writer(context.folder.path, config.output.format, names_of, class_names, claim.token, claim.start)
+    return writer, context.folder.open_table(writer, task.chosen) if context.world.rank == 0 else None
 
 
 def _log_task(context: JobContext, task: Task) -> None:
@@ -178,6 +178,6 @@ def profiled(context: JobContext) -> AbstractContextManager[None]:
         return nullcontext()
     claim, world = context.claim, context.world
     num_batches = (claim.stop - claim.prefix) // (world.size * context.resolved.batch_size)
-    profile = Profile(world, claim.folder, num_batches)
+    profile = Profile(world, context.folder.path, num_batches)
     context.clock.on_batch = profile.step
     return profile.tracing()

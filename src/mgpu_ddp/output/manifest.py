@@ -75,6 +75,11 @@ class Manifest:
     def errors(self) -> int:
         return sum(part.errors for part in self.parts)
 
+    @property
+    def output_format(self) -> str:
+        """`output.format` of the job."""
+        return str(self.fingerprint["output.format"])
+
     @classmethod
     def read(cls, run_dir: Path) -> "Manifest | None":
         """The manifest of a folder, None where there is none.

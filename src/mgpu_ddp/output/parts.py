@@ -30,19 +30,23 @@ Lustre and GPFS do; object stores do not.
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mgpu_ddp.errors import ProofError, WriteError
-from mgpu_ddp.output.atomic_files import create_file
+from mgpu_ddp.output.atomic_files import create_file, replace_file
 from mgpu_ddp.output.formats import FORMATS, Format, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
 from mgpu_ddp.output.rows import Rows
+
+COPIED_ROWS = 4096
+"""Rows of an array that are copied at once, to bound memory."""
 
 NamesOf = Callable[[npt.NDArray[np.int64]], Any]
 """Dataset indices → the names that their rows carry, an Arrow array of strings. A call for each would take the
@@ -164,6 +168,37 @@ def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str
     return hashlib.sha256(rows.data).hexdigest()
 
 
+def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
+    """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there."""
+    path, rows = folder / ARRAY, manifest.stop - manifest.start
+    before = np.load(path, mmap_mode="r") if path.exists() else None
+    if before is not None and len(before) == rows:
+        return
+
+    def fill(file: BinaryIO) -> None:
+        dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, num_columns)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        if rows:
+            # Claim the space now: a full disk should say so at the start.
+            os.posix_fallocate(file.fileno(), file.tell(), rows * num_columns * dtype.itemsize)
+        if before is not None:
+            for first in range(0, len(before), COPIED_ROWS):
+                file.write(before[first : first + COPIED_ROWS].tobytes())
+
+    replace_file(path, fill)
+
+
+def blank_errors(folder: Path, manifest: Manifest) -> None:
+    """Make error rows NaN again: a retry that was cut short may have left numbers that nobody listed."""
+    failed = [int(index) - manifest.start for part in manifest.parts for index in part.reasons]
+    if failed:
+        array = np.load(folder / ARRAY, mmap_mode="r+")
+        array[failed] = np.nan
+        array.flush()
+
+
 def write_error(path: Path, error: OSError) -> WriteError:
     return WriteError(
         f"{path} must be writable, got {error.strerror}. What was committed stays valid; make room and start again."
@@ -216,7 +251,7 @@ class Table:
             self._manifest.parts.append(part)
         self._list_all()
 
-    def mend(self, rows: Rows) -> None:
+    def replace_errors(self, rows: Rows) -> None:
         """Put rows, ascending, in the place of the error rows that listed parts hold for them.
 
         Raises:
@@ -250,7 +285,7 @@ class Table:
             raise write_error(self._run_dir / MANIFEST, error) from error
 
 
-class MendedTable(Table):
+class RetriedTable(Table):
     """A table whose added rows take the place of error rows: row i is that of sample chosen[i]."""
 
     def __init__(self, run_dir: Path, manifest: Manifest, writer: PartWriter, chosen: npt.NDArray[np.int64]) -> None:
@@ -258,4 +293,4 @@ class MendedTable(Table):
         self._chosen = chosen
 
     def add(self, rows: Rows) -> None:
-        self.mend(rows.renumbered(self._chosen))
+        self.replace_errors(rows.renumbered(self._chosen))

@@ -26,6 +26,18 @@ class Proof:
     missing: int
     duplicates: int
 
+    def check_exact(self, where: str) -> None:
+        """Require one row for every sample.
+
+        Raises:
+            ProofError: rows are missing or doubled in what is called `where`.
+        """
+        if (self.rows, self.missing, self.duplicates) != (self.total, 0, 0):
+            raise ProofError(
+                f"{where} must hold each of {self.total} samples once, got {self.rows} rows, {self.missing} missing,"
+                f" {self.duplicates} doubled."
+            )
+
 
 def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
     """Read back what is on disk and count: rows == samples, none missing, none doubled. Rank 0 only.

@@ -1,0 +1,194 @@
+"""Whose folder it is, what a claim makes of it, and how it ends."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.run_folder import LOCK, RunFolder
+from tests.support.run_folders import CLASSES, SAMPLES, claim, files_below, wanted, write_parts, writer_of
+from tests.support.samples import make_rows
+
+
+def status_of(run_dir: Path) -> dict[str, str]:
+    return dict(json.loads((run_dir / "status.json").read_text()))
+
+
+@pytest.mark.parametrize("how", ["parquet", "npy"])
+def test_a_restart_continues_at_the_prefix(tmp_path: Path, how: str) -> None:
+    write_parts(claim(tmp_path, how, manifest=wanted(how, world_sizes=[4])), 8)
+    folder = claim(tmp_path, how, manifest=wanted(how, world_sizes=[2]))
+    manifest = folder.claimed
+    assert (manifest.prefix, manifest.world_sizes, manifest.complete) == (8, [4, 2], False)
+    write_parts(folder, 20, token="u")
+    assert folder.finish("complete", SAMPLES.path).missing == 0
+
+
+def test_a_restart_keeps_the_batch_size_unless_one_is_given(tmp_path: Path) -> None:
+    write_parts(claim(tmp_path), 8)
+    assert claim(tmp_path, manifest=wanted(batch_size=16)).claimed.batch_size == 4
+    assert claim(tmp_path, manifest=wanted(batch_size=16), batch_size_given=True).claimed.batch_size == 16
+
+
+def test_a_complete_folder_stays_complete(tmp_path: Path) -> None:
+    folder = claim(tmp_path)
+    write_parts(folder, 20)
+    folder.finish("complete", SAMPLES.path)
+    again = claim(tmp_path)
+    again.mark_running()
+    assert again.claimed.complete
+    assert status_of(tmp_path)["status"] == "complete"
+    (tmp_path / folder.claimed.parts[0].file).unlink()
+    again = claim(tmp_path)
+    assert (again.claimed.complete, again.claimed.prefix) == (False, 0)
+    assert status_of(tmp_path)["status"] == "running"
+
+
+@pytest.mark.parametrize("how", ["parquet", "npy"])
+def test_a_folder_grows_with_its_input(tmp_path: Path, how: str) -> None:
+    folder = claim(tmp_path, how)
+    write_parts(folder, 20)
+    folder.finish("complete", SAMPLES.path)
+    grown = claim(tmp_path, how, manifest=wanted(how, stop=25))
+    assert (grown.claimed.prefix, grown.claimed.stop, grown.claimed.complete) == (20, 25, False)
+    write_parts(grown, 25, token="u")
+    proof = grown.finish("complete", SAMPLES.path)
+    assert (proof.rows, proof.missing, proof.errors) == (25, 0, 2)
+    if how == "npy":
+        expected = make_rows(0, 25, classes=CLASSES).columns["logits"].copy()
+        expected[[3, 17]] = np.nan
+        assert np.array_equal(np.load(tmp_path / "predictions.npy"), expected, equal_nan=True)
+
+
+def test_what_the_manifest_does_not_list_is_deleted(tmp_path: Path) -> None:
+    folder = claim(tmp_path)
+    (kept,) = write_parts(folder, 8)
+    writer_of(folder, "dead").write(make_rows(8, 4))  # written, never committed
+    (tmp_path / "predictions/.part-x.tmp").touch()
+    (tmp_path / "predictions/notes.txt").touch()
+    claim(tmp_path)
+    assert files_below(tmp_path / "predictions") == {Path(kept.file).name}
+
+
+@pytest.mark.parametrize("damage", ["grown", "missing"])
+def test_a_damaged_part_is_predicted_again_with_all_after_it(tmp_path: Path, damage: str) -> None:
+    parts = write_parts(claim(tmp_path), 4, 8, 20)
+    path = tmp_path / parts[1].file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    folder = claim(tmp_path)
+    assert folder.claimed.parts == parts[:1]
+    assert files_below(tmp_path / "predictions") == {Path(parts[0].file).name}
+    assert Manifest.read(tmp_path) == folder.manifest
+
+
+def test_another_job_is_refused_and_its_keys_are_named(tmp_path: Path) -> None:
+    write_parts(claim(tmp_path), 8)
+    (tmp_path / LOCK).unlink()
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    other = wanted(fingerprint={"seed": 7, "data.size": 20}, stop=10)
+    with pytest.raises(UsageError) as raised:
+        claim(tmp_path, manifest=other)
+    text = str(raised.value)
+    assert "output.dir must hold this same job" in text
+    assert "seed=0 there, 7 here" in text
+    assert "data.size=None there, 20 here" in text
+    assert "samples=[0, 20] there, [0, 10] here" in text
+    assert "model.name" not in text
+    assert "\n" not in text
+    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("what", ["predictions", "predictions.npy"])
+def test_foreign_predictions_are_never_touched(tmp_path: Path, what: str) -> None:
+    foreign = tmp_path / what
+    if what == "predictions":
+        foreign.mkdir()
+        foreign /= "mine.txt"
+    foreign.write_text("precious")
+    with pytest.raises(UsageError, match=r"output\.dir must be empty or hold this job.*foreign predictions"):
+        claim(tmp_path)
+    assert foreign.read_text() == "precious"
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_resume_false_refuses_what_is_there(tmp_path: Path) -> None:
+    claim(tmp_path / "fresh", resume=False)
+    with pytest.raises(UsageError, match=r"output\.dir must be empty with resume=false"):
+        claim(tmp_path / "fresh", resume=False)
+
+
+@pytest.mark.parametrize(("before", "after"), [("parquet", "csv"), ("csv", "npy"), ("npy", "npy"), ("npy", "jsonl")])
+def test_overwrite_keeps_the_old_result_until_the_new_one_is_complete(tmp_path: Path, before: str, after: str) -> None:
+    old = claim(tmp_path, before)
+    write_parts(old, 20)
+    old.finish("complete", SAMPLES.path)
+    kept = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    other = wanted(after, fingerprint={"model.name": "vgg11"}, stop=12)
+    new = claim(tmp_path, after, manifest=other, overwrite=True, resume=False)
+    assert (new.path, new.claimed.prefix, new.claimed.complete) == (tmp_path / ".next", 0, False)
+    write_parts(new, 8, token="u")
+    new.publish()
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    # The next attempt of this launch goes on with it.
+    again = claim(tmp_path, after, manifest=other)
+    assert (again.path, again.claimed.prefix) == (tmp_path / ".next", 8)
+    write_parts(again, 12, token="v")
+    again.finish("complete", SAMPLES.path)
+    again.publish()
+    manifest = again.claimed
+    assert files_below(tmp_path) == {"manifest.json", "status.json", "errors.jsonl", *(p.file for p in manifest.parts)}
+    assert Manifest.read(tmp_path) == manifest
+    assert claim(tmp_path, after, manifest=other).claimed.complete
+
+
+@pytest.mark.parametrize(("requeued", "starts_over"), [("", True), ("5", False), ("6", True)])
+def test_overwrite_goes_on_with_what_the_requeued_slurm_job_began(
+    tmp_path: Path, requeued: str, starts_over: bool
+) -> None:
+    claim(tmp_path, manifest=wanted(slurm_job="5"))
+    folder = RunFolder.place(tmp_path, overwrite=True, requeued_job=requeued)
+    assert folder.starts_over == starts_over
+    assert (folder.before is None) == starts_over
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as raised:
+        claim(tmp_path / "file" / "run")
+    assert "\n" not in str(raised.value)
+
+
+def fail(folder: RunFolder, error: BaseException) -> None:
+    with folder:
+        raise error
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_job_that_raises_says_so_unless_its_table_is_complete(tmp_path: Path, complete: bool) -> None:
+    folder = claim(tmp_path)
+    folder.mark_running()
+    write_parts(folder, 20)
+    if complete:
+        folder.finish("complete", SAMPLES.path)
+    else:
+        folder.claimed.parts.pop()  # as a failed commit leaves it
+    with pytest.raises(ValueError, match="no"):
+        fail(folder, ValueError("no"))
+    status = status_of(tmp_path)
+    assert status["status"] == ("complete" if complete else "failed")
+    assert status["reason"] == (None if complete else "ValueError: no")
+    assert status["counts"] == {"total": 20, "ok": 18, "error": 2, "missing": 0}
+
+
+def test_a_folder_that_was_not_claimed_is_not_marked(tmp_path: Path) -> None:
+    write_parts(claim(tmp_path), 8)
+    with pytest.raises(UsageError):
+        fail(RunFolder.place(tmp_path), UsageError("another job"))
+    assert not (tmp_path / "status.json").exists()

@@ -17,10 +17,10 @@ import numpy as np
 
 from mgpu_ddp.config.schema import parse_shard
 from mgpu_ddp.data.listing import FILE_NAME, Listing
-from mgpu_ddp.errors import MgpuError, ProofError, StateError, UsageError
+from mgpu_ddp.errors import MgpuError, StateError, UsageError
 from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
-from mgpu_ddp.output.run_folder import hold_folder
+from mgpu_ddp.output.run_folder import holding
 from mgpu_ddp.output.verify import prove
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
@@ -54,12 +54,9 @@ def merge(run_dir: Path) -> dict[str, Any]:
     check_shards(run_dir, shards)
     output_format = str(shards[0].manifest.fingerprint["output.format"])
     for shard in shards:
-        _check_proof(shard.folder, shard.manifest, output_format)
-    held = hold_folder(run_dir)
-    try:
+        prove(shard.folder, shard.manifest, output_format).check_exact(str(shard.folder))
+    with holding(run_dir):
         merged = _merge(run_dir, shards, output_format)
-    finally:
-        os.close(held)
     try:
         rebuild(run_dir)
     except (MgpuError, OSError) as error:
@@ -140,15 +137,6 @@ def _identity(shard: Shard) -> dict[str, Any]:
     return identity
 
 
-def _check_proof(folder: Path, manifest: Manifest, output_format: str) -> None:
-    proof = prove(folder, manifest, output_format)
-    if (proof.rows, proof.missing, proof.duplicates) != (proof.total, 0, 0):
-        raise ProofError(
-            f"{folder} must hold each of {proof.total} samples once, got {proof.rows} rows, {proof.missing} missing,"
-            f" {proof.duplicates} duplicates."
-        )
-
-
 def _merge(run_dir: Path, shards: list[Shard], output_format: str) -> dict[str, Any]:
     first, last = shards[0].manifest, shards[-1].manifest
     if output_format == "npy":
@@ -166,7 +154,7 @@ def _merge(run_dir: Path, shards: list[Shard], output_format: str) -> dict[str, 
         shard=None,
     )
     replace_bytes(run_dir / "errors.jsonl", b"".join((s.folder / "errors.jsonl").read_bytes() for s in shards))
-    _check_proof(run_dir, merged, output_format)
+    prove(run_dir, merged, output_format).check_exact(str(run_dir))
     rates = [_metrics(shard.folder).get("images_per_s", 0.0) for shard in shards]
     replace_json(run_dir / "metrics.json", {"shards": len(shards), "images_per_s_of_each": rates})
     merged.write(run_dir)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.output.run_folder import hold_folder
+from mgpu_ddp.output.run_folder import holding
 from mgpu_ddp.reporting.class_table import read_classes
 from mgpu_ddp.reporting.page import JobResults, write_page
 from mgpu_ddp.reporting.table_stats import count_rows
@@ -62,8 +61,7 @@ def rebuild(folder: Path) -> Path:
 
 
 def _rebuild_job(run_dir: Path) -> Path:
-    held = hold_folder(run_dir)
-    try:
+    with holding(run_dir):
         # Read again: until the folder was held, a job may have been at work.
         manifest = Manifest.read(run_dir)
         assert manifest is not None
@@ -79,8 +77,6 @@ def _rebuild_job(run_dir: Path) -> Path:
             samples=samples,
         )
         return write_page(results, thumbnails_s=math.inf)
-    finally:
-        os.close(held)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -81,11 +82,8 @@ class RunFolder:
             UsageError: another job holds the folder, or its manifest cannot be read.
         """
         if is_half_replaced(home):
-            lock = hold_folder(home)
-            try:
+            with holding(home):
                 put_in_place(home)
-            finally:
-                os.close(lock)
         begun_here = requeued_job and requeued_job in map(_slurm_job_of, (home, home / NEXT))
         starts_over = overwrite and not begun_here and holds_result(home)
         folder = cls(home=home, beside=starts_over or (home / NEXT).exists(), starts_over=starts_over)
@@ -312,6 +310,20 @@ def hold_folder(run_dir: Path) -> int:
     os.ftruncate(held, 0)
     os.write(held, f"held by process {os.getpid()} on {socket.gethostname()}\n".encode())
     return held
+
+
+@contextmanager
+def holding(run_dir: Path) -> Iterator[None]:
+    """Keep other jobs out of a folder in the block.
+
+    Raises:
+        UsageError: another job holds the folder, or it cannot be written to.
+    """
+    held = hold_folder(run_dir)
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def _add_folders(folder: Path) -> None:

@@ -30,17 +30,17 @@ class Proof:
         """Require one row for every sample.
 
         Raises:
-            ProofError: rows are missing or doubled in what is called `where`.
+            ProofError: rows are missing or there twice; the message begins with `where`.
         """
         if (self.rows, self.missing, self.duplicates) != (self.total, 0, 0):
             raise ProofError(
                 f"{where} must hold each of {self.total} samples once, got {self.rows} rows, {self.missing} missing,"
-                f" {self.duplicates} doubled."
+                f" {self.duplicates} duplicates."
             )
 
 
 def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
-    """Read back what is on disk and count: rows == samples, none missing, none doubled. Rank 0 only.
+    """Read back what is on disk and count: rows == samples, none missing, no duplicates. Rank 0 only.
 
     Raises:
         ProofError: the folder and the manifest disagree.
@@ -72,7 +72,7 @@ def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
 
 
 def _count(run_dir: Path, manifest: Manifest, how: str) -> tuple[int, int]:
-    """(missing, doubled) rows of a table that is known to be wrong; takes memory for every sample."""
+    """(missing, duplicate) rows of a table that is known to be wrong; takes memory for every sample."""
     index = np.concatenate([_index_of(run_dir, part, how) for part in manifest.parts])
     found, times = np.unique(index, return_counts=True)
     expected = np.arange(manifest.start, manifest.stop)

@@ -25,7 +25,7 @@ from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
-from mgpu_ddp.output.run_folder import make_folder, remove_empty
+from mgpu_ddp.output.folders import make_folder, remove_empty
 from mgpu_ddp.reporting import console
 from mgpu_ddp.sweep.isolated import run_isolated
 from mgpu_ddp.sweep.sweep import Point, Sweep, point_of

@@ -19,8 +19,8 @@ from mgpu_ddp.config.schema import parse_shard
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.errors import MgpuError, StateError, UsageError
 from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
+from mgpu_ddp.output.folders import holding
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
-from mgpu_ddp.output.run_folder import holding
 from mgpu_ddp.output.verify import prove
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES

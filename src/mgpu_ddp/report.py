@@ -9,8 +9,8 @@ from typing import Any
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
+from mgpu_ddp.output.folders import holding
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.output.run_folder import holding
 from mgpu_ddp.reporting.class_table import read_classes
 from mgpu_ddp.reporting.page import JobResults, write_page
 from mgpu_ddp.reporting.table_stats import count_rows

@@ -116,7 +116,7 @@ def test_a_folder_deleted_in_the_middle_ends_the_job_in_one_line(tmp_path: Path)
         ended = finish(launcher, tmp_path, time.monotonic())
     assert ended.code == 1
     assert ended.seconds < 60
-    lines = [line for line in ended.err.splitlines() if " must be writable, got No such file or directory." in line]
+    lines = [line for line in ended.err.splitlines() if " cannot be written (No such file or directory)." in line]
     assert lines, ended.err
 
 

@@ -14,7 +14,7 @@ import pytest
 from mgpu_ddp.config.command_line import Command, check_command
 from mgpu_ddp.config.compose import compose_config
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.output.run_folder import make_folder, remove_empty
+from mgpu_ddp.output.folders import make_folder, remove_empty
 
 pytestmark = pytest.mark.usefixtures("registered")
 

@@ -1,4 +1,4 @@
-"""What a crash, a power cut, a late writer or a truncated file leaves, and that the next attempt makes it good.
+"""The next attempt makes good what a crash, a power cut, a late writer or a truncated file leaves.
 
 With MGPU_DDP_EVERY_STEP set, every step that a job takes on disk is one at which it is killed once, and every write is
 torn once; else one in a few. CSV and JSON Lines differ from Parquet in the bytes of a part alone: one scenario each, in
@@ -53,7 +53,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def outcome() -> dict[str, Any]:
-    """What two plain processes found, side by side, that ran, killed and resumed the scenarios."""
+    """Run, kill and resume the scenarios in two plain processes, side by side."""
     memory = Path("/dev/shm")
     found: dict[str, Any] = {"reports": {}, "imported": []}
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
@@ -134,7 +134,7 @@ class Meeting:
         self._late_stopped, self._go_on, self._late_done = threading.Event(), threading.Event(), threading.Event()
         self.late_error: Exception | None = None
         self.stopped = {True: False, False: False}
-        """Whether the late writer and the claim had a step of that number."""
+        """The late writer, and the claim, had a step of that number."""
 
     def run(self, late: Callable[[], object], claim: Callable[[], object]) -> None:
         def work() -> None:
@@ -227,9 +227,9 @@ def test_a_late_window_of_the_array_that_differs_is_never_accepted(place: Path) 
     writer.write(rows_of(job, files, np.arange(2), again=False))
     assert (place / "run" / ARRAY).read_bytes() == before, "the same rows are the same bits"
     writer.write(rows)
-    with pytest.raises(ProofError, match="must hold what was committed"):
+    with pytest.raises(ProofError, match="has other bytes than were committed"):
         prove(place / "run", manifest, "npy")
-    with pytest.raises(ProofError, match="must hold what was committed"):
+    with pytest.raises(ProofError, match="has other bytes than were committed"):
         attempt(place / "run", job, "b")
 
 

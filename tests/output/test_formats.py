@@ -38,7 +38,7 @@ def written(how: str, table: pa.Table, folder: Path) -> Path:
 
 
 def text_rows(how: str, path: Path) -> list[dict[str, Any]]:
-    """What Python's own reader makes of a text part; an empty CSV field is null."""
+    """Read a text part with Python's own reader; an empty CSV field is null."""
     if how == "jsonl":
         return [json.loads(line, parse_constant=pytest.fail) for line in path.read_bytes().decode().splitlines()]
     with path.open(newline="", encoding="utf-8") as file:

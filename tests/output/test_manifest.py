@@ -24,7 +24,7 @@ def test_it_comes_back_as_written(tmp_path: Path) -> None:
 )
 def test_a_broken_manifest_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"manifest\.json must be a readable manifest, got \w+\. Choose another"):
+    with pytest.raises(UsageError, match=r"manifest\.json is not a manifest that can be read \(\w+\)\. Choose another"):
         claim(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

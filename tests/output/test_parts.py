@@ -31,7 +31,7 @@ def test_parts_are_listed_whole_and_proved(tmp_path: Path, how: str) -> None:
 def test_commit_refuses_what_does_not_follow(tmp_path: Path, first: int) -> None:
     folder = claim(tmp_path)
     write_parts(folder, 8)
-    with pytest.raises(ProofError, match=f"must begin at 8, got {first}"):
+    with pytest.raises(ProofError, match=f"begins at row {first}, but the table ends at row 8"):
         folder.open_table(writer_of(folder, "u")).add(make_rows(first, 4))
     on_disk = Manifest.read(tmp_path)
     assert on_disk is not None
@@ -48,7 +48,7 @@ def test_commit_refuses_a_part_that_is_not_there_as_described(tmp_path: Path, da
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    with pytest.raises(WriteError, match=r"must hold .* bytes"):
+    with pytest.raises(WriteError, match=r"does not have the \d+ bytes here"):
         folder.open_table(writer).list([part])
 
 

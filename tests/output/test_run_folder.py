@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.output.folders import LOCK
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.output.run_folder import LOCK, RunFolder
+from mgpu_ddp.output.run_folder import RunFolder
 from tests.support.run_folders import CLASSES, SAMPLES, claim, files_below, wanted, write_parts, writer_of
 from tests.support.samples import make_rows
 

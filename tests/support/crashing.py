@@ -51,16 +51,16 @@ def ignore(_what: str, _value: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What would be the command line."""
+    """Stands for the command line."""
 
     how: str
     numbers: tuple[int, ...]
-    """Of the files that are found."""
+    """The files that are found."""
     salt: int = 0
     """Another model has another one."""
     unreadable: frozenset[int] = frozenset()
     readable_again: frozenset[int] = frozenset()
-    """Of the unreadable ones, those that a retry can read."""
+    """The unreadable ones that a retry can read."""
     retry: bool = False
     overwrite: bool = False
     stop_at: int | None = None
@@ -89,7 +89,7 @@ def logits_of(salt: int, number: int) -> npt.NDArray[np.float32]:
 
 
 def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bool) -> Rows:
-    """What the job's model would make of some samples; `again` where they are retried."""
+    """Rows as the job's model would make them; `again` where samples are retried."""
     numbers = [number_of(files.path(i)) for i in index.tolist()]
     logits = np.stack([logits_of(job.salt, number) for number in numbers])
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -198,7 +198,7 @@ def schema_of(how: str) -> Any:
 
 @functools.cache
 def acceptable(job: Job, count: int, *older: int) -> list[list[Any]]:
-    """What row i of the job may hold at any time: what is predicted at first, and what a retry makes of it.
+    """The choices for row i of the job at any time: as predicted at first, and as a retry makes it.
 
     `older` is the number of files that were there at first, where more have come.
     """
@@ -250,7 +250,7 @@ def check_listed(folder: Path, manifest: Manifest, choices: list[list[Any]]) -> 
 
 
 def check_whole(folder: Path) -> None:
-    """What `status.json` calls complete is complete, and nothing else lies among the parts."""
+    """A folder that `status.json` calls complete is complete, and nothing else lies among the parts."""
     try:
         status = json.loads((folder / "status.json").read_text())
     except FileNotFoundError:
@@ -267,7 +267,7 @@ def check_whole(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """What counts of a finished folder: parts may be cut elsewhere."""
+    """A finished folder without the borders of its parts, which may lie elsewhere."""
 
     rows: list[Any]
     files: dict[str, bytes]
@@ -296,14 +296,14 @@ class Scenario:
     older: tuple[Job, ...] = ()
     """Run in the folder before, one after another; the last one that ended is its result."""
     told: dict[str, int] = field(default_factory=dict)
-    """What is durable from the beginning."""
+    """Known to be durable from the beginning."""
 
     def prepare(self, home: Path) -> None:
         for number, job in enumerate(self.older):
             attempt(home, job, f"old{number}")
 
     def choices(self, manifest: Manifest) -> list[list[Any]]:
-        """What the rows of a manifest may be."""
+        """The rows that a manifest may list."""
         for job in (self.job, *self.older):
             if job.salt == manifest.fingerprint["salt"]:
                 grows = job is self.job and not job.overwrite and self.older
@@ -358,7 +358,7 @@ def scenario(name: str, how: str) -> Scenario:
 
 @dataclass(kw_only=True)
 class Report:
-    """What was tried."""
+    """The cases that were tried, and the promises that broke."""
 
     steps: list[str] = field(default_factory=list)
     killed: int = 0

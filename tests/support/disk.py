@@ -38,7 +38,7 @@ class Change:
     place: Place
     source: Place | None = None
     inode: int = 0
-    """Of a folder that was made or removed."""
+    """The folder that was made or removed."""
     kept: str | None = None
     """Another name of the file that lost this one."""
     durable: bool = False
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(kw_only=True, slots=True)
 class Unsynced:
-    """What a power cut may take back."""
+    """Everything that a power cut may take back."""
 
     changes: list[Change] = field(default_factory=list)
     synced_bytes: dict[int, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Unsynced:
     """(inode, offset, bytes before) of each row that was written through a mapping."""
     steps: list[str] = field(default_factory=list)
     told: dict[str, int] = field(default_factory=dict)
-    """What the process had reason to believe durable."""
+    """Facts that the process had reason to believe durable."""
 
 
 @dataclass(kw_only=True)

@@ -9,10 +9,11 @@ import numpy.typing as npt
 from mgpu_ddp.config.schema import FakeConfig
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.samples import Samples
+from mgpu_ddp.output.folders import LOCK
 from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import Manifest, Part
 from mgpu_ddp.output.parts import PartWriter, open_writer
-from mgpu_ddp.output.run_folder import LOCK, RunFolder
+from mgpu_ddp.output.run_folder import RunFolder
 from tests.support.samples import make_rows, texts
 
 CLASSES = 3

@@ -1,4 +1,4 @@
-"""How a job ends: the folder is proved and marked, its results are counted, reported and published."""
+"""The end of a job: the folder is proved and marked, its results are counted, reported and published."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

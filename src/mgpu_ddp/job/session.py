@@ -35,7 +35,7 @@ from mgpu_ddp.errors import (
 )
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.output.run_folder import remove_empty
+from mgpu_ddp.output.folders import remove_empty
 from mgpu_ddp.reporting import console
 
 log = logging.getLogger("mgpu_ddp")

@@ -19,7 +19,7 @@ from mgpu_ddp.output.rows import Column, Rows
 TEXT_CHUNK = 4096
 """Rows that are turned into text at once, to bound memory."""
 REPEATING = ["label", "pred", "pred_name", "topk_index.list.element", "error"]
-"""What is worth a dictionary in Parquet: one of names or probabilities takes time and makes the file larger."""
+"""Columns worth a dictionary in Parquet: one of names or probabilities takes time and makes the file larger."""
 
 
 def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:

@@ -1,4 +1,4 @@
-"""The manifest: what is done, and what the job is."""
+"""The manifest: the job's identity and the parts that are done."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -36,7 +36,7 @@ class Part:
         return self.first + self.rows
 
     def has_its_size(self, run_dir: Path) -> bool:
-        """Whether the file is there and as long as it was when it was committed."""
+        """Compare the length of the file with that at its commit; False where it is gone."""
         path = run_dir / self.file
         try:
             if self.file == ARRAY:
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
-    """What is done, and what the job is."""
+    """The job's identity and the parts that are done."""
 
     fingerprint: dict[str, Any]
     """The keys that decide the rows, resolved: another value is another job."""
@@ -95,7 +95,7 @@ class Manifest:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"{path} must be a readable manifest, got {type(error).__name__}. Choose another output.dir."
+                f"{path} is not a manifest that can be read ({type(error).__name__}). Choose another output.dir."
             ) from None
 
     def write(self, run_dir: Path) -> None:

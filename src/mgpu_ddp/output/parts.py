@@ -201,7 +201,7 @@ def blank_errors(folder: Path, manifest: Manifest) -> None:
 
 def write_error(path: Path, error: OSError) -> WriteError:
     return WriteError(
-        f"{path} must be writable, got {error.strerror}. What was committed stays valid; make room and start again."
+        f"{path} cannot be written ({error.strerror}). What was committed stays valid: make room and start again."
     )
 
 
@@ -241,12 +241,13 @@ class Table:
             ProofError: the parts would leave a gap.
         """
         for part in parts:
-            if part.first != self._manifest.prefix:
-                raise ProofError(f"part {part.file} must begin at {self._manifest.prefix}, got {part.first}.")
+            prefix = self._manifest.prefix
+            if part.first != prefix:
+                raise ProofError(f"{part.file} begins at row {part.first}, but the table ends at row {prefix}.")
             if not part.has_its_size(self._run_dir):
                 raise WriteError(
-                    f"{self._run_dir / part.file} must hold {part.num_bytes} bytes for every rank."
-                    " Use output.collect=gather."
+                    f"{self._run_dir / part.file} does not have the {part.num_bytes} bytes here that its rank wrote:"
+                    " the ranks share no file system. Use output.collect=gather."
                 )
             self._manifest.parts.append(part)
         self._list_all()

@@ -1,8 +1,8 @@
-"""How a new result takes the place of an older one (`overwrite=true`): only once it is complete.
+"""A new result takes the place of an older one (`overwrite=true`) only once it is complete.
 
 Until then the job works in RUN/.next. Then the old result moves to RUN/.old, .next becomes .ready, and its
-contents move to RUN. What leaves first and comes last is what speaks of the rest: the status, then the manifest.
-Each step can be repeated, so a start that finds them half done, ends them.
+contents move to RUN. The status leaves first and comes last, and the manifest next to it: they speak of all the rest.
+Each step can be repeated, so a start that finds them half done completes them.
 """
 
 import os
@@ -28,7 +28,7 @@ RESULT = (
     MANIFEST,
     "status.json",
 )
-"""What a job leaves in its folder, in the order in which it moves in; it moves out against it."""
+"""The files and folders of a result, in the order in which they move in; they move out in reverse."""
 
 
 def holds_result(run_dir: Path) -> bool:
@@ -36,7 +36,7 @@ def holds_result(run_dir: Path) -> bool:
 
 
 def is_half_replaced(run_dir: Path) -> bool:
-    """Whether a new result is complete but not in its place."""
+    """Find out whether a new result is complete but not in its place."""
     if (run_dir / READY).exists():
         return True
     following = Manifest.read(run_dir / NEXT)

@@ -1,17 +1,13 @@
 """The life of a run folder: place → claim → commit → finish → publish, or failed.
 
-What a crash leaves of it at any moment: parts.py says so for parts and manifest, replace.py for a new result that takes
-the place of an older one.
+parts.py tells what a crash at any moment leaves of parts and manifest, replace.py what it leaves of a new result that
+takes the place of an older one.
 """
 
-import errno
-import fcntl
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,15 +18,14 @@ import numpy.typing as npt
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.errors import UsageError, reason_of
-from mgpu_ddp.output.atomic_files import add_folder, is_temporary, replace_bytes, sync_folder
+from mgpu_ddp.output.atomic_files import is_temporary, replace_bytes, sync_folder
+from mgpu_ddp.output.folders import add_folders, hold_folder, holding, unwritable
 from mgpu_ddp.output.manifest import ARRAY, PARTS, Manifest, Part, write_status
 from mgpu_ddp.output.parts import PartWriter, RetriedTable, Table, allocate_array, blank_errors
 from mgpu_ddp.output.replace import NEXT, holds_result, is_half_replaced, put_in_place
 from mgpu_ddp.output.verify import Proof, prove, write_errors
 
 log = logging.getLogger("mgpu_ddp")
-
-LOCK = ".lock"
 
 Status = Literal["complete", "preempted", "failed"]
 
@@ -52,13 +47,13 @@ class RunFolder:
     home: Path
     """The folder as the user knows it."""
     beside: bool = False
-    """Whether the job works beside an older result until its own is complete."""
+    """Work beside an older result until the job's own is complete."""
     starts_over: bool = False
-    """Whether it discards what is there already."""
+    """Discard what an earlier job has left in `path`."""
     before: Manifest | None = None
-    """What the folder was begun with, where the job goes on with it."""
+    """The manifest that the job goes on with, as it was found; None for a fresh start."""
     manifest: Manifest | None = None
-    """Once it is claimed."""
+    """Of the claimed folder."""
     _lock: int | None = field(default=None, init=False)
 
     @property
@@ -74,9 +69,9 @@ class RunFolder:
 
     @classmethod
     def place(cls, home: Path, *, overwrite: bool = False, requeued_job: str = "") -> "RunFolder":
-        """Find where a job works that asks for this folder.
+        """Decide where a job works that asks for this folder.
 
-        What the SLURM job `requeued_job` began is continued, and not overwritten.
+        A result that the SLURM job `requeued_job` began is continued, not overwritten.
 
         Raises:
             UsageError: another job holds the folder, or its manifest cannot be read.
@@ -119,7 +114,7 @@ class RunFolder:
         try:
             self._make_ours(manifest, found, files, array_columns)
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise unwritable(self.path, error) from None
         self.manifest = manifest
         return manifest
 
@@ -178,7 +173,7 @@ class RunFolder:
     ) -> None:
         if self.starts_over and self.path.exists():
             shutil.rmtree(self.path)
-        _add_folders(self.path)
+        add_folders(self.path)
         if found is not None and found.complete and not manifest.complete:
             # Before anything changes that a reader may trust as long as the status says complete.
             write_status(self.path, "running", manifest)
@@ -254,7 +249,7 @@ class RunFolder:
             if manifest is not None and not manifest.complete:
                 write_status(self.path, "failed", manifest, reason)
         except (OSError, UsageError) as error:
-            log.error("%s cannot say that the job failed: %s", self.path / "status.json", error)
+            log.error("%s could not be marked as failed: %s", self.path / "status.json", error)
 
 
 def _slurm_job_of(folder: Path) -> str:
@@ -283,85 +278,3 @@ def remove_unlisted(folder: Path, manifest: Manifest) -> None:
         sync_folder(folder / PARTS)
     for path in filter(is_temporary, folder.iterdir()):
         path.unlink(missing_ok=True)
-
-
-def hold_folder(run_dir: Path) -> int:
-    """Keep other jobs out of a folder while the returned file descriptor is open. Rank 0 only.
-
-    A POSIX record lock: the kernel drops it with its process, however that dies, and NFS servers carry it. It is
-    advisory, and a file system mounted without locks refuses it, which is an error here rather than a risk.
-
-    Raises:
-        UsageError: another job holds the folder, or it cannot be written to.
-    """
-    try:
-        _add_folders(run_dir)
-        held = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _unwritable(run_dir, error) from None
-    try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(held, 500).decode(errors="replace").strip() or error.strerror
-        os.close(held)
-        raise UsageError(
-            f"output.dir must not be in use, got {str(run_dir)!r} ({holder}). Wait for that job or choose another."
-        ) from None
-    os.ftruncate(held, 0)
-    os.write(held, f"held by process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return held
-
-
-@contextmanager
-def holding(run_dir: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder in the block.
-
-    Raises:
-        UsageError: another job holds the folder, or it cannot be written to.
-    """
-    held = hold_folder(run_dir)
-    try:
-        yield
-    finally:
-        os.close(held)
-
-
-def _add_folders(folder: Path) -> None:
-    for path in _missing(folder):
-        add_folder(path)
-
-
-def _missing(folder: Path) -> list[Path]:
-    return [path for path in [*reversed(folder.parents), folder] if not path.exists()]
-
-
-def _unwritable(run_dir: Path, error: OSError) -> UsageError:
-    return UsageError(f"output.dir must be a writable folder, got {str(run_dir)!r} ({error.strerror}). Choose another.")
-
-
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and return what was made, deepest first, so that `remove_empty` can undo it.
-
-    Raises:
-        UsageError: it cannot be made or written to.
-    """
-    made: list[Path] = []
-    try:
-        for path in _missing(folder):
-            add_folder(path)
-            made.insert(0, path)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        remove_empty(made)
-        raise _unwritable(folder, error) from None
-    return made
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove folders as far as they are empty: a refused command leaves no trace."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return

@@ -12,13 +12,13 @@ import numpy as np
 from mgpu_ddp.errors import ProofError
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.formats import FORMATS
-from mgpu_ddp.output.manifest import ARRAY, PARTS, Manifest, Part
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part
 from mgpu_ddp.output.parts import array_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """What the folder was found to hold."""
+    """Counts of the rows that a folder was found to hold."""
 
     total: int
     rows: int
@@ -34,8 +34,8 @@ class Proof:
         """
         if (self.rows, self.missing, self.duplicates) != (self.total, 0, 0):
             raise ProofError(
-                f"{where} must hold each of {self.total} samples once, got {self.rows} rows, {self.missing} missing,"
-                f" {self.duplicates} duplicates."
+                f"{where} does not hold each of {self.total} samples once: {self.rows} rows, {self.missing} missing,"
+                f" {self.duplicates} duplicates. Start again with overwrite=true."
             )
 
 
@@ -49,16 +49,16 @@ def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
     if how == "npy":
         shape = np.load(run_dir / ARRAY, mmap_mode="r").shape
         if shape[0] != manifest.stop - manifest.start:
-            raise ProofError(f"{ARRAY} must have {manifest.stop - manifest.start} rows, got {shape[0]}.")
+            raise ProofError(
+                f"{ARRAY} has {shape[0]} rows instead of {manifest.stop - manifest.start}. Delete it and start again."
+            )
     else:
         found = {f"{PARTS}/{path.name}" for path in (run_dir / PARTS).iterdir()}
         if found != listed:
-            raise ProofError(
-                f"{PARTS}/ must hold the parts of the manifest, got {sorted(found ^ listed)[:3]} on one side only."
-            )
+            raise ProofError(f"{PARTS}/ and {MANIFEST} differ in {sorted(found ^ listed)[:3]}. Start the job again.")
     for part in manifest.parts:
         if _digest(run_dir, part, manifest.start) != part.sha256:
-            raise ProofError(f"{part.file} must hold what was committed, got other bytes. Delete it and start again.")
+            raise ProofError(f"{part.file} has other bytes than were committed. Delete it and start again.")
     total, rows, next_index = manifest.stop - manifest.start, 0, manifest.start
     in_order = True
     for part in manifest.parts:

@@ -8,9 +8,9 @@ from typing import Any
 from mgpu_ddp import cli
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
+from mgpu_ddp.job.agreement import Ending
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.claim import claim_job
-from mgpu_ddp.job.collector import Ending
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.job.finish import finish_job
 from mgpu_ddp.job.job import Job

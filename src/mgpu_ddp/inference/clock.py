@@ -69,12 +69,12 @@ class Clock:
     _warm_rows: int = 0
 
     @contextmanager
-    def measuring(self, stage: str) -> Iterator[None]:
-        """Add the time that a block takes to one of `STAGES`."""
+    def measuring(self, name: str) -> Iterator[None]:
+        """Add the time that a block takes to this field."""
         started = time.perf_counter()
-        with named_range(stage.removesuffix("_s")):
+        with named_range(name.removesuffix("_s")):
             yield
-        setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
     def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass batches on, and add the time until each has come to `wait_s`."""

@@ -1,102 +1,158 @@
 """Windows of all ranks → durable rows, in a thread behind the predicting one.
 
-Each rank sends one payload per window, an empty one too, and its rows to rank 0. All ranks read the same list of
-payloads, so all judge alike and end after the same window: when everything is done, when some rank wished to stop,
-or when some rank failed. Rank 0's result of writing window k is known to all with window k+1, and one last payload
+Each rank sends one payload per window, an empty one too, and its rows to rank 0 (or writes them itself); `decide` says
+what becomes of them. Rank 0's result of writing window k is known to all with window k+1, and one last payload
 acknowledges the last window. At most two windows are in flight per rank: one gathered, one predicted.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from queue import Queue
 from types import TracebackType
-from typing import Literal
 
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.sharding import Plan, Window
-from mgpu_ddp.distributed.signals import StopWish
-from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import PeerFailedError, ProtocolError, reason_of
-from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.output.manifest import Part
+from mgpu_ddp.errors import PeerFailedError, reason_of
+from mgpu_ddp.job.agreement import Decision, Ending, Limits, Payload, State, decide
+from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.output.parts import PartWriter, Table
 from mgpu_ddp.output.rows import Rows, concatenate, in_order
 
 log = logging.getLogger("mgpu_ddp")
 
-State = Literal["rows", "stop", "failed"]
-Ending = Literal["complete", "preempted", "too many errors"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Payload:
-    """What one rank tells all others about one window."""
+class Sink:
+    """Where rows go."""
 
-    job: str
-    attempt: int
-    window: int
-    state: State
-    reason: str
-    next_missing: int
-    """The first index of this rank's share that it has not done; the window's end where it owes nothing more."""
-    errors: int
-    """Error rows of this rank in this job so far."""
-    seconds: float
-    part: Part | None
-    """Where this rank has written its rows, unless rank 0 writes."""
+    writer: PartWriter
+    table: Table | None
+    """On rank 0."""
+
+
+class Committer:
+    """Commits windows with all ranks, one after the other: what the collecting thread does."""
+
+    def __init__(self, context: JobContext, plan: Plan, channel: Channel, sink: Sink, limits: Limits) -> None:
+        self._job, self._world, self._clock = context.job.name, context.world, context.clock
+        self._plan, self._channel, self._sink, self._limits = plan, channel, sink, limits
+        self.error: Exception | None = None
+        """Why this rank fails: an error of its own, or another rank's."""
+
+    def commit(self, window: Window, payload: Payload, rows: Rows | None) -> Decision:
+        """Commit what all ranks have done of a window. Collective: every rank calls this.
+
+        Raises:
+            PeerLostError: a rank died or fell silent.
+        """
+        # 1) A rank that writes its own rows does so before it tells of them.
+        if self._plan.contiguous and rows is not None:
+            payload = self._write(payload, rows)
+        # 2) Hear all ranks, and decide as they do.
+        payloads = self._gather(payload)
+        decision = decide(payloads, window, self._limits)
+        # 3) Bring the other rows to rank 0: the other ranks have no use for them, and no room.
+        everybodys: list[Rows | None] = []
+        if not self._plan.contiguous:
+            with self._clock.measuring("gather_s"):
+                everybodys = self._channel.gather_on_first(window.number, rows) or []
+        # 4) Rank 0 makes the table longer. The others hear with the next window how that went.
+        if self._sink.table is not None and self.error is None:
+            self._extend(self._sink.table, decision, [rows for rows in everybodys if rows is not None])
+        self._plan.gathered(window, decision.slowest_s)
+        self._heed(decision)
+        return decision
+
+    def acknowledge(self, number: int) -> None:
+        """Learn whether the last window was committed. Collective: every rank calls this.
+
+        Raises:
+            PeerLostError: a rank died or fell silent.
+        """
+        stop = self._limits.stop
+        last = Payload(
+            job=self._job,
+            attempt=self._world.attempt,
+            window=number,
+            state="rows",
+            reason="",
+            next_missing=stop,
+            errors=0,
+            seconds=0.0,
+            part=None,
+        )
+        self._heed(decide(self._gather(last), Window(number=number, start=stop, stop=stop), self._limits))
+
+    def _write(self, payload: Payload, rows: Rows) -> Payload:
+        try:
+            with self._clock.measuring("write_s"):
+                return replace(payload, part=self._sink.writer.write(rows))
+        except Exception as error:
+            self._fail(error)
+            return replace(payload, next_missing=int(rows.index[0]))
+
+    def _gather(self, payload: Payload) -> list[Payload]:
+        if self.error is not None:
+            payload = replace(payload, state="failed", reason=reason_of(self.error))
+        with self._clock.measuring("gather_s"):
+            return self._channel.gather(payload.window, payload)
+
+    def _extend(self, table: Table, decision: Decision, everybodys: list[Rows]) -> None:
+        try:
+            with self._clock.measuring("write_s"):
+                if decision.parts:
+                    table.list([*decision.parts])
+                rows = in_order(everybodys, decision.frontier) if everybodys else None
+                if rows is not None and len(rows):
+                    table.add(rows)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._world.raise_alarm(self._job, reason_of(error))
+
+    def _heed(self, decision: Decision) -> None:
+        if decision.failure is not None and self.error is None:
+            self.error = PeerFailedError(decision.failure)
 
 
 class Collector:
     """Takes a rank's rows in order, and has them committed window by window.
 
-    Use as a context manager around the predicting loop: leaving it ends the job on all ranks alike, also when
+    Use as a context manager around the predicting loop: leaving it ends the task on all ranks alike, also when
     the loop raised. `ending` then says how.
+
+    The two threads pass two things. The collecting one puts True into `_wants` when it wants a window, and False when
+    it has ended, for whatever reason, so that the predicting one never waits in vain; the latter answers each True
+    with one window in `_handed`.
     """
 
-    def __init__(
-        self,
-        *,
-        job: str,
-        world: World,
-        plan: Plan,
-        channel: Channel,
-        writer: PartWriter,
-        table: Table | None,
-        clock: Clock,
-        stop: StopWish,
-        errors_before: int,
-        max_errors: float,
-    ) -> None:
-        self._job, self._world, self._plan, self._channel = job, world, plan, channel
-        self._writer, self._table, self._clock = writer, table, clock
-        self._stop, self._errors_before, self._max_errors = stop, errors_before, max_errors
+    def __init__(self, context: JobContext, plan: Plan, committer: Committer) -> None:
+        self._job, self._world, self._clock, self._stop = context.job.name, context.world, context.clock, context.stop
+        self._plan, self._committer = plan, committer
         self.ending: Ending = "complete"
+        # Of the predicting thread: the window that it is in, and its rows so far.
+        self._window: Window | None = None
+        self._chunks: list[Rows] = []
+        self._window_rows = 0
         self._done_rows = 0
         self._errors = 0
-        self._error: Exception | None = None
-        self._chunks: list[Rows] = []
-        self._window: Window | None = None
-        self._window_rows = 0
         self._since = time.perf_counter()
-        self._over = False
-        self._handed: tuple[Payload, Rows | None] | None = None
-        self._turn = threading.Condition()
+        # Between the threads.
+        self._wants: Queue[bool] = Queue(1)
+        self._handed: Queue[tuple[Payload, Rows | None]] = Queue(1)
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
     @property
     def over(self) -> bool:
         """Whether the loop should end: all agreed to, a rank failed, or this process was asked to stop."""
         heartbeat = self._world.heartbeat
-        return (
-            self._over
-            or self._error is not None
-            or bool(self._stop)
-            or heartbeat.alarm is not None
-            or heartbeat.lost is not None
-        )
+        failed = self._committer.error is not None or heartbeat.alarm is not None or heartbeat.lost is not None
+        return self._ended or failed or bool(self._stop)
 
     def __enter__(self) -> "Collector":
         self._window = self._plan.window(0)
@@ -125,31 +181,41 @@ class Collector:
         What a rank raises after its last window (a dead loader worker, say) ends nothing: the others have gone on to
         prove the table, and nobody needs more from it.
         """
-        if self._window is not None and not self._over:
+        if self._window is not None and not self._ended:
             reason = reason_of(raised) if raised is not None else self._stop.signal_name or "another rank ended"
             # The others cut their window short as well, rather than finish it first.
             self._world.raise_alarm(self._job, reason)
-            self._hand_over(self._payload(self._window, "stop" if raised is None else "failed", reason))
+            self._hand_over(self._window, "stop" if raised is None else "failed", reason)
         self._thread.join()
         late = raised if self._window is None and isinstance(raised, Exception) else None
-        if self._error is not None and (raised is None or late is not None):
-            raise self._error
+        error = self._committer.error
+        if error is not None and (raised is None or late is not None):
+            raise error
         if late is not None:
             log.warning("after the last window: %s", reason_of(late))
         return late is not None
 
     def _post_finished_windows(self) -> None:
         while self._window is not None and self._window_rows == len(self._plan.rows(self._window, self._world.rank)):
-            window = self._window
-            if not self._hand_over(self._payload(window, "rows", "")):
+            if not self._hand_over(self._window, "rows", ""):
                 return
             self._chunks, self._window_rows = [], 0
-            self._window = self._plan.window(window.number + 1)
+            self._window = self._plan.window(self._window.number + 1)
 
-    def _payload(self, window: Window, state: State, reason: str) -> tuple[Payload, Rows | None]:
+    def _hand_over(self, window: Window, state: State, reason: str) -> bool:
+        """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
+        finished = self._payload(window, state, reason), concatenate(self._chunks) if self._chunks else None
+        with self._clock.measuring("peers_s"):
+            is_wanted = not self._ended and self._wants.get()
+        if is_wanted:
+            self._handed.put(finished)
+        return is_wanted
+
+    def _payload(self, window: Window, state: State, reason: str) -> Payload:
         owed = self._plan.rows(window, self._world.rank)
         now = time.perf_counter()
-        payload = Payload(
+        seconds, self._since = now - self._since, now
+        return Payload(
             job=self._job,
             attempt=self._world.attempt,
             window=window.number,
@@ -157,135 +223,22 @@ class Collector:
             reason=reason,
             next_missing=owed[self._window_rows] if self._window_rows < len(owed) else window.stop,
             errors=self._errors,
-            seconds=now - self._since,
+            seconds=seconds,
             part=None,
         )
-        self._since = now
-        return payload, concatenate(self._chunks) if self._chunks else None
-
-    def _hand_over(self, finished: tuple[Payload, Rows | None]) -> bool:
-        """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
-        with self._clock.measuring("peers_s"), self._turn:
-            while self._handed is not None and not self._over:
-                self._turn.wait()
-            self._handed = None if self._over else finished
-            self._turn.notify_all()
-        return not self._over
 
     def _run(self) -> None:
+        """Commit windows until the task ends."""
+        number, ends = 0, False
         try:
-            number = 0
-            while (window := self._plan.window(number)) is not None:
-                with self._turn:
-                    while self._handed is None:
-                        self._turn.wait()
-                if self._collect(window, *self._handed):
-                    break
-                with self._turn:
-                    self._handed = None
-                    self._turn.notify_all()
+            while not ends and (window := self._plan.window(number)) is not None:
+                self._wants.put(True)
+                decision = self._committer.commit(window, *self._handed.get())
+                self.ending, ends = decision.ending or "complete", decision.ends
                 number += 1
-            self._acknowledge(number + 1)
+            self._committer.acknowledge(number)
         except Exception as error:
-            self._error = self._error or error
+            self._committer.error = self._committer.error or error
         finally:
-            with self._turn:
-                self._over = True
-                self._turn.notify_all()
-
-    def _collect(self, window: Window, payload: Payload, rows: Rows | None) -> bool:
-        """Gather one window of all ranks and commit what they have done of it. True when the job ends with it."""
-        if self._plan.contiguous and rows is not None:
-            try:
-                with self._timing_writes():
-                    payload = replace(payload, part=self._writer.write(rows))
-            except Exception as error:
-                self._fail(error)
-                owed = self._plan.rows(window, self._world.rank)
-                payload = replace(payload, state="failed", reason=reason_of(error), next_missing=owed[0])
-        if self._error is not None:
-            payload = replace(payload, state="failed", reason=reason_of(self._error))
-        payloads = self._gather(window.number, payload)
-        everybodys = None if self._plan.contiguous else self._gather_rows(window.number, rows)
-        ended = [p for p in payloads if p.state != "rows"]
-        frontier = min([window.stop, *(p.next_missing for p in payloads)])
-        if self._table is not None and self._error is None:
-            try:
-                with self._timing_writes():
-                    self._commit(self._table, payloads, everybodys or [], frontier)
-            except Exception as error:
-                self._fail(error)
-        self._plan.gathered(window, max(p.seconds for p in payloads))
-        failed = next(
-            (
-                f"rank {r} of {self._world.size} failed: {p.reason}"
-                for r, p in enumerate(payloads)
-                if p.state == "failed"
-            ),
-            None,
-        )
-        if failed is not None:
-            self._error = self._error or PeerFailedError(failed)
-        elif ended and frontier < self._plan.stop:
-            self.ending = "preempted"
-        elif self._errors_before + sum(p.errors for p in payloads) > self._max_errors:
-            self.ending = "too many errors"
-        return failed is not None or self.ending != "complete"
-
-    def _gather(self, window: int, payload: Payload) -> list[Payload]:
-        started = time.perf_counter()
-        payloads: list[Payload] = self._channel.gather(window, payload)
-        self._clock.gather_s += time.perf_counter() - started
-        for rank, other in enumerate(payloads):
-            if (other.job, other.attempt, other.window) != (payload.job, payload.attempt, payload.window):
-                raise ProtocolError(
-                    f"all ranks must be in job {payload.job}, attempt {payload.attempt}, window {payload.window}, got"
-                    f" job {other.job}, attempt {other.attempt}, window {other.window} from rank {rank}."
-                )
-        return payloads
-
-    def _gather_rows(self, window: int, rows: Rows | None) -> list[Rows | None] | None:
-        """Bring the rows of all ranks to rank 0: the others have no use for them, and no room."""
-        started = time.perf_counter()
-        everybodys = self._channel.gather_on_first(window, rows)
-        self._clock.gather_s += time.perf_counter() - started
-        return everybodys
-
-    def _commit(self, table: Table, payloads: list[Payload], everybodys: Sequence[Rows | None], frontier: int) -> None:
-        if self._plan.contiguous:
-            parts = [p.part for p in payloads if p.part is not None and p.part.stop <= frontier]
-            if parts:
-                table.list(sorted(parts, key=lambda part: part.first))
-            return
-        chunks = [rows for rows in everybodys if rows is not None]
-        rows = in_order(chunks, frontier) if chunks else None
-        if rows is not None and len(rows):
-            table.add(rows)
-
-    @contextmanager
-    def _timing_writes(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._clock.write_s += time.perf_counter() - started
-
-    def _fail(self, error: Exception) -> None:
-        self._error = error
-        self._world.raise_alarm(self._job, reason_of(error))
-
-    def _acknowledge(self, number: int) -> None:
-        """Tell all ranks whether the last window was committed."""
-        state: State = "failed" if self._error is not None else "rows"
-        last = Payload(
-            job=self._job,
-            attempt=self._world.attempt,
-            window=number,
-            state=state,
-            reason=reason_of(self._error) if self._error else "",
-            next_missing=self._plan.stop,
-            errors=self._errors,
-            seconds=0.0,
-            part=None,
-        )
-        for rank, payload in enumerate(self._gather(number, last)):
-            if payload.state == "failed" and self._error is None:
-                self._error = PeerFailedError(f"rank {rank} of {self._world.size} failed: {payload.reason}")
+            self._ended = True
+            self._wants.put(False)

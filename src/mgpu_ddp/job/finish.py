@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mgpu_ddp.errors import Exit
+from mgpu_ddp.job.agreement import Ending
 from mgpu_ddp.job.claim import array_columns
-from mgpu_ddp.job.collector import Ending
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.run_folder import Status

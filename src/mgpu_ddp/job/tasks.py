@@ -16,11 +16,12 @@ from mgpu_ddp.errors import SampleError
 from mgpu_ddp.inference.pipeline import held_batches, predict
 from mgpu_ddp.inference.predictor import NONFINITE
 from mgpu_ddp.inference.trace import Profile
-from mgpu_ddp.job.collector import Collector
+from mgpu_ddp.job.agreement import Limits
+from mgpu_ddp.job.collector import Collector, Committer, Sink
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.job.plan import Planner
 from mgpu_ddp.loader.loader import load_batches
-from mgpu_ddp.output.parts import PartWriter, Table, open_writer
+from mgpu_ddp.output.parts import open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.verify import error_rows
 from mgpu_ddp.reporting import console
@@ -84,19 +85,9 @@ def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
     """A collector that is ready to take this rank's rows. Collective: every rank enters and leaves."""
     config, claim, world, plan = context.config, context.claim, context.world, task.plan
     channel = Channel(world, f"{context.job.name}/{task.name}", config.dist.timeout_s)
-    writer, table = _open_table(context, task)
-    collector = Collector(
-        job=context.job.name,
-        world=world,
-        plan=plan,
-        channel=channel,
-        writer=writer,
-        table=table,
-        clock=context.clock,
-        stop=context.stop,
-        errors_before=task.errors_before,
-        max_errors=error_limit(config, claim.stop - claim.start),
-    )
+    max_errors = error_limit(config, claim.stop - claim.start)
+    limits = Limits(stop=plan.stop, errors_before=task.errors_before, max_errors=max_errors)
+    collector = Collector(context, plan, Committer(context, plan, channel, _open_sink(context, task), limits))
     with (
         console.log_into(context.folder.path, world),
         Progress(world, task.total, task.total - plan.rows_left),
@@ -107,13 +98,13 @@ def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
     channel.close()
 
 
-def _open_table(context: JobContext, task: Task) -> tuple[PartWriter, Table | None]:
-    """This rank's writer, and on rank 0 the table that it adds to."""
+def _open_sink(context: JobContext, task: Task) -> Sink:
     config, claim, class_names = context.config, context.claim, context.model.class_names
     # A task may choose among the samples; parts name them as the dataset does.
     names_of = claim.samples.names
     writer = open_writer(context.folder.path, config.output.format, names_of, class_names, claim.token, claim.start)
-    return writer, context.folder.open_table(writer, task.chosen) if context.world.rank == 0 else None
+    table = context.folder.open_table(writer, task.chosen) if context.world.rank == 0 else None
+    return Sink(writer=writer, table=table)
 
 
 def _log_task(context: JobContext, task: Task) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from mgpu_ddp.config.allowlist import parse
 from mgpu_ddp.config.command_line import Command, check_command
-from mgpu_ddp.config.compose import compose_config
+from mgpu_ddp.config.compose import compose_config, quote
+from mgpu_ddp.config.overrides import MAX_CHECKED, PLUGINS
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.folders import make_folder, remove_empty
 
@@ -81,29 +84,18 @@ def test_the_folder_is_the_one_asked_for_or_a_fresh_one() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "plain",
-        "a b",
-        "it's",
-        'a"b',
-        "a,b=c",
-        "{x}",
-        "[x]",
-        "${x}",
-        "$HOME",
-        "back\\slash",
-        "end\\",
-        "\\'",
-        "\\${x}",
-        "snow ☃",
-    ],
+    ["plain", "it's", 'a"b', "a,b=c", "{x}", "[x]", "${x}", "$HOME", "back\\slash", "end\\", "\\'", "\\${x}", "snow ☃"],
 )
-def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
-    folder = str(Path(name).absolute())
-    for multirun in (False, True):
-        command = Command(words=["seed=1"], informational=False, multirun=multirun, folder=folder)
-        hydra = compose_config(command.argv).hydra
-        assert (hydra.sweep.dir if multirun else hydra.run.dir) == folder
+def test_any_text_survives_hydras_grammar_and_omegaconfs(name: str) -> None:
+    (override,) = parse([f"output.dir={quote(name)}"])
+    assert OmegaConf.create({"dir": override.value()}).dir == name
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_any_folder_reaches_hydra_as_it_is(multirun: bool) -> None:
+    folder = str(Path('it\'s a "${x}", {b}=☃\\').absolute())
+    hydra = compose_config(Command(words=["seed=1"], multirun=multirun, folder=folder).argv).hydra
+    assert (hydra.sweep.dir if multirun else hydra.run.dir) == folder
 
 
 @pytest.mark.parametrize(
@@ -118,6 +110,13 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
         ("batch_size=1.5", "batch_size must be an integer or text, got '1.5'"),
         ("data.size=1.5", "data.size must be an integer, got '1.5'"),
         ("resume=perhaps", "resume must be true or false, got 'perhaps'"),
+        ("resume=3", "resume must be true or false, got '3'"),
+        ("runtime={fold:7}", "runtime.fold must be true or false, got '{fold:7}'"),
+        (
+            "runtime={precison:fp16}",
+            "runtime.precison must be a known key, got 'runtime={precison:fp16}'. Did you mean",
+        ),
+        ("runtime=${output}", "runtime must be a group of keys, got '${output}'"),
         ("data.image_size=3", "data.image_size must be a list of integers, got '3'"),
         ("output=csv", "output must be a group of keys, got 'csv'"),
         ("data=imagefolder", "data must be one of fake, folder, list, webdataset, parquet, array, got 'imagefolder'"),
@@ -125,7 +124,17 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
         ("model=exported", "got 'exported'. To load an exported program is to run code that its file holds"),
         ("model=resnet50", "model must be one of resnet18, timm, got 'resnet50'. Choose it by model.name=resnet50."),
         ("batch_size=-4", "batch_size must be at least 1 or auto, got -4"),
+        (
+            "data=${oc.env:HOME}",
+            "data must be one of fake, folder, list, webdataset, parquet, array, got '${oc.env:HOME}'",
+        ),
+        ("+data=folder", "data must be chosen without +, got '+data=folder'. Write data=folder."),
         ("data=folder", "data.root must be given, got nothing"),
+        ("data.size=${oc.env:NOWHERE}", "data.size must resolve to its type, got: "),
+        ("+seed=4", "Hydra refuses the configuration: Could not append to config. An item is already at 'seed'."),
+        ("hydra.run.dir=[1]", "Hydra refuses the configuration: Error merging override hydra.run.dir=[1]: "),
+        ("hydra.launcher.nodes=2", "hydra.launcher.nodes must be given with hydra/launcher=slurm, got"),
+        ("hydra/sweeper/sampler=tpe", "hydra/sweeper/sampler must be given with hydra/sweeper=optuna, got"),
         ("model=timm", "model.name must be given, got nothing"),
         ("batch_size=4,8", "batch_size must be one value, got 'batch_size=4,8'. Add --multirun"),
         ("batch_size", "override must be key=value in Hydra's grammar, got 'batch_size'"),
@@ -143,6 +152,27 @@ def test_any_folder_reaches_hydra_as_it_is(name: str) -> None:
 )
 def test_a_mistake_is_one_line_that_helps(word: str, expected: str) -> None:
     assert expected in refused(word)
+
+
+def test_a_sweeper_that_is_not_installed_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLUGINS, "optuna", "hydra_absent_sweeper")
+    line = "hydra/sweeper must be installed, got 'optuna'. Install its plugin (pip install hydra-absent-sweeper)."
+    assert refused("-m", "hydra/sweeper=optuna", "seed=1,2") == line
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "resume=0",
+        "resume=yes",
+        "runtime={fold:false,precision:bf16}",
+        "loader.timeout_s=5",
+        "model.name=5",
+        "limit=null",
+    ],
+)
+def test_values_that_omegaconf_converts_pass(word: str) -> None:
+    check_command([word])
 
 
 TARGET = "{_target_:os.system,command:touch marker}"
@@ -174,7 +204,6 @@ HOSTILE = [
     "hydra.sweeper.storage=sqlite:///x.db",
     "hydra/sweeper/sampler=cmaes",
     "hydra.sweeper.sampler._target_=os.system",
-    "hydra.launcher._target_=os.system",
     "hydra.launcher.kind=slurm",
     "hydra/sweeper=[evil]",
     "hydra.launcher._target_=os.system",
@@ -341,6 +370,65 @@ def test_files_of_a_config_dir_cannot_hide_behind_a_link(option: str) -> None:
     refused("-cd", "whole", f"transform={option}")
 
 
+@pytest.mark.parametrize(
+    "default",
+    [
+        "../../evil/transform/callback",
+        "/../evil/transform/callback",
+        "/EVIL/transform/callback",
+        "optional ../../evil/transform/callback",
+        "/transform: ../../evil/transform/callback",
+        "/transform: [auto, ../../evil/transform/callback]",
+        "/: EVIL/transform/callback",
+        "/../evil/transform: callback",
+        "override /transform: ../../evil/transform/callback",
+        "'${oc.env:ELSEWHERE}'",
+        "/transform: '${oc.env:ELSEWHERE}'",
+    ],
+)
+def test_files_of_a_config_dir_cannot_lead_out_of_it(
+    default: str, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra 1.3 reads any file of the machine by .. and //."""
+    monkeypatch.setenv("ELSEWHERE", "../../evil/transform/callback")
+    write_hostile(Path("evil"), "transform/callback.yaml")
+    write_harmless(Path("mine"))
+    entry = default.replace("EVIL", f"{empty_folder}/evil")
+    Path("mine/transform/out.yaml").write_text(f"defaults:\n- {entry}\n")
+    said = refused("-cd", "mine", "transform=out")
+    assert "must be without defaults that lead out of it, got 'mine/transform/out.yaml'" in said
+    assert not Path(MARKER).exists()
+
+
+@pytest.mark.parametrize("flags", [["-cd", "mine"], ["-m", "-cd", "mine"], []])
+def test_an_option_cannot_lead_out_of_a_config_dir(flags: list[str], empty_folder: Path) -> None:
+    write_hostile(Path("evil"), "transform/callback.yaml")
+    write_harmless(Path("mine"))
+    for option in ("../../evil/transform/callback", f"/{empty_folder}/evil/transform/callback", "../transform/small"):
+        for word in (f"transform={option}", f"transform=auto,{option}")[: 2 if "-m" in flags else 1]:
+            assert "transform must be one of auto, plain, imagenet" in refused(*flags, word)
+    assert not Path(MARKER).exists()
+
+
+def test_every_swept_option_is_checked_however_many() -> None:
+    write_hostile(Path("evil"), "transform/callback.yaml")
+    write_harmless(Path("mine"))
+    out = "../../evil/transform/callback"
+    said = refused("-m", "-cd", "mine", f"transform={','.join(['auto'] * MAX_CHECKED)},{out}")
+    assert said.endswith(f"got {out!r}. See --help.")
+
+
+def test_the_values_of_a_long_sweep_are_not_all_checked() -> None:
+    assert check_command(["-m", "seed=range(100000000)"]).swept == ("seed",)
+
+
+def test_a_config_dir_cannot_hold_options_of_hydra() -> None:
+    """A file of Hydra's own groups steers it without naming it."""
+    Path("mine/hydra/launcher").mkdir(parents=True)
+    Path("mine/hydra/launcher/slurm.yaml").write_text("kind: torchrun\n")
+    assert "--config-dir must be free of hydra" in refused("-cd", "mine")
+
+
 @pytest.mark.parametrize("flags", [("-cd", "--config-dir"), ("--config-dir", "-cd"), ("-cd", "-cd")])
 def test_a_harmless_config_dir_does_not_vouch_for_another(flags: tuple[str, str]) -> None:
     """The last one wins for argparse, whichever way it is spelled."""
@@ -368,7 +456,21 @@ def test_a_config_dir_cannot_replace_the_schema(name: str) -> None:
 
 def test_a_harmless_config_dir_adds_an_option() -> None:
     write_harmless(Path("mine"))
-    assert not check_command(["-cd", "mine", "transform=small"]).informational
+    Path("mine/transform/more").mkdir()
+    Path("mine/transform/more/tiny.yaml").write_text("defaults: [/transform/small, _self_]\nsize: 4\n")
+    for words in (["transform=small"], ["transform=more/tiny", "transform.size=9"], ["-m", "transform=glob(*)"]):
+        assert not check_command(["-cd", "mine", *words]).informational
+    known = "transform must be one of auto, plain, imagenet, more/tiny, small, got 'large'"
+    assert known in refused("-cd", "mine", "transform=large")
+
+
+def test_a_mistake_in_a_config_dir_is_one_line_that_names_the_file() -> None:
+    write_harmless(Path("mine"))
+    Path("mine/transform/small.yaml").write_text("defaults: [plain]\nsise: 8\n")
+    for words in (["transform=small"], ["-m", "transform=auto,small"]):
+        said = refused("-cd", "mine", *words)
+        assert said.startswith("Hydra refuses the configuration: In 'transform/small': ")
+        assert "Key 'sise' not in 'TransformConfig'" in said
 
 
 @pytest.mark.parametrize("flag", ["--run", "-r", "--multirun", "-m", "--resolve", "--help", "-h", "--info", "-sc"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from typing import Any
 
@@ -183,6 +184,30 @@ def test_defaults_are_the_contracts() -> None:
 def test_object_stores_are_refused_with_the_reason_where_files_are_renamed_or_mapped(schema: Any, key: str) -> None:
     with pytest.raises(UsageError, match=rf"^(output|data)\.{key} must be .*, got 's3://bucket/x'\. .*\.$"):
         schema(**{key: "s3://bucket/x"})
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"format": "npy", "fields": ["probs"]},
+            "output.fields must be [logits] or [embedding] with output.format=npy",
+        ),
+        ({"format": "npy", "fields": ["logits", "embedding"]}, "output.fields must be [logits] or [embedding]"),
+        ({"format": "csv", "dtype": "fp16"}, "output.dtype must be fp32 with output.format=csv or jsonl"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        OutputConfig(**values)
+    assert str(raised.value).startswith(line)
+
+
+def test_a_list_begins_in_its_own_folder_unless_told_otherwise() -> None:
+    here = os.getcwd()
+    assert ListConfig(path="lists/mine.csv").root == f"{here}/lists"
+    assert ListConfig(path="s3://bucket/lists/mine.csv").root == "s3://bucket/lists"
+    assert ListConfig(path="mine.csv", root="photos").root == f"{here}/photos"
 
 
 def every_key() -> set[str]:

@@ -1,7 +1,7 @@
 """`hydra/launcher=torchrun` and `hydra/launcher=slurm`: each job of a sweep in processes of its own.
 
-Hydra finds this package by its place. It imports it at every start, so nothing costly belongs here: what starts the
-processes is `mgpu_ddp.sweep.isolated`.
+Hydra finds this package by its place and imports it at every start, so nothing costly belongs here:
+`mgpu_ddp.sweep.isolated` starts the processes.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class TorchrunConfig:
-    _target_: str = "hydra_plugins.mgpu_ddp_launchers.ApartLauncher"
+    _target_: str = "hydra_plugins.mgpu_ddp_launchers.IsolatedLauncher"
     kind: str = "torchrun"
     nproc_per_node: int | str = "auto"
     """Processes of each job. auto: one per GPU, one where there is none."""
     max_restarts: int = 0
-    """How often a job that crashed starts again by itself."""
+    """How often torchrun restarts a job that crashed."""
 
 
 @dataclass
 class SlurmConfig:
     """Options of srun, which gets an allocation for each job and waits for it; null leaves one out."""
 
-    _target_: str = "hydra_plugins.mgpu_ddp_launchers.ApartLauncher"
+    _target_: str = "hydra_plugins.mgpu_ddp_launchers.IsolatedLauncher"
     kind: str = "slurm"
     nodes: int = 1
     ntasks_per_node: int = 1
@@ -39,8 +39,8 @@ class SlurmConfig:
     constraint: str | None = None
 
 
-class ApartLauncher(BasicLauncher):
-    """Hydra's own launcher, with the settings of the processes that each of its jobs starts."""
+class IsolatedLauncher(BasicLauncher):
+    """Hydra's own launcher, which keeps the settings of the processes that each job starts."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

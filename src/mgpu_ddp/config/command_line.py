@@ -17,10 +17,8 @@ from mgpu_ddp.config.allowlist import parse, refuse_code_in_files, split
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import compose_config, quote
 from mgpu_ddp.config.overrides import check_point, lines_of, options_in, points_of, values_of
-from mgpu_ddp.config.schema import SweepConfig, to_config
+from mgpu_ddp.config.schema import GROUPS, SweepConfig, to_config
 
-MAX_CHECKED = 100
-"""Values of a swept key that are checked before its sweep begins."""
 INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
 
 
@@ -58,7 +56,7 @@ def check_command(argv: Sequence[str]) -> Command:
     config_dir = _config_dir(flags)
     own = options_in(config_dir) if config_dir else {}
     # Of a sweep: a key may belong to a swept choice of its group.
-    first = next(points_of(overrides, own, limit=1))
+    first = next(points_of(overrides, own))
     check_point(first, own)
     typed = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
     asked = Command(words=[*typed, *words], informational=not INFORMATIONAL.isdisjoint(flags))
@@ -137,11 +135,14 @@ def _check_points(overrides: list[Override], config_dir: Path | None, *, draws: 
         drawn = draws and override.is_sweep_override() and not override.is_discrete_sweep()
         ok = (bool(values) or drawn) and all(value.get_value_string() for value in values)
         require(ok, key, "a value or a list of values", override.input_line, f"Give {key}=A,B.")
-    for point in points_of(overrides, own, MAX_CHECKED):
+    composed: set[tuple[str, ...]] = set()
+    for point in points_of(overrides, own):
         check_point(point, own)
-        if config_dir is not None:
+        options = tuple(lines_of(override for override in point if override.key_or_group in GROUPS))
+        if config_dir is not None and options not in composed:
             # What a file holds is known once it is composed.
             compose_config(lines_of(point), config_dir)
+            composed.add(options)
 
 
 def _refuse_one_folder_for_all(cfg: DictConfig) -> None:

@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mgpu_ddp.config.keys import Section, keys_of
 from mgpu_ddp.config.schema import GROUPS, SECTIONS, Config, section_of
 from mgpu_ddp.errors import UsageError
 
+MAX_CHECKED = 100
+"""Values of a swept key that are checked before its sweep begins."""
 PLUGINS = {"optuna": "hydra_optuna_sweeper"}
 """Sweepers that are not Hydra's own, with their packages."""
 Options = dict[str, list[str]]
@@ -33,12 +36,12 @@ def options_in(folder: Path) -> Options:
     }
 
 
-def points_of(overrides: Sequence[Override], own: Options, limit: int) -> Iterator[list[Override]]:
-    """The first point of a sweep, then that point with each other value of each key, up to `limit` of a key.
+def points_of(overrides: Sequence[Override], own: Options) -> Iterator[list[Override]]:
+    """The first point of a sweep, then that point with each other value of each key.
 
     A range that a sweeper draws from stands in every point as it is, and a line that sweeps nothing is its only point.
     """
-    values = [values_of(override, own)[:limit] or [override] for override in overrides]
+    values = [values_of(override, own) or [override] for override in overrides]
     first = [words[0] for words in values]
     yield first
     for place, words in enumerate(values):
@@ -47,20 +50,25 @@ def points_of(overrides: Sequence[Override], own: Options, limit: int) -> Iterat
 
 
 def values_of(override: Override, own: Options) -> list[Override]:
-    """What an override sets, one for each value it sweeps; none for a range that a sweeper draws from."""
+    """What an override sets, one for each different value it sweeps; none for a range that a sweeper draws from.
+
+    All options of a group, for they choose files; of other keys the first `MAX_CHECKED` values.
+    """
     if not override.is_sweep_override():
         return [override]
     if not override.is_discrete_sweep():
         return []
-    key, value = override.get_key_element(), override.value()
+    group, value = override.key_or_group, override.value()
     if isinstance(value, Glob):
-        names = value.filter([*GROUPS.get(key, ()), *own.get(key, ())])
-        return parse([f"{key}={name}" for name in names])
-    return parse([f"{key}={value}" for value in override.sweep_string_iterator()])
+        values = iter(value.filter([*GROUPS.get(group, ()), *own.get(group, ())]))
+    else:
+        values = override.sweep_string_iterator()
+    checked = dict.fromkeys(values if group in GROUPS else islice(values, MAX_CHECKED))
+    return parse([f"{override.get_key_element()}={value}" for value in checked])
 
 
-def lines_of(point: Sequence[Override]) -> list[str]:
-    """A point as Hydra's override grammar writes it."""
+def lines_of(point: Iterable[Override]) -> list[str]:
+    """The overrides of a point as Hydra takes them."""
     return [str(override.input_line) for override in point if not override.is_sweep_override()]
 
 
@@ -151,7 +159,7 @@ def _takes(section: Any, field: str, value: Any) -> bool:
         # Any other number would be true.
         return False
     try:
-        OmegaConf.update(_node_of(section), field, value)
+        OmegaConf.update(_node_of(section), field, value, merge=False)
     except OmegaConfBaseException:
         return False
     return True

@@ -29,7 +29,7 @@ from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.worlds import Case, ended, folder, run_world, tiny
 
 SIZE = 3
-MANY = 4000
+MANY = 1200
 
 
 def weights_shared(world: World) -> dict[str, Any]:
@@ -124,12 +124,12 @@ def fails_to_compile_on_rank_1(world: World) -> list[str]:
     return [choose("auto"), choose("on")]
 
 
-def mend(path: Path, world: World) -> None:
+def repair(path: Path, world: World) -> None:
     """Replace a broken image by a good one."""
     if world.rank == 0:
         make_images(path.parent / "good", 1)[0].replace(path)
         (path.parent / "good").rename(path.parent.parent.parent / "rest")
-    world.exchange("mended", None)
+    world.exchange("repaired", None)
 
 
 def grow(root: Path, world: World) -> None:
@@ -149,7 +149,7 @@ def remember(folder: Path, copy: Path, world: World) -> None:
 
 
 def retries(root: Path, bad: Path) -> list[Case]:
-    """Jobs with an error row each, whose image is mended; then they retry."""
+    """Jobs with an error row each, whose image is repaired; then they retry."""
     broken = sorted(bad.rglob("*.*"))[-1]
     outputs: dict[str, dict[str, Any]] = {
         "parquet": {},
@@ -162,7 +162,7 @@ def retries(root: Path, bad: Path) -> list[Case]:
     }
     return [
         *(Case(name=f"failed-{name}", config=tiny(**config)) for name, config in configs.items()),
-        Case(name="mend", call=partial(mend, broken)),
+        Case(name="repair", call=partial(repair, broken)),
         *(
             Case(name=f"retried-{name}", config=tiny(**config, retry_failed=True), run_dir=str(root / f"failed-{name}"))
             for name, config in configs.items()

@@ -98,7 +98,7 @@ COMPILED = [
     Case(name="always", call=compile_always),
     Case(name="compiled", config=tiny(output={"commit_every": 24, "fields": ["topk", "logits", "embedding"]})),
 ]
-"""They take half a minute: two worlds run them."""
+"""They take half a minute: a slow test has worlds of its own for them."""
 DETECT = Case(name="detect", call=detect)
 
 
@@ -126,8 +126,7 @@ class Worlds(dict[int, Path]):
 
     def __missing__(self, size: int) -> Path:
         self[size] = self._out / str(size)
-        compiled = {1: [MORE, *COMPILED, DETECT], 2: COMPILED}.get(size, [])
-        run_world(size, [*grid(self._images), LIGHT, *compiled], self[size])
+        run_world(size, [*grid(self._images), LIGHT], self[size])
         return self[size]
 
 
@@ -150,20 +149,23 @@ def test_worlds_equal_one_rank(worlds: Worlds, broken_images: Path, size: int) -
             assert read_rows(one) == read_rows(many), case.name
 
 
-def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds) -> None:
-    one, two = (worlds[size] / "compiled" for size in (1, 2))
+@pytest.mark.slow
+def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds, tmp_path: Path) -> None:
+    run_world(1, [MORE, *COMPILED, DETECT], tmp_path / "1")
+    run_world(2, COMPILED, tmp_path / "2")
+    one, two = (tmp_path / str(size) / "compiled" for size in (1, 2))
     assert_proved(one, 97)
     assert json.loads((one / "manifest.json").read_text())["fingerprint"]["runtime.compile"] == "on"
     assert read_rows(one) == read_rows(two)
     eager = read_table(worlds[1] / "out-parquet-gather-1")["logits"].to_numpy()
     assert np.allclose(np.stack(read_table(one)["logits"].to_numpy()), np.stack(eager), atol=1e-5)
+    # What torchvision was imported without comes when it is called for.
+    assert ended(tmp_path / "1", "more", 1) == ended(tmp_path / "1", "detect", 1) == [True]
 
 
-def test_jobs_import_no_compiler_until_they_compile(worlds: Worlds) -> None:
+def test_jobs_that_do_not_compile_import_no_compiler(worlds: Worlds) -> None:
     for size in SIZES:
         assert ended(worlds[size], "light", size) == [[]] * size
-    # What torchvision was imported without comes when it is called for.
-    assert ended(worlds[1], "more", 1) == ended(worlds[1], "detect", 1) == [True]
 
 
 def test_every_run_proves_itself(worlds: Worlds) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -16,11 +15,8 @@ from mgpu_ddp.config.schema import Config, TransformConfig
 from mgpu_ddp.distributed.world import World
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.sources import Source, sources
-from tests.support.starting import SMALL_IMAGES, committed_rows, python_m, started, wait_until
+from tests.support.starting import SMALL_IMAGES, committed_rows, ranks, started, wait_until
 from tests.support.worlds import Case, ended, folder, run_world, tiny
-
-# Three rounds of worlds over every source; tests/cli/test_data.py runs each of them once.
-pytestmark = pytest.mark.slow
 
 COUNT = 47
 BLOCKS = (4, 100)
@@ -70,23 +66,29 @@ def alone(root: Path, every: dict[str, Source]) -> list[Case]:
     return [Case(name="folder", config=settings(images)), Case(name="folder-224", config=at_224(images)), *cases]
 
 
-def together(out: Path, root: Path, every: dict[str, Source], killed: Path) -> list[Case]:
+def together(out: Path, root: Path, every: dict[str, Source]) -> list[Case]:
     cases = []
     for name, data in every.items():
-        stopped = str(out / f"{name}-stopped")
         cases += [Case(name=f"{name}-{block}", config=settings(data, block)) for block in BLOCKS]
-        cases += [
-            Case(name=f"{name}-shards", config=settings(data, 4, output={"collect": "shards"})),
-            Case(name=f"{name}-stopped", config=settings(data, 2), stop_at=(0, 6)),
-            Case(name=f"{name}-again", config=settings(data, 3), run_dir=stopped),
-            Case(name=f"{name}-killed", config=at_224(data), run_dir=str(killed / name / "out")),
-        ]
+        cases.append(Case(name=f"{name}-shards", config=settings(data, 4, output={"collect": "shards"})))
     done = out / "webdataset-4"
     return [
         *cases,
         Case(name="touch", call=partial(touch_and_remember, str(root / "shard-01.tar"), done)),
         Case(name="touched", config=settings(every["webdataset"], 7), run_dir=str(done)),
     ]
+
+
+def disturbed_jobs(out: Path, every: dict[str, Source], killed: Path) -> list[Case]:
+    cases = []
+    for name, data in every.items():
+        stopped = str(out / f"{name}-stopped")
+        cases += [
+            Case(name=f"{name}-stopped", config=settings(data, 2), stop_at=(0, 6)),
+            Case(name=f"{name}-again", config=settings(data, 3), run_dir=stopped),
+            Case(name=f"{name}-killed", config=at_224(data), run_dir=str(killed / name / "out")),
+        ]
+    return cases
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +101,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory, every: dict[str, Source]) -
             (out / name).mkdir()
             given = {key: value for key, value in asdict(data).items() if key not in ("name", "extensions") and value}
             quoted = [f'data.{key}="{value}"' for key, value in given.items()]
-            command = python_m(f"data={name}", *quoted, *SMALL_IMAGES, "transform.size=224", *SETTINGS)
+            command = ranks(1, f"data={name}", *quoted, *SMALL_IMAGES, "transform.size=224", *SETTINGS)
             processes.append((stack.enter_context(started(command, out / name)), out / name / "out"))
         while processes:
             # Whichever has come that far first.
             wait_until(lambda: any(committed_rows(run_dir) for _, run_dir in processes), processes[0][0])
             for process, run_dir in list(processes):
                 if committed_rows(run_dir):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     processes.remove((process, run_dir))
     return out
 
@@ -119,9 +121,16 @@ def one(tmp_path_factory: pytest.TempPathFactory, root: Path, every: dict[str, S
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, root: Path, every: dict[str, Source], killed: Path) -> Path:
+def three(tmp_path_factory: pytest.TempPathFactory, root: Path, every: dict[str, Source]) -> Path:
     out = tmp_path_factory.mktemp("three")
-    run_world(3, together(out, root, every, killed), out)
+    run_world(3, together(out, root, every), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory, every: dict[str, Source], killed: Path) -> Path:
+    out = tmp_path_factory.mktemp("disturbed")
+    run_world(3, disturbed_jobs(out, every, killed), out)
     return out
 
 
@@ -153,18 +162,20 @@ def test_three_ranks_equal_one_with_blocks_of_every_size(one: Path, three: Path,
         assert read_rows(three / case) == wanted, case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stopped_job_continues_with_another_block(one: Path, three: Path, name: str) -> None:
-    stopped = ended(three, f"{name}-stopped", 3)[0]
+def test_a_stopped_job_continues_with_another_block(one: Path, disturbed: Path, name: str) -> None:
+    stopped = ended(disturbed, f"{name}-stopped", 3)[0]
     assert stopped["status"] == "preempted"
     assert 0 < stopped["rows"] < COUNT
-    assert ended(three, f"{name}-again", 3)[0]["status"] == "complete"
-    assert read_rows(three / f"{name}-stopped") == read_rows(one / name)
+    assert ended(disturbed, f"{name}-again", 3)[0]["status"] == "complete"
+    assert read_rows(disturbed / f"{name}-stopped") == read_rows(one / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_killed_job_continues_on_three_ranks(one: Path, three: Path, killed: Path, name: str) -> None:
-    again = ended(three, f"{name}-killed", 3)[0]
+def test_a_killed_job_continues_on_three_ranks(one: Path, disturbed: Path, killed: Path, name: str) -> None:
+    again = ended(disturbed, f"{name}-killed", 3)[0]
     assert again["status"] == "complete"
     assert 0 < again["rows_this_run"] < COUNT, "nothing was left of the killed one, or nothing to do"
     assert what(read_rows(killed / name / "out")) == what(read_rows(one / "folder-224"))

@@ -1,12 +1,12 @@
 """What is read from SLURM's variables, as srun 22.05 sets them for three tasks on two nodes."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mgpu_ddp.distributed import slurm
+from mgpu_ddp.distributed.place import Place
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
@@ -30,55 +30,55 @@ STEP = {
 }
 
 
-@pytest.fixture
-def setting(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def act(variables: Mapping[str, str | None]) -> None:
-        for name, value in {**STEP, **variables}.items():
-            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-
-    return act
+def without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in STEP.items() if name not in names}
 
 
-def test_a_task_knows_its_place(setting: Any) -> None:
-    setting({})
-    task = slurm.read_task()
-    assert task == slurm.Task(rank=1, size=3, local_rank=1, local_size=2, cpus=8, master=("10.0.0.7", 32979))
-    setting({"SLURM_NODEID": "1", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "5"})
-    task = slurm.read_task()
-    assert task is not None
-    assert (task.rank, task.local_rank, task.local_size, task.cpus) == (2, 0, 1, 5)
+def test_a_task_knows_its_place() -> None:
+    place = slurm.read_place(STEP)
+    assert place == Place(rank=1, size=3, local_rank=1, local_size=2, cpus=8, master=("10.0.0.7", 32979))
+    last = {"SLURM_NODEID": "1", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "5"}
+    place = slurm.read_place({**STEP, **last, "MASTER_PORT": "29500"})
+    assert place == Place(rank=2, size=3, local_rank=0, local_size=1, cpus=5, master=("10.0.0.7", 29500))
 
 
 @pytest.mark.parametrize(
-    "variables",
-    [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}],
+    "environ",
+    [STEP | {"RANK": "0"}, STEP | {"SLURM_STEP_NUM_TASKS": "1"}, without("SLURM_STEP_NUM_TASKS")],
     ids=["torchrun", "one task", "a batch script"],
 )
-def test_who_is_no_task_of_several_is_not_taken_for_one(setting: Any, variables: dict[str, str | None]) -> None:
-    setting(variables)
-    assert slurm.read_task() is None
+def test_who_is_no_task_of_several_is_not_taken_for_one(environ: dict[str, str]) -> None:
+    assert slurm.read_place(environ) is None
+
+
+def test_variables_that_are_missing_are_named() -> None:
+    with pytest.raises(
+        UsageError, match=r"^SLURM_STEP_NUM_TASKS is set .*, but not SLURM_PROCID, SLURM_NODEID\. Start"
+    ):
+        slurm.read_place(without("SLURM_PROCID", "SLURM_NODEID"))
 
 
 def test_numbers_per_node_are_read_as_slurm_writes_them() -> None:
     assert slurm.spread("4") == [4]
     assert slurm.spread("2(x3),1") == [2, 2, 2, 1]
     for text in ("", "x", "2(x)", "2,,1", "$(touch marker)"):
-        with pytest.raises(UsageError, match="SLURM must write one number for each node"):
+        with pytest.raises(UsageError, match="SLURM_STEP_TASKS_PER_NODE must be numbers such as"):
             slurm.spread(text)
 
 
 def test_ports_are_no_clients_ports_and_differ_between_steps() -> None:
-    ports = {slurm.port_of(str(job), str(step)) for job in range(4000, 4500) for step in range(3)}
+    ports = {slurm.port_of(job, step) for job in range(4000, 4500) for step in range(3)}
     assert min(ports) >= 20_000
     assert max(ports) < 40_000
     assert len(ports) == 1500
 
 
-def test_without_an_address_the_user_is_told_what_to_set(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting({"MASTER_ADDR": None})
+def test_without_an_address_the_user_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UsageError, match=r"^scontrol show hostnames n\[1-2\] must answer, got .* Set MASTER_ADDR\.$"):
-        slurm.read_task()
+    with pytest.raises(
+        UsageError, match=r"^scontrol show hostnames n\[1-2\] failed .* Set MASTER_ADDR to its address\.$"
+    ):
+        slurm.read_place(without("MASTER_ADDR"))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from torch import nn
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from mgpu_ddp.distributed import slurm
+from mgpu_ddp.distributed import slurm, torchrun_env
 from mgpu_ddp.distributed.heartbeat import Heartbeat
+from mgpu_ddp.distributed.place import Place
 from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
 from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError
 
@@ -30,6 +31,8 @@ CONNECTIONS = 32
 """Of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and nvJPEG has
 many of its own: with 8, CUDA's default, it decodes a fifth less while a model runs, with 1, as containers for training
 have it, four fifths. Source: CUDA C++ Programming Guide, CUDA_DEVICE_MAX_CONNECTIONS."""
+WAYS = (slurm.read_place, torchrun_env.read_place)
+"""The ways in which ranks are started; a process that was started in none of them is alone."""
 
 
 @dataclass(slots=True)
@@ -143,39 +146,33 @@ def join() -> World:
     """Enter the world: torchrun's, srun's, or one process alone. Collective: every rank calls this, once per process.
 
     Raises:
-        UsageError: SLURM does not say where the first task runs.
+        UsageError: the environment is set by half, or SLURM does not say where the first task runs.
     """
     # Before the first thread: it changes what others may be reading.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(CONNECTIONS)
-    task = slurm.read_task()
-    if task is not None:
-        address, port = task.master
-        found = {"RANK": task.rank, "WORLD_SIZE": task.size, "MASTER_ADDR": address, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in found.items()}
-        os.environ |= {"LOCAL_RANK": str(task.local_rank), "LOCAL_WORLD_SIZE": str(task.local_size)}
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    launch: Store
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        launch, rank, size = next(iter(rendezvous("env://")))
-    else:
-        launch, rank, size = HashStore(), 0, 1
+    place = next((place for read in WAYS if (place := read(os.environ))), Place())
+    launch: Store = HashStore()
+    if place.master is not None:
+        address, port = place.master
+        os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size)}
+        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        launch, *_ = next(iter(rendezvous("env://")))
     # A restarted worker would read the dead attempt's addresses from the agent's store: one prefix per attempt.
-    store = PrefixStore(f"mgpu_ddp/attempt/{attempt}", launch)
-    heartbeat = Heartbeat(store.clone(), rank, size)
-    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size)
+    store = PrefixStore(f"mgpu_ddp/attempt/{place.attempt}", launch)
+    heartbeat = Heartbeat(store.clone(), place.rank, place.size)
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=place.rank, world_size=place.size)
     heartbeat.start()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpus = frozenset(os.sched_getaffinity(0))
     # On a cluster that does not bind its jobs to CPUs, every process may use those of all jobs.
-    allowed = min(len(cpus), int(os.environ.get("SLURM_CPUS_ON_NODE", len(cpus))))
+    allowed = min(len(cpus), slurm.cpus_of_node(os.environ) or len(cpus))
     return World(
-        rank=rank,
-        size=size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=local_size,
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        local_size=place.local_size,
         cpus=cpus,
-        share_of_cpus=max(1, allowed // local_size) if task is None else min(len(cpus), task.cpus),
-        attempt=attempt,
+        share_of_cpus=min(len(cpus), place.cpus or max(1, allowed // place.local_size)),
+        attempt=place.attempt,
         device=torch.device("cpu"),
         link=Link(launch=PrefixStore("mgpu_ddp/launch", launch), store=store, heartbeat=heartbeat),
     )

@@ -104,7 +104,13 @@ def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("sizes", "runs"),
-    [([], []), ([4, 4, 4], [[0, 1], [2]]), ([9, 1], [[0], [1]]), ([1, 9, 1, 8], [[0], [1], [2], [3]]), ([8], [[0]])],
+    [
+        ([], []),
+        ([4, 4, 4, 4], [[0, 1], [2, 3]]),
+        ([9, 1], [[0], [1]]),
+        ([1, 9, 1, 8], [[0], [1], [2], [3]]),
+        ([8], [[0]]),
+    ],
 )
 def test_what_is_decoded_at_once_is_bounded(
     monkeypatch: pytest.MonkeyPatch, sizes: list[int], runs: list[list[int]]

@@ -71,8 +71,9 @@ class Profile:
 def named_range(name: str) -> Iterator[None]:
     """Name what happens in the block, in a trace and for nsys."""
     on_gpu = torch.cuda.is_initialized()
-    # Outside of a trace it costs several times what all else here does.
-    traced = record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
+    # Outside of a trace it would cost several times what all else here does. torch.autograd._profiler_enabled() is
+    # False where a trace covers all threads.
+    traced = record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
     if on_gpu:
         torch.cuda.nvtx.range_push(name)
     try:

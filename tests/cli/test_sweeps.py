@@ -57,7 +57,7 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
     assert statuses(tmp_path) == ["failed", "complete", "failed", "failed", "failed", "complete"]
     rows = ledger(tmp_path)
     for job in (0, 4):
-        assert rows[job]["reason"].startswith("rank 1 of 3: class0/image 0003.png (index 1) must be predicted, got")
+        assert rows[job]["reason"].startswith("rank 1 of 3: class0/image 0003.png (index 1) cannot be predicted: ")
     for job in (2, 3):
         assert rows[job]["reason"] == "batch_size must be at least 1 or auto, got -1. Try batch_size=32."
         assert not (tmp_path / "sweep" / str(job)).exists()
@@ -77,11 +77,10 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
 def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [str(LAUNCH / "sweep.sh"), *SMALL, "data.size=60", "hydra.sweep.dir=sweep", "batch_size=2,4"]
-    command.append("sweep.repeats=2")
+    settings = (*SMALL, "data.size=60", "hydra.sweep.dir=sweep", "batch_size=2,4", "sweep.repeats=2")
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("PROCESSES", "2")
-    ended = run(command, tmp_path)
+    ended = run([str(LAUNCH / "sweep.sh"), *settings], tmp_path)
     assert ended.code == 0, ended.err
     rows = ledger(tmp_path)
     assert [(row["repeat"], row["values"]["batch_size"]) for row in rows.values()] == [(1, 2), (1, 4), (2, 2), (2, 4)]
@@ -92,7 +91,7 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
         assert min(picture.size) > 500
     assert "<- recommended" in ended.out
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/predictions/*")}
-    again = run(command, tmp_path)
+    again = run(ranks(2, "+sweep=batch_size", *settings), tmp_path)
     assert again.code == 0, again.err
     assert ledger(tmp_path) == rows
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -152,6 +151,7 @@ def only_child(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
+@pytest.mark.slow
 def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(tmp_path: Path) -> None:
     apart = ("hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2")
     command = ranks(1, *SMALL, "data.size=2000", "output.commit_every=100", *SWEEP, *apart, "batch_size=4,-1,16")

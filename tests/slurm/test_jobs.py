@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.cluster import Cluster, status_of
 from tests.support.runs import LAUNCH, assert_proved, read_rows
-from tests.support.starting import SMALL, committed_rows, python_m, run
+from tests.support.starting import SMALL, committed_rows, python_m, ranks, run
 
-SIZE = 12001
-LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=240")
+SIZE = 6001
+LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=120")
 MERGE = [sys.executable, "-m", "mgpu_ddp.merge"]
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of the same job in one process."""
     root = tmp_path_factory.mktemp("undisturbed")
-    ended = run(python_m(*LONG, "output.dir=out"), root)
+    ended = run(ranks(1, *LONG, "output.dir=out"), root)
     assert ended.code == 0, ended.err
     return root / "out"
 
@@ -47,6 +47,7 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
     return pids
 
 
+@pytest.mark.slow
 def test_a_preempted_job_on_two_nodes_comes_back_and_loses_nothing(
     cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_preempted_job_on_two_nodes_comes_back_and_loses_nothing(
     assert len(logs) >= 6, "one of each rank and start"
 
 
+@pytest.mark.slow
 def test_srun_needs_no_torchrun_and_a_killed_task_ends_the_step(cluster: Cluster, tmp_path: Path) -> None:
     """Three nodes, with as many rows as they cannot share evenly."""
     command = ["srun", "-N3", "-n3", "--kill-on-bad-exit=1", *python_m(*LONG, "output.dir=killed")]
@@ -88,6 +90,7 @@ def test_srun_needs_no_torchrun_and_a_killed_task_ends_the_step(cluster: Cluster
     assert_proved(tmp_path / "killed", SIZE)
 
 
+@pytest.mark.slow
 def test_an_array_of_shards_is_restartable_alone_and_merges(
     cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -115,6 +118,7 @@ def test_an_array_of_shards_is_restartable_alone_and_merges(
     assert read_rows(run_dir) == read_rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_sweep_in_one_allocation(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(
         str(LAUNCH / "slurm_sweep.sbatch"), "--multirun", *SMALL, "data.size=30", "batch_size=3,6", cwd=tmp_path

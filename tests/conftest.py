@@ -1,4 +1,4 @@
-"""What tests of all kinds share: real images, the oracle's table, and a way to read any output."""
+"""Fixtures of all tests: real images, a world of one process, and a process in which Triton interprets."""
 
 import os
 from collections.abc import Iterator

@@ -104,7 +104,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 def plain_loop(images: list[Image.Image]) -> tuple[Any, Any]:
-    """What torchvision alone predicts for ready RGB images: (pred, prob)."""
+    """Predict ready RGB images with torchvision alone: (pred, prob)."""
     torch.manual_seed(0)
     model = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=12).eval()
     transform = v2.Compose([v2.Resize(37), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
@@ -150,7 +150,7 @@ def test_each_odd_image_has_one_row_and_costs_its_neighbours_nothing(tmp_path: P
 
 
 def decodes(path: Path) -> bool:
-    """Whether Pillow alone decodes a file in one of the allowed formats."""
+    """Try to decode a file with Pillow alone, in one of the allowed formats."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

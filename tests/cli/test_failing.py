@@ -1,4 +1,4 @@
-"""What goes wrong ends quickly, in one line, with its cause named and nothing lost."""
+"""A job that goes wrong ends quickly, with its cause named in one line and nothing lost."""
 
 import json
 import os

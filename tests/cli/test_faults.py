@@ -1,4 +1,4 @@
-"""A machine that turns against the job: full disks, vanished folders, ranks that hang, signals on signals."""
+"""Faults of the machine: full disks, vanished folders, ranks that hang, workers that are killed, repeated signals."""
 
 import ctypes
 import json
@@ -149,7 +149,7 @@ def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
 
 
 def is_predicting(process: Process, cwd: Path) -> bool:
-    """Whether a job of one process has begun its loop: it has said so, and its loader worker is there."""
+    """Check that a job of one process has begun its loop: it has said so, and its loader worker is there."""
     has_child = bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     return has_child and "rows to do" in (cwd / "stderr.txt").read_text()
 

@@ -110,7 +110,7 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     assert too_many.code == 3, too_many.err
     assert json.loads((tmp_path / "too many" / "out" / "status.json").read_text())["status"] == "failed"
     assert raised.code == 1
-    # What one line says, torchrun does not say once more with its stack.
+    # torchrun does not repeat with a stack what one line has said.
     assert "x.jpg" in raised.err
     assert "Traceback" not in raised.err
 

@@ -1,4 +1,4 @@
-"""Sweeps: every rank agrees on every job, what fails harms no other job, and the folder says what to use."""
+"""Sweeps: every rank agrees on every job, a failing job harms no other, and the folder says what to use."""
 
 import csv
 import json
@@ -31,13 +31,13 @@ from tests.support.starting import (
 SWEEP = ("--multirun", "hydra.sweep.dir=sweep")
 
 
-def ledger(tmp_path: Path) -> dict[int, dict[str, Any]]:
+def job_rows(tmp_path: Path) -> dict[int, dict[str, Any]]:
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     return {row["job"]: row for row in rows}
 
 
 def statuses(tmp_path: Path) -> list[str]:
-    return [row["status"] for _, row in sorted(ledger(tmp_path).items())]
+    return [row["status"] for _, row in sorted(job_rows(tmp_path).items())]
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, broken: Path) -> None:
-    """Ranks that went on alone would mix the rows of different jobs, or wait for each other for ever."""
+    """Ranks that went on alone would mix the rows of different jobs, or deadlock."""
     command = (*SMALL_IMAGES, "data=folder", f"data.root={broken}")
     points = ("batch_size=4,-1,8", "on_error=raise,record")
     ended = run(ranks(3, *command, *SWEEP, *points), tmp_path)
     assert ended.code == 1, ended.err
     assert statuses(tmp_path) == ["failed", "complete", "failed", "failed", "failed", "complete"]
-    rows = ledger(tmp_path)
+    rows = job_rows(tmp_path)
     for job in (0, 4):
         assert rows[job]["reason"].startswith("rank 1 of 3: class0/image 0003.png (index 1) cannot be predicted: ")
     for job in (2, 3):
@@ -82,7 +82,7 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
     monkeypatch.setenv("PROCESSES", "2")
     ended = run([str(LAUNCH / "sweep.sh"), *settings], tmp_path)
     assert ended.code == 0, ended.err
-    rows = ledger(tmp_path)
+    rows = job_rows(tmp_path)
     assert [(row["repeat"], row["values"]["batch_size"]) for row in rows.values()] == [(1, 2), (1, 4), (2, 2), (2, 4)]
     assert [row["reused"] for row in rows.values()] == [[], *[["model", "predictor"]] * 3]
     assert rows[1]["startup_s"] < rows[0]["startup_s"] / 2, "only the first job pays for the process"
@@ -93,7 +93,7 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/predictions/*")}
     again = run(ranks(2, "+sweep=batch_size", *settings), tmp_path)
     assert again.code == 0, again.err
-    assert ledger(tmp_path) == rows
+    assert job_rows(tmp_path) == rows
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -108,7 +108,7 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
     assert ended.code == 1
     assert ended.seconds < 25, "torchrun kills after 30 s who does not end by itself"
     assert statuses(tmp_path) == ["complete", "failed"]
-    assert "rank 1 of 2 died" in ledger(tmp_path)[1]["reason"]
+    assert "rank 1 of 2 died" in job_rows(tmp_path)[1]["reason"]
     assert ended.summary["status"] == "failed"
     kept = committed_rows(tmp_path / "sweep" / "1")
     with started(ranks(1, *settings), tmp_path) as process:
@@ -138,7 +138,7 @@ def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
         resource.prlimit(rank, resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))
         ended = finish(process, tmp_path, 0)
     assert statuses(tmp_path) == ["complete", "oom", "skipped", "complete"], ended.err
-    rows = ledger(tmp_path)
+    rows = job_rows(tmp_path)
     assert rows[1]["reason"].startswith("rank 1 of 2: batch_size must fit into memory, got 256 ")
     assert rows[1]["peak_host_bytes"] > 0
     assert rows[2]["reason"] == "batch_size=256 ran out of memory"
@@ -161,9 +161,9 @@ def test_a_job_that_crashes_under_a_torchrun_of_its_own_does_not_stop_the_rest(t
         ended = finish(process, tmp_path, 0)
     assert ended.code == 1, ended.err
     assert statuses(tmp_path) == ["failed", "failed", "complete"]
-    assert "rank 0 left no outcome" in ledger(tmp_path)[0]["reason"]
+    assert "rank 0 left no outcome" in job_rows(tmp_path)[0]["reason"]
     assert_proved(tmp_path / "sweep" / "2", 2000)
-    assert ledger(tmp_path)[2]["world_size"] == 2
+    assert job_rows(tmp_path)[2]["world_size"] == 2
     logs = sorted((tmp_path / "sweep" / "logs" / "2").rglob("stderr.log"))
     assert len(logs) == 2
     assert "rows to do" in logs[0].read_text() + logs[1].read_text()
@@ -178,7 +178,7 @@ def test_a_sweeper_that_draws_its_points_is_asked_on_rank_0_alone(tmp_path: Path
     assert ended.code == 0, ended.err
     assert statuses(tmp_path) == ["complete"] * 3
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
-    fastest = max(ledger(tmp_path).values(), key=lambda row: float(row["images_per_s"]))
+    fastest = max(job_rows(tmp_path).values(), key=lambda row: float(row["images_per_s"]))
     assert f"batch_size: {fastest['values']['batch_size']}" in best, "images/s is what it maximises"
 
 

@@ -105,7 +105,7 @@ def sweep_with_a_failing_rank(world: World) -> list[str]:
 
 
 def fails_to_compile_on_rank_1(world: World) -> list[str]:
-    """What `runtime.compile` auto and on come to where one rank cannot predict with the compiled model."""
+    """Choose `runtime.compile` by auto and by on where one rank cannot predict with the compiled model."""
     autotune.WORTH_COMPILING = 0
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 12))
     model = Model(module=module, num_classes=12, origin="", class_names=None, preset=None)
@@ -270,13 +270,13 @@ def test_a_bad_sample_ends_the_job_where_asked(out: Path, end_of: Ends) -> None:
     )
     status = json.loads((out / "raise" / "status.json").read_text())
     assert status["status"] == "failed"
-    # What was predicted before it is committed and whole.
+    # Rows that were predicted before it are committed and whole.
     kept = read_rows(out / "raise")
     assert [row["index"] for row in kept] == list(range(len(kept)))
     assert len(kept) >= 12
 
 
-def test_the_next_job_is_unharmed(out: Path) -> None:
+def test_the_job_after_a_failed_one_has_all_its_rows(out: Path) -> None:
     assert_proved(out / "after", 97)
     assert read_rows(out / "after") == read_rows(out / "last")
 

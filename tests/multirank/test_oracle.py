@@ -159,7 +159,7 @@ def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds, tmp_path: Path)
     assert read_rows(one) == read_rows(two)
     eager = read_table(worlds[1] / "out-parquet-gather-1")["logits"].to_numpy()
     assert np.allclose(np.stack(read_table(one)["logits"].to_numpy()), np.stack(eager), atol=1e-5)
-    # What torchvision was imported without comes when it is called for.
+    # The compiler that torchvision was imported without comes when it is called for.
     assert ended(tmp_path / "1", "more", 1) == ended(tmp_path / "1", "detect", 1) == [True]
 
 

@@ -43,7 +43,7 @@ def every(root: Path) -> dict[str, Source]:
 
 
 def touch_and_remember(path: str, run_dir: Path, world: World) -> None:
-    """Make a shard look changed between two jobs."""
+    """Make an archive look changed between two jobs."""
     if world.rank == 0:
         os.utime(path)
         shutil.copy(run_dir / "manifest.json", run_dir / "before.json")
@@ -181,7 +181,7 @@ def test_a_killed_job_continues_on_three_ranks(one: Path, disturbed: Path, kille
     assert what(read_rows(killed / name / "out")) == what(read_rows(one / "folder-224"))
 
 
-def test_a_touched_shard_is_indexed_anew_and_is_the_same_job(three: Path) -> None:
+def test_a_touched_archive_is_indexed_anew_and_is_the_same_job(three: Path) -> None:
     assert ended(three, "touched", 3)[0]["status"] == "complete"
     run_dir = three / "webdataset-4"
     before, after = (json.loads((run_dir / name).read_text()) for name in ("before.json", "manifest.json"))

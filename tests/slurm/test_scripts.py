@@ -1,4 +1,4 @@
-"""What the batch scripts start, word by word: what is typed reaches mgpu_ddp as it is, and no shell reads it."""
+"""The batch scripts, word by word: what is typed reaches mgpu_ddp as it is, and no shell interprets it."""
 
 import os
 import shlex
@@ -71,7 +71,7 @@ class Start:
     code: int = 0
     err: str = ""
     words: Sequence[str] = ()
-    """That srun was given."""
+    """Arguments of srun."""
     seen: str = ""
     """The part of the environment that srun passes on for us."""
 

@@ -50,7 +50,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 def missing() -> str:
-    """What this machine lacks to run a cluster, or nothing."""
+    """Name the daemons of a cluster that this machine lacks; empty if it has all."""
     return ", ".join(name for name in DAEMONS if shutil.which(name, path=_PATH) is None)
 
 
@@ -80,7 +80,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *command, cwd=cwd))
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What the controller knows of a job."""
+        """Ask the controller for the properties of a job."""
         text = self.run("scontrol", "show", "job", "-o", str(number)).splitlines()[0]
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 

@@ -36,7 +36,7 @@ NUMBER = struct.Struct("i")
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a forked process does, and where."""
+    """The work of a forked process, and its surroundings."""
 
     pickled: bytes
     """A function and its arguments; only the forked process looks into it."""
@@ -109,7 +109,7 @@ def _server() -> socket.socket:
 
 
 def _serve(orders: socket.socket) -> None:
-    """Fork for each order, and tell each exit code to whom the process was promised."""
+    """Fork for each order, and report each exit code to the process that asked."""
     lives: dict[int, tuple[int, int]] = {}
     while True:
         for ready in select.select([orders, *lives], [], [])[0]:
@@ -177,8 +177,8 @@ if __name__ == "__main__":
 
     for module in PRELOADED:
         importlib.import_module(module)
-    # What is here now is never looked at again, so that forked processes share its memory.
+    # The garbage collector does not touch what is here now, so forked processes share its memory.
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    # What Triton has to say of its leaks when an interpreter ends is nothing to tests.
+    # Without the interpreter's ending, in which Triton prints a list of its leaks.
     os._exit(0)

@@ -1,4 +1,4 @@
-""""""
+"""Images to run over, and the rows and the proof of a run folder."""
 
 import json
 from pathlib import Path

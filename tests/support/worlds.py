@@ -86,7 +86,7 @@ def run_world(size: int, cases: Iterable[Case], out: Path) -> None:
 
 
 def ended(out: Path, case: str, size: int) -> list[Any]:
-    """What each rank ended a case with."""
+    """The result or error of each rank in a case."""
     return [json.loads((out / f"{case}.rank{rank}.json").read_text()) for rank in range(size)]
 
 

@@ -102,7 +102,12 @@ def _server() -> socket.socket:
 
     def end() -> None:
         mine.close()
-        process.wait()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            # A process that outlives the tests holds a copy of the socket.
+            process.kill()
+            process.wait()
 
     atexit.register(end)
     return mine

@@ -10,7 +10,11 @@ import pytest
 
 from mgpu_ddp.config.compose import register
 from mgpu_ddp.distributed.world import World, join, leave
+from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from tests.support.runs import make_images
+
+# As jobs do, before a test imports it by itself.
+import_torchvision()
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,9 @@ def test_what_is_listed_is_what_is_there(proxy: s3.Proxy, folder: Path) -> None:
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UsageError, match=r"^gs:// needs the package gcsfs: pip install 'mgpu-ddp\[cloud\]'$"):
+    with pytest.raises(
+        UsageError, match=r"^gs:// needs the package gcsfs\. Install it: pip install 'mgpu-ddp\[cloud\]'\.$"
+    ):
         object_store.find("gs://bucket/photos")
 
 

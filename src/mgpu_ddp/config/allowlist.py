@@ -107,7 +107,7 @@ def parse(words: Sequence[str]) -> list[Override]:
 def _refuse_code(override: Override) -> None:
     key, line = override.key_or_group, str(override.input_line)
     require(bool(key) and override.package is None, "override", "key=value", line, "Leave @package out.")
-    require("_target_" not in line, key, "free of _target_", line, "Configuration cannot name code to run.")
+    require("_target_" not in line, key, "free of _target_", line, "Leave it out: no configuration can name code.")
     require(not override.is_delete(), key, "there", line, f"Leave ~{key} out.")
     if key == "sweep":
         ok = override.is_add() and override.value() in SWEEPS
@@ -140,7 +140,7 @@ def refuse_code_in_files(folder: Path) -> None:
         spoken = [str(path.relative_to(folder)), text, *(f"{key} {value}" for key, value in _leaves(content, ""))]
         for word in ("hydra", "_target_"):
             ok = not any(word in part for part in spoken)
-            require(ok, "--config-dir", f"free of {word}", str(path), "Configuration files cannot steer Hydra.")
+            require(ok, "--config-dir", f"free of {word}", str(path), "Leave it out: files cannot steer Hydra.")
         ok = not isinstance(content, dict) or _stays_inside(content.get("defaults", []))
         require(ok, "--config-dir", "without defaults that lead out of it", str(path), "Name files of the folder.")
 

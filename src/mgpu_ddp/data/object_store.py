@@ -44,7 +44,9 @@ class _FileSystem:
             options = OPTIONS.get(protocol, {}) | {"use_listings_cache": False, "skip_instance_cache": True}
             self.fs = fsspec.filesystem(protocol, **options)
         except ImportError:
-            raise UsageError(f"{protocol}:// needs the package {package}: pip install 'mgpu-ddp[cloud]'") from None
+            raise UsageError(
+                f"{protocol}:// needs the package {package}. Install it: pip install 'mgpu-ddp[cloud]'."
+            ) from None
         if hasattr(self.fs, "retries"):
             # Or its retries would multiply ours.
             self.fs.retries = 1

@@ -169,7 +169,7 @@ class GpuInput:
             self._streams.put(torch.cuda.Stream(device))
         rule = "gpu or cpu on a GPU without JPEG engines"
         is_possible = not exact or decoder_of(device).has_engines
-        require(is_possible, "runtime.decode", rule, "exact", "Only engines and the CPU yield Pillow's pixels.")
+        require(is_possible, "runtime.decode", rule, "exact", "Use runtime.decode=cpu for Pillow's pixels.")
 
     def check(self) -> None:
         """Raise HangError if the decoder hangs."""

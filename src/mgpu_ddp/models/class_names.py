@@ -20,7 +20,9 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")
         names = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{key} must be a readable text, got {str(path)!r} ({type(error).__name__}).") from None
+        raise UsageError(
+            f"{key} must be a readable text, got {str(path)!r} ({type(error).__name__}). {remedy}"
+        ) from None
     ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(ok, key, "a list of names", str(path), remedy)
     found = f"{len(names)} in {str(path)!r}"

@@ -28,7 +28,7 @@ def build_timm(config: Config, wanted: TimmConfig) -> Model:
     weights = wanted.weights
     rule = f"null, DEFAULT or a path to {'/'.join(CHECKPOINTS)} for model=timm"
     is_known = weights is None or weights == "DEFAULT" or weights.endswith(CHECKPOINTS)
-    remedy = "A timm model's name may end in a tag: model.name=resnet18.a1_in1k."
+    remedy = "Name them by a tag of the model: model.name=resnet18.a1_in1k."
     require(is_known, "model.weights", rule, weights, remedy)
     torch.manual_seed(config.seed)
     module, preset = _create(wanted)

@@ -243,7 +243,9 @@ class Table:
         for part in parts:
             prefix = self._manifest.prefix
             if part.first != prefix:
-                raise ProofError(f"{part.file} begins at row {part.first}, but the table ends at row {prefix}.")
+                raise ProofError(
+                    f"{part.file} begins at row {part.first}, but the table ends at row {prefix}. Start again."
+                )
             if not part.has_its_size(self._run_dir):
                 raise WriteError(
                     f"{self._run_dir / part.file} does not have the {part.num_bytes} bytes here that its rank wrote:"

@@ -180,6 +180,10 @@ if __name__ == "__main__":
     import gc
     import importlib
 
+    from mgpu_ddp.models.lazy_dynamo import import_torchvision
+
+    # As jobs do, before another module imports it by itself.
+    import_torchvision()
     for module in PRELOADED:
         importlib.import_module(module)
     # The garbage collector does not touch what is here now, so forked processes share its memory.

@@ -103,5 +103,5 @@ def test_a_killed_gpu_job_resumes_to_the_same_bits(runs: Path) -> None:
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     ended = run(torchrun(GPUS + 1, "runtime.device=cuda"), tmp_path)
     assert ended.code == 1
-    line = f"nproc_per_node must be at most {GPUS}, the GPUs of this host, got {GPUS + 1}"
+    line = f"{GPUS + 1} processes on {os.uname().nodename} need a GPU each, and there are {GPUS}. Start at most {GPUS}"
     assert ended.err.count(line) == 1

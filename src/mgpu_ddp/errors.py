@@ -54,8 +54,8 @@ class OutOfMemoryError(StateError):
 
     @classmethod
     def of(cls, batch_size: int, error: RuntimeError) -> "OutOfMemoryError":
-        """What torch says of it, in one line."""
-        # CUDA's own words go on for half a screen.
+        """Tell it in one line."""
+        # CUDA's message is half a screen long; its first sentence says what was asked for.
         why = str(error).splitlines()[0].partition(". GPU ")[0]
         return cls(f"batch_size must fit into memory, got {batch_size} ({why}). Lower it.")
 
@@ -73,7 +73,7 @@ class WriteError(StateError):
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that names an error."""
+    """Name an error in one line."""
     text = " ".join(str(error).split())
     return (
         text if isinstance(error, MgpuError) and not isinstance(error, PeerError) else f"{type(error).__name__}: {text}"

@@ -12,18 +12,19 @@ from mgpu_ddp.errors import Exit, PeerLostError
 def main() -> None:
     """Run `mgpu_ddp.infer` under torchrun on this host: one process per GPU, one where there is none."""
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
-        told = Path(folder) / "outcome"
-        os.environ[OUTCOME_FILE] = str(told)
+        outcome_file = Path(folder) / "outcome"
+        os.environ[OUTCOME_FILE] = str(outcome_file)
         try:
             torchrun([f"--nproc_per_node={num_processes('auto')}", "-m", "mgpu_ddp.infer", *sys.argv[1:]])
             code = int(Exit.COMPLETE)
         except BaseException as error:
-            # torchrun raises for a failed worker and for a signal alike: what it was, rank 0 has written down.
-            outcome = outcome_in(told)
+            # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.
+            outcome = outcome_in(outcome_file)
             code = int(outcome.get("exit_code", Exit.FAILED))
-            # Of a rank that died torchrun knows more than the others do.
-            said = code != Exit.COMPLETE and not str(outcome.get("reason")).startswith(PeerLostError.__name__)
-            if not (outcome and said) and not isinstance(error, SystemExit):
+            # Of a rank that died torchrun knows more than the other ranks do.
+            is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
+            is_explained = outcome and code != Exit.COMPLETE and not is_lost
+            if not is_explained and not isinstance(error, SystemExit):
                 raise
     sys.exit(code)
 

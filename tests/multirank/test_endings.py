@@ -257,7 +257,7 @@ def test_a_block_fails_on_all_or_none(end_of: Ends) -> None:
 
 
 def test_ranks_at_different_topics_find_out(end_of: Ends) -> None:
-    assert all("must be at" in text and text.startswith("ProtocolError") for text in end_of("topics"))
+    assert all("but the ranks are at ['left', 'right']" in text for text in end_of("topics"))
 
 
 def test_a_bad_sample_ends_the_job_where_asked(out: Path, end_of: Ends) -> None:

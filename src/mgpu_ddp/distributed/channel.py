@@ -1,4 +1,4 @@
-"""Windows of all ranks through gloo, for one job's gathering thread."""
+"""The windows of one job through gloo, for its collecting thread."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import PeerLostError
 
 NAMING_S = 5.0
-"""How long a rank that knows of a loss waits to hear who it was."""
+"""How long a rank that has noticed a loss waits to learn which rank was lost."""
 
 
 class Channel:
-    """A gloo group and a store client for one job's gathering thread and nobody else.
+    """A gloo group and a store client of the collecting thread's own.
 
     Two threads on one group corrupt each other's messages. Collective: every rank opens and closes it.
     """
@@ -50,7 +50,7 @@ class Channel:
         return payloads
 
     def gather_on_first(self, window: int, value: Any) -> list[Any] | None:
-        """Give rank 0 the values of all ranks, right after they have gathered the window: what is large.
+        """Give rank 0 the large values of all ranks, right after they have gathered the window.
 
         Raises:
             PeerLostError: a rank died.
@@ -66,9 +66,10 @@ class Channel:
             yield
         except RuntimeError as error:
             first = str(error).splitlines()[0].partition(". ")[0]
-            # The heartbeat can say who it was: at once of a process that is gone, soon of one that hangs.
+            # The heartbeat knows which: at once if its process is gone, soon if it hangs.
             self._heartbeat.wait_for_lost(NAMING_S if "Timed out" in first else BEAT_S)
             raise PeerLostError(f"a rank was lost while gathering window {window} ({first})") from error
 
     def close(self) -> None:
+        """Give the group back. Collective: every rank calls this."""
         dist.destroy_process_group(self._group)

@@ -117,8 +117,9 @@ def _unequal_devices(devices: Devices) -> str | None:
     for rank, found in enumerate(devices.ranks):
         if (found.kind, found.torch) != (first.kind, first.torch):
             return (
-                f"rank {rank} has {found.kind} with torch {found.torch}, but rank 0 {first.kind} with torch {first.torch}:"
-                " their rows would differ in the last bits. Use equal nodes, or runtime.deterministic=false."
+                f"rank {rank} has {found.kind} with torch {found.torch}, but rank 0 {first.kind} with torch"
+                f" {first.torch}: their rows would differ in the last bits. Use equal nodes, or"
+                " runtime.deterministic=false."
             )
     return None
 

@@ -18,7 +18,7 @@ DEFAULT_TIMEOUT_S = 180.0
 
 @functools.cache
 def _host() -> tuple[str, str]:
-    """What two processes share that can see each other's numbers: the machine's boot and the namespace of processes."""
+    """Identify the machine's boot and the namespace of process ids: who shares both sees the other's process."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
 
 
@@ -31,7 +31,7 @@ def _lives(pid: int) -> bool:
 
 
 class Heartbeat(threading.Thread):
-    """Tell the others that this rank lives and how far it is; learn whether they live.
+    """Tells the others that this rank lives and how far it is, and learns whether they live.
 
     The thread owns its store client: a client blocks while it waits, and a beat must not.
     """
@@ -53,10 +53,11 @@ class Heartbeat(threading.Thread):
         self._beat()
 
     def watch_alarm(self, key: str | None) -> None:
-        """Look for this job's alarm from now on."""
+        """Look for the alarm of one job from now on; the one before is forgotten."""
         self.alarm, self._alarm_key = None, key
 
     def end(self) -> None:
+        """Send no more beats."""
         self._over.set()
         self.join()
 
@@ -110,7 +111,7 @@ class Heartbeat(threading.Thread):
                 return
 
     def _is_gone(self, rank: int, beat: bytes) -> bool:
-        """Whether the process of a rank of this host is gone; other hosts' are known by their silence alone."""
+        """Tell whether a rank of this host has no process any more; on other hosts only silence tells."""
         *host, pid = json.loads(beat)["process"]
         # A rank that leaves in peace says so before its process ends.
         return host == [*_host()] and not _lives(pid) and not self._store.check([f"left/{rank}"])

@@ -1,4 +1,4 @@
-"""Keeping off the CPUs that GPUs interrupt.
+"""The host: which of its CPUs a GPU keeps busy, and how much of its memory is used and free.
 
 While its JPEG engines are at work, a GPU interrupts one CPU 30,000 times a second. What runs there gets little done:
 the thread that asks nvJPEG 17,000 images/s instead of 45,000, a loader's worker a tenth (H200, driver 580).
@@ -14,11 +14,11 @@ import torch
 
 NVIDIA = Path("/sys/bus/pci/drivers/nvidia")
 FEW = 8
-"""One CPU in so many may be left alone: to go without more would cost more than it brings."""
+"""One CPU in so many may be left unused: more would cost more than they bring."""
 
 
 def interrupted_cpus(driver: Path = NVIDIA) -> frozenset[int]:
-    """The CPU that the first vector of each device of a driver interrupts, where the kernel tells.
+    """Find the CPU that the first vector of each device of a driver interrupts, where the kernel tells.
 
     It is the first one that decoding keeps busy. Counts would not show it in time: before there is work, other vectors
     may have interrupted more often.
@@ -31,7 +31,7 @@ def interrupted_cpus(driver: Path = NVIDIA) -> frozenset[int]:
             first = min(int(each.name) for each in (device / "msi_irqs").iterdir())
             cpus.add(int(Path(f"/proc/irq/{first}/effective_affinity_list").read_text()))
         except (OSError, ValueError):
-            # A container may hide any of these, and what is no single CPU is none to keep off.
+            # A container may hide any of these, and a vector may interrupt several CPUs.
             continue
     return frozenset(cpus)
 
@@ -49,14 +49,14 @@ def process_age_s() -> float:
 
 
 def peaks() -> dict[str, int]:
-    """The most memory this process has used since `reset_peaks`: bytes on its GPU, and bytes of the host."""
+    """Return the most memory that this process has used since `reset_peaks`, on its GPU and on the host."""
     high = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return {"peak_gpu_bytes": gpu, "peak_host_bytes": int(high) * 1024}
 
 
 def reset_peaks() -> None:
-    """Begin to measure memory anew. Source: proc(5), /proc/pid/clear_refs."""
+    """Measure peaks of memory from now on. Source: proc(5), /proc/pid/clear_refs."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -65,13 +65,13 @@ def reset_peaks() -> None:
 
 
 def available_bytes() -> int:
-    """Host memory that may still be used. Source: proc(5), MemAvailable; the kernel's cgroup-v2, memory.max."""
+    """Return how much host memory is free. Source: proc(5), MemAvailable; the kernel's cgroup-v2, memory.max."""
     meminfo = Path("/proc/meminfo").read_text()
     available = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        # The page cache counts as used there, but gives way.
+        # The page cache counts as used there, but is freed when needed.
         file = (group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0]
         available = min(available, left + int(file))
     return available

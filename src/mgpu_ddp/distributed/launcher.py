@@ -1,4 +1,4 @@
-"""torchrun's own command line, run in this process, and what its rank 0 leaves of the outcome."""
+"""torchrun's own command line, run in this process, and the outcome that its rank 0 leaves."""
 
 import json
 import os
@@ -10,12 +10,15 @@ from typing import Any
 
 from mgpu_ddp.distributed.signals import die_with_parent
 
+OUTCOME_FILE = "MGPU_DDP_OUTCOME_FILE"
+"""The environment variable that names the file in which rank 0 leaves the outcome of its last job: torchrun itself
+returns 1 for every exit code but 0."""
 SHUTDOWN_TIMEOUT_S = 20
-"""What torchrun waits before it kills workers: more than the 15 s in which they end by themselves after a signal."""
+"""Time that torchrun gives workers before it kills them: after a signal they end by themselves within 15 s."""
 
 
 def num_processes(wanted: int | str) -> int:
-    """`nproc_per_node` with auto decided: one per GPU, one where there is none."""
+    """Decide `nproc_per_node`: auto is one process per GPU, one where there is none."""
     import torch
 
     return max(1, torch.cuda.device_count()) if wanted == "auto" else int(wanted)
@@ -25,7 +28,7 @@ def torchrun(argv: Sequence[str]) -> None:
     """Run torchrun's own command line in this process, for one host."""
     # By the environment, since torch 2.11 has no option for it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
-    # What torchrun sets anyway for several processes, and says so in four lines.
+    # torchrun sets it anyway for several processes, and prints four lines about it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The store and the rendezvous stay on loopback: whoever reaches them can steer the job.
     options = ["--standalone", "--local-addr=127.0.0.1"]
@@ -34,18 +37,14 @@ def torchrun(argv: Sequence[str]) -> None:
 
 
 def outcome_in(file: Path) -> dict[str, Any]:
-    """What rank 0 left of its last job, and its exit code; nothing if it died."""
+    """Read what rank 0 left of its last job, with its exit code; empty if it died."""
     try:
         return dict(json.loads(file.read_text()))
     except (FileNotFoundError, ValueError):
         return {}
 
 
-OUTCOME_FILE = "MGPU_DDP_OUTCOME_FILE"
-"""Where rank 0 leaves the outcome of its last job for whoever started torchrun, which returns 1 for all but 0."""
-
-
 if __name__ == "__main__":
-    # torchrun for another process of this package, with which it ends.
+    # torchrun for another process of this package: it ends with that.
     die_with_parent(os.getppid())
     torchrun(sys.argv[1:])

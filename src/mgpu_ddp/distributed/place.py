@@ -1,4 +1,4 @@
-"""Where a process stands among those that were started with it, as each way of starting tells.
+"""The place of a process among those that were started with it.
 
 A way of starting is a module with `read_place(environ)`: None where the process was not started that way. To add one
 (Kubernetes, say), write the module and list it in `WAYS` of `world`.
@@ -14,7 +14,7 @@ Environ = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a process stands; as it comes, alone."""
+    """Where a process stands; by default, alone."""
 
     rank: int = 0
     size: int = 1
@@ -41,7 +41,7 @@ def numbers(environ: Environ, names: Sequence[str], remedy: str) -> list[int]:
 
 
 def refuse_missing(environ: Environ, names: Sequence[str], there: str, remedy: str) -> None:
-    """Refuse an environment that is set by half.
+    """Refuse an environment that is half set.
 
     Raises:
         UsageError: names the variables that are missing, and the one that is there.

@@ -1,4 +1,4 @@
-"""Which rows are whose: windows of the dataset, and each rank's share of every window.
+"""Windows of the dataset, and each rank's rows in every window.
 
 A window is a contiguous index range that all ranks finish together; it is what becomes durable at once.
 Everything here follows from numbers that every rank knows, so no rank has to be told.
@@ -13,7 +13,7 @@ from typing import Any, cast, overload
 from torch.utils.data import Dataset, DistributedSampler
 
 TARGET_S = 10.0
-"""What `commit_every=auto` aims at: the most work that a crash can cost."""
+"""How long a window of `commit_every=auto` should take: the most work that a crash can cost."""
 LOOKAHEAD = 3
 """Window k may be sized by what windows up to k-3 took; see `Plan`."""
 GROWTH = 4
@@ -29,7 +29,7 @@ class Window:
 
 
 class Dealt(Sequence[int]):
-    """Those of the indices [start, stop) that one rank gets when block b goes to rank b mod W, ascending."""
+    """One rank's indices of [start, stop), ascending, where block b goes to rank b mod W."""
 
     def __init__(self, start: int, stop: int, block: int, rank: int, size: int) -> None:
         self._start, self._block, self._rank, self._size = start, block, rank, size
@@ -105,12 +105,12 @@ class Plan:
         return self._whole_steps(int(max(self.smallest, min(wanted, self.largest, before * GROWTH))))
 
     def gathered(self, window: Window, slowest_s: float) -> None:
-        """Learn how long a window took on its slowest rank, a figure every rank knows."""
+        """Learn how long a window took on its slowest rank, a number that every rank has gathered."""
         with self._lock:
             self._rates.append((window.stop - window.start) / max(slowest_s, 1e-3))
 
     def rows(self, window: Window, rank: int) -> Sequence[int]:
-        """The indices of one rank in one window, ascending.
+        """Return the indices of one rank in one window, ascending.
 
         Block by block in turn where rows travel to rank 0 (with blocks of one that is DistributedSampler's own rule,
         without its padding); one contiguous stretch where each rank writes its own part.
@@ -134,7 +134,7 @@ class Plan:
             number += 1
 
     def count(self, rank: int) -> int:
-        """How many rows one rank owes in all."""
+        """Count the rows that one rank owes in all."""
         # Windows before the last split evenly, so the remainder is the last one's alone.
         return len(self.rows(Window(number=0, start=self.start, stop=self.stop), rank))
 

@@ -17,7 +17,7 @@ INSIST_AFTER_S = 2.0
 
 
 class StopWish:
-    """Remember that this process was asked to stop; a second request after 2 s ends it at once."""
+    """Remembers that this process was asked to stop; a second request after 2 s ends it at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -32,6 +32,7 @@ class StopWish:
         self._asked.wait(timeout_s)
 
     def install(self) -> None:
+        """Take the signals of this process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
@@ -53,12 +54,12 @@ def die_with_parent(parent: int) -> None:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:
-            # It died before the kernel was asked to tell. A rank would wait for its store for half an hour.
+            # It died before the kernel was asked. A rank would wait for its store for half an hour.
             os._exit(int(Exit.FAILED))
 
 
 def leave_stopping_to_parent() -> None:
-    """In a loader worker: a signal to the whole process group must not break the batch being finished."""
+    """Ignore stop signals in a loader worker: its rank decides, and the batch at hand must be finished."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     assert rank.pid is not None

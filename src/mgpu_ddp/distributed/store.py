@@ -10,14 +10,16 @@ from mgpu_ddp.distributed.heartbeat import Heartbeat
 from mgpu_ddp.errors import PeerLostError
 
 POLL_S = 0.05
-
-
 RANKS_PER_POLL = 256
-"""That may ask a store so often: beyond, each asks less often, or the store would do nothing but answer."""
+"""Ranks that may ask a store every `POLL_S`. More of them ask less often, or it would do nothing but answer."""
 
 
 def wait_for_keys(store: Store, keys: list[str], heartbeat: Heartbeat) -> None:
-    """Wait until the keys are there, as long as every rank lives."""
+    """Wait until the keys are there.
+
+    Raises:
+        PeerLostError: a rank is lost meanwhile.
+    """
     # Asking again rather than `store.wait`: each time that runs into its timeout, torch prints a warning.
     pause_s, longest_s = 0.001, POLL_S * max(1, heartbeat.size / RANKS_PER_POLL)
     while not store.check(keys):
@@ -28,8 +30,8 @@ def wait_for_keys(store: Store, keys: list[str], heartbeat: Heartbeat) -> None:
 
 @contextmanager
 def store_must_answer() -> Iterator[None]:
-    """Take a store that is gone for what it is: the process that hosts it died, rank 0 or the launcher."""
+    """Raise `PeerLostError` for a store that is gone: the process that hosts it died, rank 0 or the launcher."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerLostError(f"the store on rank 0 must answer, got: {str(error).splitlines()[0]}") from error
+        raise PeerLostError(f"the store on rank 0 does not answer ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""Ranks, their devices and how they talk: the only caller of torch.distributed.
+"""The world of ranks, and how they exchange small values. No package but this one calls torch.distributed.
 
 One process group per process, opened by `join()` outside Hydra for all jobs of a sweep. Two ways to talk:
 small JSON values through the launcher's store (`exchange`, `share`, `together`), and windows through
@@ -28,9 +28,9 @@ from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
 from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError
 
 CONNECTIONS = 32
-"""Of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and nvJPEG has
-many of its own: with 8, CUDA's default, it decodes a fifth less while a model runs, with 1, as containers for training
-have it, four fifths. Source: CUDA C++ Programming Guide, CUDA_DEVICE_MAX_CONNECTIONS."""
+"""Connections of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and
+nvJPEG has many of its own: with 8, CUDA's default, it decodes a fifth less while a model runs, with 1, as containers
+for training have it, four fifths. Source: CUDA C++ Programming Guide, CUDA_DEVICE_MAX_CONNECTIONS."""
 WAYS = (slurm.read_place, torchrun_env.read_place)
 """The ways in which ranks are started; a process that was started in none of them is alone."""
 
@@ -56,9 +56,9 @@ class World:
     local_rank: int
     local_size: int
     cpus: frozenset[int]
-    """That this process may use."""
+    """CPUs that this process may use."""
     share_of_cpus: int
-    """How many of them are for this rank: the ranks of its host share them."""
+    """Number of CPUs for this rank: the ranks of its host share them."""
     attempt: int
     device: torch.device
     link: Link = field(repr=False, compare=False)
@@ -89,7 +89,7 @@ class World:
             heard = [part for count, part in json.loads(store.get(f"{key}/all")) for _ in range(count)]
         topics = sorted({other for other, _ in heard})
         if topics != [topic]:
-            raise ProtocolError(f"all ranks must be at {topic!r}, got {topics} on rank {self.rank} of {self.size}.")
+            raise ProtocolError(f"rank {self.rank} of {self.size} is at {topic!r}, but the ranks are at {topics}")
         return [value for _, value in heard]
 
     def share(self, topic: str, value: Any) -> Any:
@@ -130,11 +130,14 @@ class World:
             self.link.store.set(f"alarm/{job}", text)
 
     def first_of_launch(self, key: str, value: str) -> str:
-        """What this launch first gave a key: a restarted attempt hears what the dead one chose. Rank 0 only."""
+        """Give a key this value unless this launch has given it one, and return that. Rank 0 only.
+
+        A restarted attempt so hears what the dead one chose.
+        """
         return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
 
     def is_done(self, key: str) -> bool:
-        """Whether this launch, or an attempt of it that is dead by now, has marked a key. Rank 0 only."""
+        """Tell whether this launch has marked a key, in this attempt or in one before. Rank 0 only."""
         return bool(self.link.launch.add(f"done/{key}", 0) > 0)
 
     def mark_done(self, key: str) -> None:
@@ -146,7 +149,7 @@ def join() -> World:
     """Enter the world: torchrun's, srun's, or one process alone. Collective: every rank calls this, once per process.
 
     Raises:
-        UsageError: the environment is set by half, or SLURM does not say where the first task runs.
+        UsageError: the environment is half set, or SLURM does not say where the first task runs.
     """
     # Before the first thread: it changes what others may be reading.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(CONNECTIONS)
@@ -207,7 +210,9 @@ def share_weights(module: nn.Module, world: World) -> None:
     shapes = repr([(tensor.dtype, tensor.shape) for tensor in tensors])
     digests = world.exchange("weights", hashlib.sha256(shapes.encode()).hexdigest())
     if len(set(digests)) > 1:
-        raise ProtocolError("the model does not have the same parameters on all ranks: install one torchvision on all.")
+        raise ProtocolError(
+            "the model does not have the same parameters on all ranks: install the same torchvision on all nodes"
+        )
     for tensor in tensors:
         received = tensor.contiguous()
         dist.broadcast(received, src=0)

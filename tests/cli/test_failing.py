@@ -15,8 +15,8 @@ from tests.support.starting import (
     SMALL_IMAGES,
     committed_rows,
     finish,
+    forked_mgpu_infer,
     launched,
-    mgpu_infer,
     ranks,
     run,
     run_all,
@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_the_others_and_another_world_continues(tmp_path: Pat
 
 
 def test_a_signal_preempts_and_the_exit_code_says_so(tmp_path: Path) -> None:
-    with started(mgpu_infer(*LONG), tmp_path) as launcher:
+    with started(forked_mgpu_infer(*LONG), tmp_path) as launcher:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         since = time.monotonic()
         launcher.terminate()

@@ -13,7 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.runs import LAUNCH, assert_proved, read_rows
-from tests.support.starting import BIN, SMALL, SMALL_IMAGES, mgpu_infer, python_m, ranks, run, run_all, torchrun
+from tests.support.starting import (
+    BIN,
+    SMALL,
+    SMALL_IMAGES,
+    forked_mgpu_infer,
+    mgpu_infer,
+    python_m,
+    ranks,
+    run,
+    run_all,
+    torchrun,
+)
 
 
 def test_torchrun_with_four_processes_and_no_arguments(tmp_path: Path) -> None:
@@ -94,9 +105,9 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     over_bad = (*SMALL_IMAGES, "data=folder", f"data.root={bad}", "max_errors=0", "output.dir=out")
     commands = {
         "complete": mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"),
-        "refused": mgpu_infer("batch_size=0"),
-        "too many": mgpu_infer(*over_bad),
-        "raised": mgpu_infer(*over_bad, "on_error=raise"),
+        "refused": forked_mgpu_infer("batch_size=0"),
+        "too many": forked_mgpu_infer(*over_bad),
+        "raised": forked_mgpu_infer(*over_bad, "on_error=raise"),
     }
     folders = [tmp_path / name for name in commands]
     for folder in folders:
@@ -129,12 +140,12 @@ def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(
 
 def test_a_job_waits_neither_for_pandas_nor_for_a_compiler(tmp_path: Path, images: Path) -> None:
     assert importlib.util.find_spec("pandas"), "or there is nothing to keep out"
-    for settings in (SMALL, (*SMALL_IMAGES, "data=folder", f"data.root={images}")):
-        ended = run([sys.executable, "-X", "importtime", *python_m(*settings)[1:]], tmp_path)
-        assert ended.code == 0, ended.err
-        imported = [line.split("|")[-1].strip() for line in ended.err.splitlines() if line.startswith("import time:")]
-        assert "pyarrow.parquet.core" in imported
-        assert not [name for name in imported if name.startswith(("pandas.", "torch._dynamo", "sympy"))]
+    command = python_m(*SMALL_IMAGES, "data=folder", f"data.root={images}")
+    ended = run([sys.executable, "-X", "importtime", *command[1:]], tmp_path)
+    assert ended.code == 0, ended.err
+    imported = [line.split("|")[-1].strip() for line in ended.err.splitlines() if line.startswith("import time:")]
+    assert "pyarrow.parquet.core" in imported
+    assert not [name for name in imported if name.startswith(("pandas.", "torch._dynamo", "sympy"))]
 
 
 @pytest.mark.slow

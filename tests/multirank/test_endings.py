@@ -29,7 +29,7 @@ from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.worlds import Case, ended, folder, run_world, tiny
 
 SIZE = 3
-MANY = 1200
+MANY = 600
 
 
 def weights_shared(world: World) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def compile_always(_world: World) -> None:
     autotune.WORTH_COMPILING = 0
 
 
-def imported_compilers(_world: World) -> list[str]:
-    """Find what only compiling needs among what this process has imported for its jobs."""
-    return [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
+def heavy_imports(_world: World) -> list[str]:
+    """Find pandas, and what only compiling needs, among what this process has imported for its jobs."""
+    return [name for name in ("pandas", "torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
 
 
 def detect(_world: World) -> bool:
@@ -91,7 +91,7 @@ def want_more(_world: World) -> bool:
     return counters is importlib.import_module(UTILS).counters is sys.modules["torch._dynamo"].utils.counters
 
 
-LIGHT = Case(name="light", call=imported_compilers)
+LIGHT = Case(name="light", call=heavy_imports)
 MORE = Case(name="more", call=want_more)
 
 COMPILED = [
@@ -163,7 +163,7 @@ def test_compiled_worlds_equal_one_compiled_rank(worlds: Worlds, tmp_path: Path)
     assert ended(tmp_path / "1", "more", 1) == ended(tmp_path / "1", "detect", 1) == [True]
 
 
-def test_jobs_that_do_not_compile_import_no_compiler(worlds: Worlds) -> None:
+def test_jobs_that_do_not_compile_import_neither_a_compiler_nor_pandas(worlds: Worlds) -> None:
     for size in SIZES:
         assert ended(worlds[size], "light", size) == [[]] * size
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    *("mgpu_ddp.infer", "mgpu_ddp.merge", "mgpu_ddp.report", "tests.support.worlds"),
+    *("mgpu_ddp.infer", "mgpu_ddp.launch", "mgpu_ddp.merge", "mgpu_ddp.report", "tests.support.worlds"),
     *("torchvision.models", "torchvision.datasets", "torch.distributed.run"),
     *("pyarrow.parquet", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin", "matplotlib.figure", "pytest"),
 )

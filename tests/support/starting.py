@@ -82,6 +82,11 @@ def launched(processes: int, *settings: str, options: tuple[str, ...] = ("--stan
     return Forks(function=_torchrun, arguments=tuple(torchrun(processes, *settings, options=options)), environs=[{}])
 
 
+def forked_mgpu_infer(*settings: str) -> Forks:
+    """`mgpu_infer(...)` in a forked process; its ranks are started as it always does."""
+    return Forks(function=_mgpu_infer, arguments=settings, environs=[{}])
+
+
 class World:
     """Forked processes as one, of which the first speaks for all that end alike."""
 
@@ -127,6 +132,14 @@ def infer(*settings: str) -> None:
 
     sys.argv = [module.__file__, *settings]
     cli.main(module.infer)
+
+
+def _mgpu_infer(*settings: str) -> None:
+    """Be mgpu-infer."""
+    from mgpu_ddp import launch
+
+    sys.argv = ["mgpu-infer", *settings]
+    launch.main()
 
 
 def _torchrun(*command: str) -> None:

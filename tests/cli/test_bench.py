@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.support.runs import read_table
 
@@ -130,7 +131,8 @@ def test_the_bar_is_the_defaults_alone(tmp_path: Path, benching: Any, same_top1:
     assert benching.row_of("bf16, decode=gpu", found, judged=True).met is None
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains a model: minutes on a GPU, half an hour on two cores")
 def test_accuracy_compares_what_a_confident_model_says(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = bench("accuracy", "--quick", "--images", "100", "--work", str(tmp_path / "work"), "--out", str(out))

@@ -127,7 +127,7 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
 
 def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     """On rank 1 alone: the kernel refuses it more than half a gigabyte beyond what it has."""
-    sizes = ("data.size=120", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=20")
+    sizes = ("data.size=300", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=20")
     model = ("model.name=squeezenet1_1", "loader.workers=1", "loader.prefetch=1")
     points = ("batch_size=2,256,512,4", "sweep.stop_on_oom=true")
     with started(ranks(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
@@ -143,7 +143,7 @@ def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     assert rows[1]["peak_host_bytes"] > 0
     assert rows[2]["reason"] == "batch_size=256 ran out of memory"
     assert "OOM" in ended.out
-    assert_proved(tmp_path / "sweep" / "3", 120)
+    assert_proved(tmp_path / "sweep" / "3", 300)
     assert ended.code == 0, "that a batch does not fit is an answer"
 
 

@@ -246,6 +246,7 @@ HOSTILE = [
     "+data@extra=fake",
     "model@data=resnet18",
     "data.root='_target_'",
+    f"hydra.verbose={TARGET}",
     # Options that unpickle, or that take the configuration from elsewhere; argparse accepts every abbreviation.
     "--experimental-rerun=evil/config.pickle",
     "--experimental-rerun",
@@ -273,6 +274,12 @@ HOSTILE = [
 def test_hostile_words_are_refused(word: str, multirun: bool, evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVIL", "{x:" + TARGET + "}")
     refused(*(["--multirun"] if multirun else []), word)
+
+
+def test_a_key_that_takes_any_value_cannot_name_code() -> None:
+    # Hydra makes the sweeper, and whatever names a target among its values.
+    line = refused("--multirun", "hydra/sweeper=optuna", f"hydra.sweeper.direction={TARGET}")
+    assert "hydra.sweeper.direction must be free of _target_" in line
     assert not Path(MARKER).exists()
 
 

@@ -1,0 +1,32 @@
+"""A signal is a wish to stop, and SLURM delivers each one twice."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from mgpu_ddp.distributed.signals import STOP_SIGNALS, StopWish
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Handlers of signals that are put back after the test."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_signal_that_comes_twice_at_once_is_one_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two signals sent from outside may reach the process as one: these come one after the other.
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    stop = StopWish()
+    stop.install()
+    assert not stop
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.signal_name == "SIGTERM"
+    assert exits == []

@@ -274,6 +274,7 @@ HOSTILE = [
 def test_hostile_words_are_refused(word: str, multirun: bool, evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVIL", "{x:" + TARGET + "}")
     refused(*(["--multirun"] if multirun else []), word)
+    assert not Path(MARKER).exists()
 
 
 def test_a_key_that_takes_any_value_cannot_name_code() -> None:

@@ -12,6 +12,11 @@ def require(ok: bool, key: str, rule: str, value: object, remedy: str) -> None:
         raise UsageError(f"{key} must be {rule}, got {value!r}. {remedy}")
 
 
+def words_of(error: BaseException) -> str:
+    """The message of an OmegaConf or Hydra error in one line, without the place, which OmegaConf adds to it."""
+    return " ".join(str(error).partition("full_key:")[0].split()).rstrip(".")
+
+
 def protocol_of(location: str) -> str:
     """The protocol of a URL; empty for a path."""
     before, colon, _ = location.partition("://")

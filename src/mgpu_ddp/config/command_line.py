@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgpu_ddp.config.allowlist import parse, refuse_code_in_files, split
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import compose_config, quote
-from mgpu_ddp.config.overrides import check_point, lines_of, options_in, points_of, values_of
+from mgpu_ddp.config.overrides import Options, check_point, lines_of, options_in, points_of, values_of
 from mgpu_ddp.config.schema import GROUPS, SweepConfig, to_config
 
 INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
@@ -73,7 +73,7 @@ def check_command(argv: Sequence[str]) -> Command:
     # Hydra's own resolvers look there.
     HydraConfig.instance().set_config(cfg)
     if multirun:
-        return _sweep(cfg, typed, overrides, config_dir)
+        return _sweep(cfg, typed, overrides, config_dir, own)
     task = cfg.copy()
     OmegaConf.set_struct(task, False)
     del task["hydra"]
@@ -95,7 +95,9 @@ def _folder(cfg: DictConfig, key: str) -> str:
     return str(Path(str(OmegaConf.select(cfg, key))).absolute())
 
 
-def _sweep(cfg: DictConfig, flags: list[str], overrides: list[Override], config_dir: Path | None) -> Command:
+def _sweep(
+    cfg: DictConfig, flags: list[str], overrides: list[Override], config_dir: Path | None, own: Options
+) -> Command:
     """The command of a sweep, whose first dimension, and so the slowest, is the round."""
     # The last of a key counts, as where there is no sweep; a sweeper may see that otherwise.
     given = {override.key_or_group: override for override in overrides}
@@ -104,7 +106,7 @@ def _sweep(cfg: DictConfig, flags: list[str], overrides: list[Override], config_
     settings = SweepConfig(repeats=cfg.sweep.repeats, stop_on_oom=cfg.sweep.stop_on_oom)
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{group}"] for group in ("sweeper", "launcher"))
     swept = [*parse(params), *given.values()]
-    _check_points(swept, config_dir, draws=sweeper != "basic")
+    _check_points(swept, config_dir, own, draws=sweeper != "basic")
     _refuse_one_folder_for_all(cfg)
 
     words = [str(override.input_line) for override in given.values()]
@@ -127,9 +129,8 @@ def _sweep(cfg: DictConfig, flags: list[str], overrides: list[Override], config_
     )
 
 
-def _check_points(overrides: list[Override], config_dir: Path | None, *, draws: bool) -> None:
+def _check_points(overrides: list[Override], config_dir: Path | None, own: Options, *, draws: bool) -> None:
     """Check every value of every dimension, before the first job starts: `draws` is a sweeper that takes ranges."""
-    own = options_in(config_dir) if config_dir else {}
     for override in overrides:
         key, values = override.key_or_group, values_of(override, own)
         drawn = draws and override.is_sweep_override() and not override.is_discrete_sweep()

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mgpu_ddp.config.checks import words_of
 from mgpu_ddp.config.help import help_text
 from mgpu_ddp.config.schema import GROUPS, Config
 from mgpu_ddp.errors import UsageError
@@ -56,15 +57,10 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 
 def explain(error: Exception) -> str:
     """Say in one line what Hydra refuses after all: in a file, for a key of its own, or of what a sweeper drew."""
-    said = [_words_of(cause) for cause in (error, error.__cause__) if cause is not None]
+    said = [words_of(cause) for cause in (error, error.__cause__) if cause is not None]
     if said[-1] in said[0]:
         said = said[:1]
     return f"Hydra refuses the configuration: {': '.join(said)}. See --help."
-
-
-def _words_of(error: BaseException) -> str:
-    # OmegaConf adds its own view of the place.
-    return " ".join(str(error).partition("full_key:")[0].split()).rstrip(".")
 
 
 def quote(value: str) -> str:

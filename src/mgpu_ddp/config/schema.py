@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mgpu_ddp.config.checks import protocol_of, require
+from mgpu_ddp.config.checks import protocol_of, require, words_of
 from mgpu_ddp.config.keys import Key, Section, absolute, at_least, each_of, key, keys_of, location, not_empty, one_of
 from mgpu_ddp.errors import UsageError
 
@@ -479,8 +479,8 @@ def to_config(cfg: DictConfig) -> Config:
             raise UsageError(f"{missing[0]} must be given, got nothing. Add {missing[0]}=VALUE.")
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        text = " ".join(str(error).partition("full_key:")[0].split()).rstrip(".")
-        raise UsageError(f"{error.full_key} must resolve to its type, got: {text}. Write the value out.") from None
+        got = words_of(error)
+        raise UsageError(f"{error.full_key} must resolve to its type, got: {got}. Write the value out.") from None
     except AttributeError as error:
         # A key put in with + may be one of another option of its group.
         raise UsageError(f"{error.name} must be a key of what was chosen, got another's. See --help.") from None

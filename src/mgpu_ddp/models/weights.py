@@ -29,7 +29,7 @@ NAMED_KEYS = 4
 
 
 def load_weights(model: Model, config: ModelConfig) -> None:
-    """Fill the module from the named weights or the checkpoint, if there are any. Rank 0 only: DDP shares them.
+    """Fill the module from the named weights or the checkpoint, if there are any. Rank 0 only.
 
     Raises:
         UsageError: a file is missing, hostile or does not fit; names the keys.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.distributed.host import available_bytes, peaks, reset_peaks
@@ -68,7 +69,7 @@ def choose_compile(setup: Setup) -> str:
     if not plan.compiled or plan.batch_size is None:
         return "on" if plan.compiled else "off"
     log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
-    failures = _compile_on_all(Trial.of(setup, compile="on"), plan.batch_size)
+    failures = _compile_on_all(Trial.of(setup, replace(setup.resolved, compile="on")), plan.batch_size)
     if failures and not plan.may_fall_back:
         raise UsageError(
             f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
@@ -127,7 +128,7 @@ def find_batch_size(setup: Setup) -> int:
     before = world.share("batch size", begun.batch_size if begun else None)
     if before is not None:
         return int(before)
-    trial, rates = Trial.of(setup), dict[int, float]()
+    trial, rates = Trial.of(setup, setup.resolved), dict[int, float]()
     for batch_size in _doubling():
         rate, has_room = None, False
         with world.together(f"try batches of {batch_size}"):
@@ -171,9 +172,8 @@ class Trial:
     world: World
 
     @classmethod
-    def of(cls, setup: Setup, **choices: str) -> "Trial":
-        """A trial of what was resolved so far, with other choices. Collective: every rank calls this."""
-        resolved = replace(setup.resolved, **choices)  # type: ignore[arg-type]
+    def of(cls, setup: Setup, resolved: Resolved) -> "Trial":
+        """A trial with these choices. Collective: every rank calls this."""
         predictor = setup.predictors.get(resolved)
         return cls(predictor=predictor, image_size=resolved.transform.out_size, world=setup.world)
 

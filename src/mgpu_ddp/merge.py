@@ -21,11 +21,10 @@ from mgpu_ddp.errors import MgpuError, StateError, UsageError
 from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.output.folders import holding
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
+from mgpu_ddp.output.parts import copy_rows, write_header
 from mgpu_ddp.output.verify import prove
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
-
-COPIED_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +51,10 @@ def merge(run_dir: Path) -> dict[str, Any]:
     """
     shards = find_shards(run_dir)
     check_shards(run_dir, shards)
-    output_format = str(shards[0].manifest.fingerprint["output.format"])
     for shard in shards:
-        prove(shard.folder, shard.manifest, output_format).check_exact(str(shard.folder))
+        prove(shard.folder, shard.manifest).check_exact(str(shard.folder))
     with holding(run_dir):
-        merged = _merge(run_dir, shards, output_format)
+        merged = _merge(run_dir, shards)
     try:
         rebuild(run_dir)
     except (MgpuError, OSError) as error:
@@ -137,9 +135,9 @@ def _identity(shard: Shard) -> dict[str, Any]:
     return identity
 
 
-def _merge(run_dir: Path, shards: list[Shard], output_format: str) -> dict[str, Any]:
+def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
     first, last = shards[0].manifest, shards[-1].manifest
-    if output_format == "npy":
+    if first.output_format == "npy":
         replace_file(run_dir / ARRAY, lambda file: _join_arrays(file, shards, last.stop - first.start))
     else:
         _link_parts(run_dir, shards)
@@ -154,7 +152,7 @@ def _merge(run_dir: Path, shards: list[Shard], output_format: str) -> dict[str, 
         shard=None,
     )
     replace_bytes(run_dir / "errors.jsonl", b"".join((s.folder / "errors.jsonl").read_bytes() for s in shards))
-    prove(run_dir, merged, output_format).check_exact(str(run_dir))
+    prove(run_dir, merged).check_exact(str(run_dir))
     rates = [_metrics(shard.folder).get("images_per_s", 0.0) for shard in shards]
     replace_json(run_dir / "metrics.json", {"shards": len(shards), "images_per_s_of_each": rates})
     merged.write(run_dir)
@@ -202,11 +200,9 @@ def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
     arrays = [np.load(shard.folder / ARRAY, mmap_mode="r") for shard in shards]
     if len({(array.shape[1], array.dtype) for array in arrays}) > 1:
         raise StateError(f"{ARRAY} differs between the shards in its columns or dtype. Run the shards again.")
-    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (rows, arrays[0].shape[1])}
-    np.lib.format.write_array_header_1_0(file, header)
+    write_header(file, arrays[0].dtype, (rows, arrays[0].shape[1]))
     for array in arrays:
-        for start in range(0, len(array), COPIED_ROWS):
-            file.write(array[start : start + COPIED_ROWS].tobytes())
+        copy_rows(array, file)
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

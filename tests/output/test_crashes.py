@@ -228,7 +228,7 @@ def test_a_late_window_of_the_array_that_differs_is_never_accepted(place: Path) 
     assert (place / "run" / ARRAY).read_bytes() == before, "the same rows are the same bits"
     writer.write(rows)
     with pytest.raises(ProofError, match="has other bytes than were committed"):
-        prove(place / "run", manifest, "npy")
+        prove(place / "run", manifest)
     with pytest.raises(ProofError, match="has other bytes than were committed"):
         attempt(place / "run", job, "b")
 

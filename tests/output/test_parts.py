@@ -19,7 +19,7 @@ def test_parts_are_listed_whole_and_proved(tmp_path: Path, how: str) -> None:
     parts = write_parts(folder, 8, 12, 20)
     assert Manifest.read(tmp_path) == folder.manifest
     assert [(p.first, p.rows, p.errors) for p in parts] == [(0, 8, 1), (8, 4, 0), (12, 8, 1)]
-    proof = prove(tmp_path, folder.claimed, how)
+    proof = prove(tmp_path, folder.claimed)
     assert (proof.total, proof.rows, proof.errors, proof.missing, proof.duplicates) == (20, 20, 2, 0, 0)
     assert files_below(tmp_path) == {"manifest.json", *(p.file for p in parts)}, "a temporary file was left"
     if how != "npy":
@@ -67,10 +67,10 @@ def test_retried_rows_take_the_place_of_error_rows_alone(tmp_path: Path, how: st
         (8, 4, 0, 0),
         (12, 8, 1, 0),
     ]
-    proof = prove(folder.path, manifest, how)
+    proof = prove(folder.path, manifest)
     assert (proof.rows, proof.errors, proof.missing, proof.duplicates) == (20, 1, 0, 0)
     assert {file: (folder.path / file).read_bytes() for file in untouched} == untouched
-    assert list(error_rows(folder.path, manifest, how, SAMPLES.path)) == [(17, SAMPLES.path(17), "still bad")]
+    assert list(error_rows(folder.path, manifest, SAMPLES.path)) == [(17, SAMPLES.path(17), "still bad")]
     # The same table as one that was predicted with this outcome at once.
     at_once = claim(tmp_path / "at once", how)
     table = at_once.open_table(writer_of(at_once))
@@ -84,7 +84,7 @@ def test_array_rows_that_are_being_retried_do_not_count_until_listed(tmp_path: P
     folder = claim(tmp_path, "npy")
     write_parts(folder, 20)
     writer_of(folder, "again").rewrite(folder.claimed.parts[0], make_rows(3, 1, classes=CLASSES))  # never listed
-    proof = prove(tmp_path, claim(tmp_path, "npy").claimed, "npy")
+    proof = prove(tmp_path, claim(tmp_path, "npy").claimed)
     assert (proof.rows, proof.errors) == (20, 2)
     assert np.isnan(np.load(tmp_path / "predictions.npy")[3]).all()
 

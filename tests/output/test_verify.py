@@ -16,7 +16,7 @@ from tests.support.samples import make_rows
 
 
 def proof_of(folder: RunFolder) -> Proof:
-    return prove(folder.path, folder.claimed, folder.claimed.output_format)
+    return prove(folder.path, folder.claimed)
 
 
 def put_rows(folder: RunFolder, number: int, index: list[int]) -> None:
@@ -123,6 +123,6 @@ def test_no_samples_at_all(tmp_path: Path, how: str) -> None:
 def test_errors_are_derived_from_the_parts(tmp_path: Path, how: str) -> None:
     folder = claim(tmp_path, how)
     write_parts(folder, 8, 12, 20)
-    write_errors(tmp_path, folder.claimed, how, SAMPLES.path)
+    write_errors(tmp_path, folder.claimed, SAMPLES.path)
     found = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert found == [{"index": i, "path": SAMPLES.path(i), "reason": f"{REASON} {i}"} for i in FAILED]

@@ -152,7 +152,7 @@ def predict(folder: RunFolder, job: Job, files: Listing, token: str, told: Told)
             table.list([writer.write(rows_of(job, files, np.arange(a, b), again=False)) for a, b in stretches])
         told("prefix", manifest.prefix)
     if job.retry and job.stop_at is None:
-        failed = error_rows(folder.path, manifest, job.how, lambda index: readable(files.path(index)))
+        failed = error_rows(folder.path, manifest, lambda index: readable(files.path(index)))
         chosen = np.array([index for index, _, _ in failed], dtype=np.int64)
         writer = open_writer(folder.path, job.how, files.names, CLASS_NAMES, token, manifest.start)
         if len(chosen):
@@ -166,7 +166,7 @@ def predict(folder: RunFolder, job: Job, files: Listing, token: str, told: Told)
 def listed_rows(folder: Path, manifest: Manifest) -> list[Any]:
     """The rows that the manifest lists, in its order, whatever the format."""
     rows: list[Any] = []
-    how = manifest.fingerprint["output.format"]
+    how = manifest.output_format
     for part in manifest.parts:
         if how == "npy":
             array = np.load(folder / ARRAY)[part.first : part.stop]
@@ -260,7 +260,7 @@ def check_whole(folder: Path) -> None:
     manifest = Manifest.read(folder)
     demand(manifest is not None and manifest.complete, "complete, but not in its manifest")
     assert manifest is not None
-    proof = prove(folder, manifest, manifest.fingerprint["output.format"])
+    proof = prove(folder, manifest)
     demand((proof.rows, proof.missing, proof.duplicates) == (proof.total, 0, 0), proof)
     demand(status["counts"]["total"] == manifest.stop, "complete with the counts of another result")
 

@@ -75,7 +75,7 @@ def _failed_rows(context: JobContext) -> npt.NDArray[np.int64]:
     folder, failed = context.folder, list[int]()
     with context.world.together("find the failed rows"):
         if context.world.rank == 0:
-            rows = error_rows(folder.path, folder.claimed, context.config.output.format, context.claim.samples.path)
+            rows = error_rows(folder.path, folder.claimed, context.claim.samples.path)
             failed = [index for index, _, _ in rows]
     return np.array(context.world.share("failed rows", failed), dtype=np.int64)
 

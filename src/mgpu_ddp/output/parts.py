@@ -177,17 +177,26 @@ def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
 
     def fill(file: BinaryIO) -> None:
         dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, num_columns)}
-        np.lib.format.write_array_header_1_0(file, header)
+        write_header(file, dtype, (rows, num_columns))
         file.flush()
         if rows:
             # Claim the space now: a full disk should say so at the start.
             os.posix_fallocate(file.fileno(), file.tell(), rows * num_columns * dtype.itemsize)
         if before is not None:
-            for first in range(0, len(before), COPIED_ROWS):
-                file.write(before[first : first + COPIED_ROWS].tobytes())
+            copy_rows(before, file)
 
     replace_file(path, fill)
+
+
+def write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+    """Begin a `.npy`: its rows follow."""
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+
+
+def copy_rows(array: npt.NDArray[np.floating], file: BinaryIO) -> None:
+    """Append the rows of a mapped array, without taking memory for all of them."""
+    for first in range(0, len(array), COPIED_ROWS):
+        file.write(array[first : first + COPIED_ROWS].tobytes())
 
 
 def blank_errors(folder: Path, manifest: Manifest) -> None:

@@ -211,13 +211,13 @@ class RunFolder:
         Raises:
             ProofError: folder and manifest disagree, or a complete table lacks rows or holds some twice.
         """
-        manifest, output_format = self.claimed, self.claimed.output_format
+        manifest = self.claimed
         # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
         remove_unlisted(self.path, manifest)
-        proof = prove(self.path, manifest, output_format)
+        proof = prove(self.path, manifest)
         if status == "complete":
             proof.check_exact("the table")
-        write_errors(self.path, manifest, output_format, path_of)
+        write_errors(self.path, manifest, path_of)
         manifest.complete = status == "complete"
         manifest.write(self.path)
         write_status(self.path, status, manifest, reason)

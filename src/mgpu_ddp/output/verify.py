@@ -39,14 +39,14 @@ class Proof:
             )
 
 
-def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
+def prove(run_dir: Path, manifest: Manifest) -> Proof:
     """Read back what is on disk and count: rows == samples, none missing, no duplicates. Rank 0 only.
 
     Raises:
         ProofError: the folder and the manifest disagree.
     """
     listed = {part.file for part in manifest.parts}
-    if how == "npy":
+    if manifest.output_format == "npy":
         shape = np.load(run_dir / ARRAY, mmap_mode="r").shape
         if shape[0] != manifest.stop - manifest.start:
             raise ProofError(
@@ -62,18 +62,18 @@ def prove(run_dir: Path, manifest: Manifest, how: str) -> Proof:
     total, rows, next_index = manifest.stop - manifest.start, 0, manifest.start
     in_order = True
     for part in manifest.parts:
-        index = _index_of(run_dir, part, how)
+        index = _index_of(run_dir, manifest, part)
         in_order = in_order and np.array_equal(index, np.arange(next_index, next_index + part.rows))
         rows, next_index = rows + len(index), part.stop
     missing, duplicates = manifest.stop - next_index, 0
     if not in_order:
-        missing, duplicates = _count(run_dir, manifest, how)
+        missing, duplicates = _count(run_dir, manifest)
     return Proof(total=total, rows=rows, errors=manifest.errors, missing=missing, duplicates=duplicates)
 
 
-def _count(run_dir: Path, manifest: Manifest, how: str) -> tuple[int, int]:
+def _count(run_dir: Path, manifest: Manifest) -> tuple[int, int]:
     """(missing, duplicate) rows of a table that is known to be wrong; takes memory for every sample."""
-    index = np.concatenate([_index_of(run_dir, part, how) for part in manifest.parts])
+    index = np.concatenate([_index_of(run_dir, manifest, part) for part in manifest.parts])
     found, times = np.unique(index, return_counts=True)
     expected = np.arange(manifest.start, manifest.stop)
     return len(np.setdiff1d(expected, found)), int((times - 1).sum())
@@ -86,30 +86,30 @@ def _digest(run_dir: Path, part: Part, start: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _index_of(run_dir: Path, part: Part, how: str) -> Any:
-    if how == "npy":
+def _index_of(run_dir: Path, manifest: Manifest, part: Part) -> Any:
+    if manifest.output_format == "npy":
         return np.arange(part.first, part.stop)
-    return FORMATS[how].columns(run_dir / part.file, ["index"])["index"].to_numpy()
+    return FORMATS[manifest.output_format].columns(run_dir / part.file, ["index"])["index"].to_numpy()
 
 
-def write_errors(run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]) -> None:
+def write_errors(run_dir: Path, manifest: Manifest, path_of: Callable[[int], str | None]) -> None:
     """Derive `errors.jsonl` (index, path, reason) from the parts. Rank 0 only."""
     lines: list[bytes] = []
-    for index, path, reason in error_rows(run_dir, manifest, how, path_of):
+    for index, path, reason in error_rows(run_dir, manifest, path_of):
         record = {"index": index, "path": path, "reason": reason}
         lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     replace_bytes(run_dir / "errors.jsonl", b"".join(lines))
 
 
 def error_rows(
-    run_dir: Path, manifest: Manifest, how: str, path_of: Callable[[int], str | None]
+    run_dir: Path, manifest: Manifest, path_of: Callable[[int], str | None]
 ) -> Iterator[tuple[int, str | None, str]]:
     """(index, path, reason) of every error row, ascending, read from the parts. Rank 0 only."""
     for part in manifest.parts:
         if part.errors == 0:
             continue
-        if how == "npy":
+        if manifest.output_format == "npy":
             yield from sorted((int(i), path_of(int(i)), reason) for i, reason in part.reasons.items())
         else:
-            table = FORMATS[how].columns(run_dir / part.file, ["index", "path", "error"]).to_pylist()
+            table = FORMATS[manifest.output_format].columns(run_dir / part.file, ["index", "path", "error"]).to_pylist()
             yield from ((row["index"], row["path"], row["error"]) for row in table if row["error"])

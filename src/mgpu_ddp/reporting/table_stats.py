@@ -166,7 +166,7 @@ def _read(run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None
         yield from _read_array(run_dir, manifest, part, samples, best=best)
         return
     names = ["index", "label", "pred", "prob", *(["topk_index"] if best else [])]
-    table = FORMATS[manifest.fingerprint["output.format"]].columns(run_dir / part.file, names)
+    table = FORMATS[manifest.output_format].columns(run_dir / part.file, names)
     pred = _numbers(table["pred"])
     yield RowBlock(
         index=_numbers(table["index"]),

@@ -72,6 +72,11 @@ class WriteError(StateError):
     """The output folder could not be written to; what was committed before stays valid."""
 
 
+def cause_of(error: Exception) -> str:
+    """Why a file or URL cannot be read, in one line, without its path, which the caller's own message names."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+
+
 def reason_of(error: BaseException) -> str:
     """Name an error in one line."""
     text = " ".join(str(error).split())

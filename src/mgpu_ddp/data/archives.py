@@ -17,7 +17,7 @@ from mgpu_ddp.data.listing import Archive, Listing
 from mgpu_ddp.data.patterns import expand, root_of
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.errors import StateError, UsageError, cause_of
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -110,8 +110,7 @@ def _size_and_mtime(path: str) -> tuple[int, int]:
 
 def unreadable(path: str, error: Exception) -> UsageError:
     """The error for an archive that cannot be read."""
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    return UsageError(f"data.urls: {path!r} cannot be read ({text}). Fix it, or correct the pattern.")
+    return UsageError(f"data.urls: {path!r} cannot be read ({cause_of(error)}). Fix it, or correct the pattern.")
 
 
 def _gather(mine: list[tuple[int, ArchiveIndex]], rounds: int, world: World) -> dict[int, ArchiveIndex]:

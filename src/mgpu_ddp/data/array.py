@@ -13,7 +13,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import ArrayConfig
 from mgpu_ddp.data.listing import no_names
 from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.errors import StateError, UsageError, cause_of
 from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform, copy_pixels
 
 MAPPED_BYTES = 1 << 16
@@ -34,8 +34,7 @@ def open_array(path: str) -> Pixels:
         # Refuses archives of arrays, whatever their name, and arrays of objects, which could run code.
         array: Any = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-        raise UsageError(f"data.path={path!r} cannot be read as a .npy ({text}). {SAVE_IMAGES}") from None
+        raise UsageError(f"data.path={path!r} cannot be read as a .npy ({cause_of(error)}). {SAVE_IMAGES}") from None
     is_images = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
     is_images = is_images and 0 not in array.shape[1:]
     rule = "uint8 images of three channels and at least one pixel"

@@ -9,7 +9,7 @@ from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
 from mgpu_ddp.config.schema import ListConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.listing import Listing, as_labels
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import UsageError, cause_of
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -53,8 +53,9 @@ def _read_table(path: str) -> Any:
     try:
         return read(path)
     except (OSError, pa.ArrowException) as error:
-        text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-        raise UsageError(f"data.path={path!r} cannot be read ({text}). Fix it, or name another list.") from None
+        raise UsageError(
+            f"data.path={path!r} cannot be read ({cause_of(error)}). Fix it, or name another list."
+        ) from None
 
 
 def _to_paths(column: Any, data: ListConfig) -> Any:

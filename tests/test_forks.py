@@ -1,4 +1,4 @@
-"""What is forked for other tests is as good as a process that was started."""
+"""A process that is forked for other tests is as good as one that was started."""
 
 import json
 import os

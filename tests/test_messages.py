@@ -16,7 +16,7 @@ OURS = {name for name, value in vars(errors).items() if isinstance(value, type) 
 FOR_PEERS = {"PeerError", "PeerFailedError", "PeerLostError", "ProtocolError"}
 """Say what happened elsewhere; the cause and its remedy stand where it happened."""
 VALUE = "\N{WHITE SQUARE}"
-"""What stands in a message for a part that is known only when it is raised."""
+"""Stands in a message for a part that is known only when it is raised."""
 WHAT_TO_DO = re.compile(
     r"(add|allow|ask|check|choose|complete|convert|copy|correct|delete|fetch|fix|free|give|install|join|leave|list|lower"
     r"|make|mount|move|name|number|pip|put|quote|raise|rename|renew|rerun|restore|run|save|see|set|shorten|split|start"
@@ -89,7 +89,7 @@ def _message(call: ast.Call, known: dict[str, ast.AST]) -> Iterator[tuple[str, s
 
 
 def faults(kind: str, text: str) -> list[str]:
-    """What is wrong with a message."""
+    """The faults of a message."""
     found = [f"says {word.group()!r}" for word in UNWANTED.finditer(text)]
     if kind not in OURS or text == VALUE:
         return found

@@ -144,7 +144,7 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What the command prints where it leaves with 2, in one line."""
+    """The line that the command prints where it leaves with 2."""
     monkeypatch.setattr(sys, "argv", ["report", *argv])
     with pytest.raises(SystemExit) as left:
         main()

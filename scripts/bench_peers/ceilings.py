@@ -1,4 +1,4 @@
-"""What each stage of mgpu_ddp reaches alone, by its own functions and in each way that was tried; prints one JSON line.
+"""The rate of each stage of mgpu_ddp alone, by its own functions and in each way that was tried; prints one JSON line.
 
 generate  FakeData in as many processes as the loader has workers
 decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, by this package's decoder
@@ -163,7 +163,7 @@ def forward(args: argparse.Namespace, batch_size: int, config: Config, world: Wo
 
 
 def _rate(steps: Generator[int], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
-    """What steps count per second, once warm."""
+    """Units per second, as the steps count them, once warm."""
     with closing(steps):
         next(steps)
         started = warm_at = time.perf_counter()

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import cross_entropy
 
 SIDE, MARGIN = 256, 16
-"""Of the images as they are kept, and how far a crop may lie off their middle."""
+"""Pixels of a kept image, and how far a crop may lie off its middle."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMOOTHING, PEAK_RATE, DECAY = 0.05, 2e-3, 0.05
 

@@ -1,4 +1,4 @@
-"""What the peers share, so that they differ in nothing but how they predict: files, model, clock, one JSON line.
+"""Shared by the peers, so that they differ in nothing but how they predict: files, model, clock, one JSON line.
 
 Files are decoded by Pillow and transformed by torchvision in loader workers, as all of their documentation has it.
 """

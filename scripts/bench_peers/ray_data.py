@@ -14,7 +14,7 @@ import ray
 
 
 class Classifier:
-    """What an actor holds."""
+    """The model that an actor holds."""
 
     def __init__(self):
         self.device = torch.device("cuda" if peer.CUDA else "cpu")

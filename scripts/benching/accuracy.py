@@ -1,4 +1,4 @@
-"""What precision and decoder change: each setting's predictions beside those of fp32 and Pillow, image by image.
+"""The effect of precision and decoder: each setting's predictions beside those of fp32 and Pillow, image by image.
 
 The checkpoint is trained on the spot: random weights would say nothing, since all their classes are near ties. Its
 classes overlap a little and their labels are smoothed, so that it is confident but never certain.
@@ -45,7 +45,7 @@ class Sizes:
     epochs: int
     training_batch_size: int
     side: int
-    """Of the crops to train on, in pixels; predictions are of 224."""
+    """Pixels of a crop to train on; predictions are of 224."""
     held_out: int
     """Images to predict, none of which was trained on."""
     batch_size: int
@@ -174,7 +174,7 @@ def compare_tables(reference: Path, other: Path) -> Difference:
 
 
 def _confidence(run: Path) -> dict[str, float]:
-    """Whether a model is right and sure of it, so that a reader sees that it neither guesses nor is certain."""
+    """How often a model is right, and how sure it is: a reader sees that it neither guesses nor is certain."""
     import numpy as np
 
     table = _read(run)

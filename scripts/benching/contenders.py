@@ -22,14 +22,14 @@ class Contender:
     command: list[str]
     gpus: int = 1
     rows: int | None = None
-    """That a job of mgpu_ddp must predict."""
+    """A job of mgpu_ddp must predict so many."""
     once: bool = False
     """Measured in the first round alone."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Found:
-    """What became of a contender."""
+    """The outcome of a contender."""
 
     measured: list[Measurement] = field(default_factory=list)
     problem: str = ""

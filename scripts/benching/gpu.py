@@ -41,7 +41,7 @@ class Sizes:
     batch_size: int
     array_batch_size: int
     seconds: float
-    """Of steady work of a peer."""
+    """A peer works so long once warm."""
     warm_up_s: float
     ceiling_s: float
 

@@ -20,7 +20,7 @@ print(json.dumps({"gpus": names, "cuda": torch.version.cuda, "cudnn": torch.back
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """What there is to run on."""
+    """The hardware to run on."""
 
     gpus: list[str]
     cuda: str | None

@@ -29,7 +29,7 @@ COLLECTING, COLLECTING_AT = 0.03, 8
 COUNTS = (1, 2, 4, 8)
 SCALINGS = ("weak", "strong")
 ROWS = {"jpegs": 400_000, "array": 200_000, "fake": 40_000}
-"""Of each GPU: ten seconds of JPEGs, lest what differs between the starts of the ranks count."""
+"""For each GPU: ten seconds of JPEGs, lest what differs between the starts of the ranks count."""
 KINDS = {"jpegs": "JPEGs", "array": "decoded images", "fake": "FakeData"}
 COLOURS = {"jpegs": "#2a6f97", "array": "#e07a5f", "fake": "#81b29a"}
 DISTINCT = 16_000
@@ -41,7 +41,7 @@ class Kind:
 
     name: str
     rows_each: int
-    """Of each GPU where the scaling is weak."""
+    """For each GPU where the scaling is weak."""
     batch_size: int
 
 
@@ -60,19 +60,19 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is measured on what."""
+    """The measurements, and the hardware for them."""
 
     hardware: Hardware
     counts: list[int]
-    """Of GPUs, ascending from 1."""
+    """Numbers of GPUs, ascending from 1."""
     shares: int
     """Into how many the cores are split: one for each GPU of this machine, or for each core where it has none."""
     cores: int
-    """Of each rank."""
+    """For each rank."""
     scalings: list[str]
     kinds: list[Kind]
     judged: bool
-    """Whether the bars apply."""
+    """The bars apply."""
 
     def turns(self, kind: Kind, scaling: str) -> list[Turn]:
         """One for each number of GPUs."""
@@ -90,7 +90,7 @@ class Plan:
         return list(dict.fromkeys(turns))
 
     def title(self, turn: Turn, scaling: str = "") -> str:
-        """What a turn is called, as part of a scaling or by its rows."""
+        """A turn's name, as part of a scaling or by its rows."""
         ranks = f"{turn.gpus} {'GPU' if self.hardware.gpus else 'rank'}{'s' if turn.gpus > 1 else ''}"
         what = scaling or f"{turn.rows:,} rows"
         return f"{KINDS[turn.kind.name]}, {what}, {ranks}"

@@ -1,4 +1,4 @@
-"""What was measured as ratios, one table and one JSON file."""
+"""Measurements as ratios, one table and one JSON file."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""What scripts/bench and scripts/soak share."""
+"""Shared by scripts/bench and scripts/soak."""

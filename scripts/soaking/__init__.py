@@ -1,1 +1,1 @@
-"""What scripts/soak is made of."""
+"""The parts of scripts/soak."""

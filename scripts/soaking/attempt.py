@@ -33,7 +33,7 @@ POLL_S = 0.005
 OPERATIONS = {"fsync": 0, "link": 1, "replace": 1, "unlink": 0}
 """The functions of os that make something durable, with the argument that names what they change."""
 JOINED, DIED, ENDED = Path("joined"), Path("died"), Path("ended")
-"""What a rank leaves in its working folder: that it has joined, at which operation it died, how it ended."""
+"""Left by a rank in its working folder: that it has joined, at which operation it died, how it ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is soaked: small jobs over real JPEGs and fake images, and how their rows are compared."""
+"""The jobs of a soak, small ones over real JPEGs and fake images, and how their rows are compared."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class Kind:
 
     @property
     def rows(self) -> str:
-        """What decides its rows: jobs that share this must end with the same ones."""
+        """Decides its rows: jobs that share this must end with the same ones."""
         return f"{self.data}-{self.how}"
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class Difference:
     duplicates: int
     different: int
     unclean: list[str]
-    """What else is wrong with the folder."""
+    """Anything else that is wrong with the folder."""
 
     @property
     def is_none(self) -> bool:

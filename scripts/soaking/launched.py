@@ -1,4 +1,4 @@
-"""What only real launchers show: restarts by torchrun, orphans of a dead torchrun, nodes that go away."""
+"""Faults that only real launchers show: restarts by torchrun, orphans of a dead torchrun, nodes that go away."""
 
 import os
 import random
@@ -40,11 +40,11 @@ Launcher = subprocess.Popen[bytes]
 
 
 class SoakError(Exception):
-    """What was to happen did not; the text says what."""
+    """An awaited event did not happen; the text names it."""
 
 
 class Launches:
-    """What the modes share: jobs side by side, and undisturbed runs to compare them with."""
+    """Shared by the modes: jobs side by side, and undisturbed runs to compare them with."""
 
     def __init__(self, soak: Soak) -> None:
         self.work = soak.work

@@ -1,4 +1,4 @@
-"""What a soak counts, and how it ends."""
+"""The counts of a soak, and how it ends."""
 
 import json
 import threading

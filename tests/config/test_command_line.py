@@ -285,7 +285,7 @@ def test_a_key_that_takes_any_value_cannot_name_code() -> None:
 
 
 class TouchMarker:
-    """What a hostile pickle holds."""
+    """The content of a hostile pickle."""
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {MARKER}",)

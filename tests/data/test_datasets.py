@@ -114,7 +114,7 @@ def test_a_continued_folder_keeps_its_listing_and_appends(tmp_path: Path, world:
 
 
 class Grey(Samples):
-    """What a source needs to have, and no more."""
+    """The least that a source needs to have."""
 
     def __len__(self) -> int:
         return 6

@@ -145,7 +145,7 @@ def test_what_is_wrong_with_one_image_is_its_own(proxy: s3.Proxy) -> None:
 
 
 def far_files(source: str) -> Any:
-    """What holds many images or names them, of the bucket."""
+    """Configurations of the files of the bucket that hold many images or name them."""
     return {
         "list": ListConfig(path="s3://bucket/list.csv"),
         "webdataset": WebDatasetConfig(urls="s3://bucket/shard-{00..02}.tar", label_extension="cls"),
@@ -165,7 +165,7 @@ def test_a_token_that_expires_is_told_as_such_whichever_request_is_the_first_wit
     monkeypatch.setattr(object_store, "BUFFER_BYTES", 16384)
 
     def expiring(step: Callable[[], object]) -> list[str]:
-        """What is said where it expires at each request of a step in turn."""
+        """The messages where the login expires at each request of a step in turn."""
         told = []
         while True:
             expires = proxy.asked + len(told)

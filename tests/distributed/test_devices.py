@@ -21,7 +21,7 @@ FOUR = [gpu("a"), gpu("b"), gpu("a", "n1"), gpu("c", "n1")]
 
 
 def mistake(ranks: list[Found], rank: int = 0, strategy: str = "ddp", **runtime: Any) -> str:
-    """What is said on one rank; nothing where the job may run."""
+    """The message on one rank; empty where the job may run."""
     config = tiny(strategy=strategy, runtime=RuntimeConfig(**{"device": "auto"} | runtime))
     try:
         check(Devices(config=config, rank=rank, ranks=ranks))

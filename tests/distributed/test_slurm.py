@@ -1,4 +1,4 @@
-"""What is read from SLURM's variables, as srun 22.05 sets them for three tasks on two nodes."""
+"""A rank's place read from SLURM's variables, as srun 22.05 sets them for three tasks on two nodes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is read from the variables that torchrun sets."""
+"""A rank's place read from the variables that torchrun sets."""
 
 import pytest
 

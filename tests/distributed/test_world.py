@@ -1,4 +1,4 @@
-"""What a process makes of its surroundings when it joins the others."""
+"""A process reads its surroundings when it joins the others."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the predictor does with outputs that are no numbers, and with batches that do not fit in memory."""
+"""The predictor meets outputs that are no numbers, and batches that do not fit in memory."""
 
 from collections.abc import Iterator
 

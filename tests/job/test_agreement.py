@@ -1,4 +1,4 @@
-"""What all ranks conclude from the payloads of a window, case by case."""
+"""The decision that all ranks draw from the payloads of a window, case by case."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `auto` finds before a job starts, with real models on this machine."""
+"""The values that `auto` finds before a job starts, with real models on this machine."""
 
 import logging
 from dataclasses import replace
@@ -84,7 +84,7 @@ class Broken(nn.Module):
 
 
 def choose(job: Job, world: World, tried: nn.Module | None = None) -> tuple[str, list[int]]:
-    """What is chosen for a job of a tiny model, and the batch sizes that were tried with another."""
+    """The choice for a job of a tiny model, and the batch sizes that were tried with another."""
     tried = tried or Hungry(most=LARGEST)
 
     predictors = PredictorsOf(tried, job.config, world)

@@ -1,4 +1,4 @@
-"""What jobs take over from each other, and how their memory is measured."""
+"""Objects that jobs take over from each other, and how their memory is measured."""
 
 import gc
 import weakref

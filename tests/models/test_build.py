@@ -60,7 +60,7 @@ class SimpleModel(nn.Module):
 
 
 class Compiled(nn.Module):
-    """What torch.compile wraps a module in, as far as its keys show."""
+    """A module as torch.compile wraps it, as far as its keys show."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

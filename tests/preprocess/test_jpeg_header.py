@@ -71,7 +71,7 @@ def opened(data: bytes) -> Image.Image | None:
 
 
 def applied_orientation(image: Image.Image) -> int | None:
-    """What `transform.upright` does to an image, told from four pixels; None where Pillow fails over other tags."""
+    """The orientation that `upright` applies, told from four pixels; None where Pillow fails over other tags."""
     corners = np.array([[0, 1], [2, 3]], dtype=np.uint8)
     small = Image.fromarray(corners)
     small.info, small._exif = image.info, image._exif
@@ -91,7 +91,7 @@ def applied_orientation(image: Image.Image) -> int | None:
 
 
 def assert_agrees(data: bytes) -> Header | None:
-    """What is read is what Pillow reads; and what is plain is decoded by Pillow without complaint."""
+    """Our reading is that of Pillow, and Pillow decodes without complaint where it is plain."""
     found, image = read_header(data), opened(data)
     if found is None or image is None:
         # Pillow also opens files with padding or junk between segments, and refuses some with odd metadata.

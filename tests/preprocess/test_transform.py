@@ -25,7 +25,7 @@ FILES = {
 
 
 def model_input(data: bytes, transform: Transform, *, channels_last: bool = True) -> torch.Tensor:
-    """What the package feeds the model for one image file: float32 (3, height, width)."""
+    """Model input as the package makes it from one image file: float32 (3, height, width)."""
     pixels = torch.from_numpy(transform.geometry(decode(data)).copy())
     assert tuple(pixels.shape) == (*transform.out_size, 3)
     return transform.normalise(pixels[None], dtype=torch.float32, channels_last=channels_last)[0]

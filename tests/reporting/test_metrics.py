@@ -1,4 +1,4 @@
-"""What the report names as the bottleneck."""
+"""The bottleneck that the report names."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a job has resolved, for tests of the rooms that are handed it."""
+"""A job's choices, for tests of the rooms that are handed them."""
 
 from dataclasses import dataclass
 from typing import Any

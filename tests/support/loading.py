@@ -16,7 +16,7 @@ from tests.support.choices import resolved
 
 @dataclass(kw_only=True)
 class Loaded:
-    """What the batches of all ranks held, one rank after another."""
+    """The content of the batches of all ranks, one rank after another."""
 
     index: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)

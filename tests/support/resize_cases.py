@@ -42,7 +42,7 @@ def packed(images: Sequence[torch.Tensor], device: str = "cpu") -> Images:
 
 
 def oracle(image: torch.Tensor, orientation: int, transform: Transform) -> torch.Tensor:
-    """What the CPU path makes of the same pixels, uint8 (height, width, 3)."""
+    """The same pixels by the CPU path, uint8 (height, width, 3)."""
     stored = Image.fromarray(image.permute(1, 2, 0).numpy())
     stored.getexif()[EXIF_ORIENTATION] = orientation
     return torch.from_numpy(transform.geometry(upright(stored)).copy())

@@ -1,4 +1,4 @@
-"""What the unit tests share: a world of one process, images as bytes, rows, and the configuration store."""
+"""Shared by the unit tests: a world of one process, images as bytes, rows, and the configuration store."""
 
 import io
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a command line and a config folder may say: nothing that can run code.
+"""Refuses a command line or a config folder that could run code.
 
 Hydra imports and calls whatever a `_target_` names (callbacks, launchers, log handlers) while it starts. Whether a
 key exists and takes its value is for `overrides` to check.

@@ -27,7 +27,7 @@ class Command:
     """A checked command line."""
 
     words: list[str]
-    """What was typed: flags first, because argparse wants overrides in one piece."""
+    """As typed, but flags first: argparse wants overrides in one piece."""
     informational: bool = False
     multirun: bool = False
     swept: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Command:
 
     @property
     def argv(self) -> list[str]:
-        """What Hydra gets."""
+        """The arguments for Hydra."""
         pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quote(self.folder)}"] if self.folder else []
         return [*self.words, *pinned]
 

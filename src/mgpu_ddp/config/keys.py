@@ -64,7 +64,7 @@ class Section:
 
     __slots__ = ()
     prefix: ClassVar[str] = ""
-    """What comes before the names of its fields on the command line."""
+    """Precedes the names of its fields on the command line."""
 
     def __post_init__(self) -> None:
         for name, known in keys_of(type(self)).items():

@@ -50,7 +50,7 @@ def points_of(overrides: Sequence[Override], own: Options) -> Iterator[list[Over
 
 
 def values_of(override: Override, own: Options) -> list[Override]:
-    """What an override sets, one for each different value it sweeps; none for a range that a sweeper draws from.
+    """An override for each different value that this one sweeps; none for a range that a sweeper draws from.
 
     All options of a group, for they choose files; of other keys the first `MAX_CHECKED` values.
     """

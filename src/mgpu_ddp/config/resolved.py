@@ -1,4 +1,4 @@
-"""What became of everything that may be `auto`: decided once for a job, logged, and kept in its manifest."""
+"""The values of everything that may be `auto`: decided once for a job, logged, and kept in its manifest."""
 
 from dataclasses import dataclass
 

@@ -280,7 +280,7 @@ def _folder(key: Key, folder: str | None) -> str | None:
 
 @dataclass(kw_only=True, slots=True)
 class OutputConfig(Section):
-    """What is written, where and how often."""
+    """The written result: columns, format, folder, and how often rows become durable."""
 
     prefix: ClassVar[str] = "output."
 
@@ -351,7 +351,7 @@ class DistConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(Section):
-    """What --multirun does with its points."""
+    """The points of a --multirun."""
 
     prefix: ClassVar[str] = "sweep."
 

@@ -17,7 +17,7 @@ from mgpu_ddp.errors import StateError, UsageError, cause_of
 from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform, copy_pixels
 
 MAPPED_BYTES = 1 << 16
-"""What a read fault maps of shared memory. Source: fault_around_bytes of Linux."""
+"""A read fault maps so much of shared memory. Source: fault_around_bytes of Linux."""
 SAVE_IMAGES = "Save images with np.save, uint8, as (n, height, width, 3) or (n, 3, height, width)."
 
 

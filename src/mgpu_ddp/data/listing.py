@@ -22,7 +22,7 @@ from mgpu_ddp.errors import UsageError
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp", b".tif", b".tiff")
 FILE_NAME = "listing.arrow"
 ARCHIVES_KEY = "shards"
-"""Of the metadata. Archives were called shards once, and the run folders of that time must stay readable."""
+"""Names archives in the metadata. They were called shards once, and the run folders of that time must stay readable."""
 
 
 def is_image(name: bytes) -> bool:
@@ -101,7 +101,7 @@ class Listing:
         self.archives = [Archive(**each) for each in json.loads(metadata.get(ARCHIVES_KEY.encode(), b"[]"))]
         """In the order of the rows; none where each image is a file of its own."""
         self.refreshed = False
-        """Whether it replaces a listing whose archives have changed."""
+        """It replaces a listing whose archives have changed."""
         # There is one record batch, so a lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "Last-Modified", "last_modified", "updated")
-"""What file systems call a value that changes with the content, best first."""
+"""The names file systems give a value that changes with the content, best first."""
 
 
 class _FileSystem:

@@ -17,9 +17,9 @@ class Samples(ABC):
     """
 
     layout: Layout | None = None
-    """Of the images as they are stored, where all are decoded and alike: a GPU can then transform them."""
+    """The layout of the stored images, where all are decoded and alike: a GPU can then transform them."""
     looks_ahead: bool = False
-    """Whether `expect` speeds up what is read next."""
+    """Calling `expect` speeds up the next reads."""
 
     @abstractmethod
     def __len__(self) -> int: ...

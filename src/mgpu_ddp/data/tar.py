@@ -46,7 +46,7 @@ class Member(NamedTuple):
     sample: str
     """Its name up to the first dot of the last component."""
     extension: str
-    """What follows that dot, in lower case."""
+    """The rest, after that dot, in lower case."""
     place: Place
     target: str | None
     """The name that a symbolic link leads to."""

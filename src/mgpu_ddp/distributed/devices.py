@@ -12,20 +12,20 @@ from mgpu_ddp.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What one rank has found to run on."""
+    """The hardware that one rank has found to run on."""
 
     node: str
     gpus: int
     """GPUs that this process sees."""
     uuid: str
-    """Of this rank's GPU; empty where there is none."""
+    """Identifies this rank's GPU; empty where there is none."""
     kind: str
     torch: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Devices:
-    """What all ranks have found, as one of them sees it."""
+    """The hardware of all ranks, as one of them sees it."""
 
     config: Config
     rank: int

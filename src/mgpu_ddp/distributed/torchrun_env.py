@@ -8,7 +8,7 @@ from mgpu_ddp.errors import UsageError
 
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
-"""What those who start one rank on each host may leave out."""
+"""May be left out by those who start one rank on each host."""
 REMEDY = "Start by torchrun, which sets all of them, or unset it."
 
 

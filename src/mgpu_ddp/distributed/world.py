@@ -37,12 +37,12 @@ WAYS = (slurm.read_place, torchrun_env.read_place)
 
 @dataclass(slots=True)
 class Link:
-    """What a world holds open: its stores, its heartbeat, and how many exchanges it has had."""
+    """The open ends of a world: its stores, its heartbeat, and how many exchanges it has had."""
 
     launch: Store
     """Lives as long as the launcher: across restarts of the workers."""
     store: Store
-    """Of this attempt alone: a restarted worker must not read what a dead attempt wrote."""
+    """Belongs to this attempt alone: a restarted worker must not read what a dead attempt wrote."""
     heartbeat: Heartbeat
     turn: int = 0
 

@@ -38,21 +38,21 @@ class Clock:
     input_s: float = 0.0
     """Waiting for model input to be made on the GPU."""
     decode_s: float = 0.0
-    """Of the threads that make it: inside calls to the GPU's JPEG decoder."""
+    """Inside calls to the GPU's JPEG decoder, in the threads that make model input."""
     predict_s: float = 0.0
     """Waiting for the model, until its results are on the host. On the CPU it normalises as well."""
     gpu_s: float = 0.0
-    """Of the GPU: from the begin of each forward pass to the end of copying its results."""
+    """On the GPU, from the begin of each forward pass to the end of copying its results."""
     peers_s: float = 0.0
     """Waiting for the windows of all ranks."""
     gather_s: float = 0.0
-    """Of the collecting thread: gathering, waiting for slower ranks included."""
+    """Gathering, in the collecting thread; waiting for slower ranks included."""
     write_s: float = 0.0
-    """Of the collecting thread: writing and listing parts."""
+    """Writing and listing parts, in the collecting thread."""
     workers_s: dict[str, float] = field(default_factory=dict)
     """Seconds of loader workers, per stage."""
     read_bytes: int = 0
-    """Of the loader workers."""
+    """Read by the loader workers."""
     batch_s: list[float] = field(default_factory=list)
     rows: int = 0
     errors: int = 0

@@ -116,7 +116,7 @@ class BatchGroup:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches, self._batch_size = batches, len(batches[0].pixels)
         self.jpegs = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], self._batch_size)
-        """Of all batches; their `rows` are the group's."""
+        """Those of all batches; their `rows` are the group's."""
         num_samples = np.array([len(batch.index) for batch in batches])
         # (batches, batch_size). Rows past a batch's samples are made of nothing.
         self._of_pixels = np.arange(self._batch_size) < num_samples[:, None]
@@ -163,7 +163,7 @@ class GpuInput:
         self._transform, self._device, self._dtype = transform, device, dtype
         self._channels_last, self._exact = channels_last, exact
         self._finish = transform.without_geometry(transform.out_size)
-        """What is left to do with pixels that a loader's worker has resized: normalising."""
+        """The last step for pixels that a loader's worker has resized: normalising."""
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))

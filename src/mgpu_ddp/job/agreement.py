@@ -1,4 +1,4 @@
-"""What the ranks tell each other about a window, and what all of them conclude from it.
+"""The messages that ranks exchange about a window, and the decision that all of them draw from these.
 
 All ranks read the same payloads, so all decide alike: what of the window is committed, and whether the job ends with
 it because everything is done, a rank wished to stop, a rank failed, or too many samples did.
@@ -18,7 +18,7 @@ Ending = Literal["complete", "preempted", "too many errors"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Payload:
-    """What one rank tells all others about one window."""
+    """One rank's message to all others about one window."""
 
     job: str
     attempt: int
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What becomes of a window, and of the job after it."""
+    """The outcome of a window, and of the job after it."""
 
     frontier: int
     """Rows below it are done on every rank and committed; those from it on are dropped."""

@@ -33,7 +33,7 @@ GAIN = 1.03
 """A larger batch must be worth so much: a smaller one commits sooner, and needs less memory."""
 MEASURED_S = 1.0
 SHARE_OF_MEMORY = 0.5
-"""What a batch may take of what is free: its encoded and decoded images come on top of it."""
+"""A batch may take so much of the free memory: its encoded and decoded images come on top of it."""
 WORTH_COMPILING = 1e15
 """Floating-point operations from which a job on CPUs is compiled: ResNet18 over 280,000 images. Compiling gains 5 to
 17 % of the two hours that they take two cores, and is worth its while up to about sixty-four of them."""
@@ -41,11 +41,11 @@ WORTH_COMPILING = 1e15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompilePlan:
-    """What rank 0 makes of `runtime.compile`."""
+    """Rank 0's reading of `runtime.compile`."""
 
     compiled: bool
     may_fall_back: bool = False
-    """Whether the job goes on without, should the model not compile."""
+    """The job goes on without, should the model not compile."""
     batch_size: int | None = None
     """To try it with. None: nothing is left to predict, or nothing is compiled."""
 
@@ -103,7 +103,7 @@ def _plan_compile(setup: Setup) -> CompilePlan:
 
 
 def _may_be_compiled(config: Config, world: World) -> bool:
-    """Whether auto leaves the choice to the amount of work."""
+    """True where auto leaves the choice to the amount of work."""
     # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
     return world.device.type == "cpu" and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
 
@@ -159,7 +159,7 @@ def _doubling() -> Iterator[int]:
 
 
 def _flat(rates: Sequence[float]) -> bool:
-    """Whether the last two doublings gained next to nothing."""
+    """True once the last two doublings gained next to nothing."""
     return len(rates) > 2 and max(rates[-2:]) < GAIN * max(rates[:-2])
 
 

@@ -149,7 +149,7 @@ class Collector:
 
     @property
     def over(self) -> bool:
-        """Whether the loop should end: all agreed to, a rank failed, or this process was asked to stop."""
+        """True once the loop should end: all agreed to, a rank failed, or this process was asked to stop."""
         heartbeat = self._world.heartbeat
         failed = self._committer.error is not None or heartbeat.alarm is not None or heartbeat.lost is not None
         return self._ended or failed or bool(self._stop)

@@ -1,4 +1,4 @@
-"""What a job has at hand: before it claims its run folder, once it has, and while it predicts."""
+"""The objects a job works with: before it claims its run folder, once it has, and while it predicts."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """What every rank knows of the run folder once it is this job's."""
+    """Each rank's knowledge of the run folder, once it is this job's."""
 
     start: int
     """The job's range of dataset indices is [start, stop)."""
@@ -73,7 +73,7 @@ class Claim:
     """Error rows committed before."""
     batch_size: int
     token: str
-    """Of this attempt; part names carry it."""
+    """Tells this attempt from others; part names carry it."""
     samples: Samples
 
 

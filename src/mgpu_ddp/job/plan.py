@@ -18,11 +18,11 @@ from mgpu_ddp.reporting import console
 log = logging.getLogger("mgpu_ddp")
 
 WINDOW_BYTES = 64 << 20
-"""Of the rows that travel to rank 0 in one window, from all ranks together."""
+"""Size of the rows that travel to rank 0 in one window, from all ranks together."""
 MUCH = 8
 """Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
 STRETCH_BYTES = 8 << 20
-"""Of the rows that one rank writes itself in one window."""
+"""Size of the rows that one rank writes itself in one window."""
 EMBEDDING_DIM = 2048
 """Assumed where the width of an embedding only sizes buffers."""
 

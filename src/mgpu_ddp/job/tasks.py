@@ -1,4 +1,4 @@
-"""What is left to do of a job: its tasks, their windows, and the collector that takes their rows."""
+"""The work that is left of a job: its tasks, their windows, and the collector that takes their rows."""
 
 import logging
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Task:
     """One pass over samples, window by window."""
 
     name: str
-    """What its rows are, for the log."""
+    """Names its rows in the log."""
     plan: Plan
     samples: Samples
     chosen: npt.NDArray[np.int64] | None
@@ -131,7 +131,7 @@ def error_limit(config: Config, total: int) -> float:
 
 
 def too_many_errors(context: JobContext) -> bool:
-    """Whether the folder holds more errors than `max_errors` before anything is predicted."""
+    """True if the folder holds more errors than `max_errors` before anything is predicted."""
     config, claim = context.config, context.claim
     return not config.retry_failed and claim.errors > error_limit(config, claim.stop - claim.start)
 

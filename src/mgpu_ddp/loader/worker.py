@@ -1,4 +1,4 @@
-"""What runs in a loader worker: an order comes in, and its slot is filled with one padded batch.
+"""The work of a loader worker: an order comes in, and its slot is filled with one padded batch.
 
 A bad sample costs its own row alone. What a GPU decodes is only looked through and packed.
 """
@@ -29,7 +29,7 @@ from mgpu_ddp.preprocess.transform import Integers, Pixels, Transform, copy_pixe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What a worker is asked for: these samples, in this slot."""
+    """A request to a worker: these samples, in this slot."""
 
     indices: list[int]
     slot: int = 0
@@ -37,7 +37,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """What a worker made of an order, except for the bytes in its slot."""
+    """A worker's answer to an order, except for the bytes in its slot."""
 
     slot: int
     index: Integers

@@ -19,13 +19,13 @@ log = logging.getLogger("mgpu_ddp")
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.", "resnet.")
-"""What DataParallel and DDP, torch.compile and the tutorial's SimpleModel put before every key."""
+"""Put before every key by DataParallel and DDP, torch.compile and the tutorial's SimpleModel."""
 NESTS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the state dict."""
 IGNORED = ("state_dict_ema", "model_ema")
 """Keys of averaged weights, which training scripts may keep beside it."""
 NAMED_KEYS = 4
-"""Of the keys that do not fit, so many are named."""
+"""So many of the keys that do not fit are named."""
 
 
 def load_weights(model: Model, config: ModelConfig) -> None:

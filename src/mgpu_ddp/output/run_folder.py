@@ -53,7 +53,7 @@ class RunFolder:
     before: Manifest | None = None
     """The manifest that the job goes on with, as it was found; None for a fresh start."""
     manifest: Manifest | None = None
-    """Of the claimed folder."""
+    """The manifest of the claimed folder."""
     _lock: int | None = field(default=None, init=False)
 
     @property

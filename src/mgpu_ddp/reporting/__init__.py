@@ -1,4 +1,4 @@
-"""What people look at: log, progress, tables, metrics, and the page.
+"""Everything people look at: log, progress, tables, metrics, and the page.
 
 Changes nothing of a result.
 """

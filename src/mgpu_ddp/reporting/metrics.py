@@ -1,4 +1,4 @@
-"""What each rank measured, and all of them together: `metrics.json`."""
+"""The measurements of each rank, and of all together: `metrics.json`."""
 
 import os
 import time
@@ -34,7 +34,7 @@ MAX_BINS = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMetrics:
-    """What one rank measured; seconds are wall time of its main thread unless said otherwise.
+    """The measurements of one rank; seconds are wall time of its main thread unless said otherwise.
 
     Fields that are also the clock's mean the same.
     """
@@ -61,18 +61,18 @@ class RankMetrics:
     input_s: float
     """Waiting for model input to be made on the GPU."""
     decode_s: float
-    """Of the threads that make it: inside the GPU's JPEG decoder."""
+    """Inside the GPU's JPEG decoder, in the threads that make model input."""
     predict_s: float
     gpu_busy_share: float | None
     """The share of the loop's time in which the GPU ran the model or copied its results. None on the CPU."""
     peers_s: float
     """Waiting for the windows of all ranks."""
     gather_s: float
-    """Of the collecting thread."""
+    """In the collecting thread."""
     write_s: float
-    """Of the collecting thread."""
+    """In the collecting thread."""
     workers_s: dict[str, float]
-    """Of all loader workers together, by stage."""
+    """Seconds of all loader workers together, by stage."""
     read_bytes: int
     """By loader workers, through the kernel."""
     host: str

@@ -29,7 +29,7 @@ THUMBNAILS_S = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobResults:
-    """What the page of a job is made from."""
+    """A job's results, from which its page is made."""
 
     run_dir: Path
     home: Path

@@ -161,7 +161,7 @@ def errors(run_dir: Path, manifest: Manifest) -> Section | None:
 
 
 def setup(manifest: Manifest, metrics: Section) -> Section:
-    """What ran where, and with which settings."""
+    """The machines and the settings of a job."""
     ranks = metrics.get("ranks", [])
     machines = Counter((rank.get("host", "?"), rank.get("device", "?")) for rank in ranks)
     facts = {

@@ -61,9 +61,9 @@ class TableStats:
     compared: Numbers | None
     """Rows of each label that stands for a class; None where labels cannot be matched."""
     top1: Numbers
-    """Of these, rows whose prediction is right."""
+    """Those of the compared rows whose prediction is right."""
     top5: Numbers | None
-    """Of these, rows with the right class among their best five; None where rows name fewer."""
+    """Those with the right class among their best five; None where rows name fewer."""
     picked: list[PickedRow]
 
     @property
@@ -126,7 +126,7 @@ def count_rows(
 
 
 def _has_best(job: dict[str, Any], num_classes: int) -> bool:
-    """Whether the rows tell their best five classes, or all where there are fewer."""
+    """True where rows name their best five classes, or all where there are fewer."""
     if job["output.format"] == "npy" and job["output.fields"] != ["embedding"]:
         return True
     return "topk" in job["output.fields"] and job["output.topk"] >= min(TOP, num_classes)

@@ -66,7 +66,7 @@ class Sweep:
         self.folder, self.swept = folder, list(swept)
         self._stop_on_oom = stop_on_oom
         self._over = False
-        """Whether nothing more can run: a rank was lost, or a signal asked to stop."""
+        """Nothing more can run: a rank was lost, or a signal asked to stop."""
         self._status = "running"
         self._rows: dict[int, dict[str, Any]] = {}
         try:

@@ -22,6 +22,7 @@ from tests.support.starting import (
     run_all,
     started,
     wait_until,
+    wait_until_gone,
     worker_pids,
 )
 
@@ -159,10 +160,7 @@ def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
         assert len(workers) == 2
         launcher.kill()
         launcher.wait()
-        deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            assert time.monotonic() < deadline, "a worker outlived torchrun"
-            time.sleep(0.05)
+        wait_until_gone(workers)
 
 
 @pytest.mark.timeout(300)

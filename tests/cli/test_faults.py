@@ -25,6 +25,7 @@ from tests.support.starting import (
     run,
     started,
     wait_until,
+    wait_until_gone,
     worker_pids,
 )
 
@@ -199,7 +200,4 @@ def test_a_killed_rank_leaves_no_loader_worker(tmp_path: Path) -> None:
         (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.wait()
-        give_up = time.monotonic() + 10
-        while Path(f"/proc/{worker}").exists():
-            assert time.monotonic() < give_up
-            time.sleep(0.05)
+        wait_until_gone([int(worker)])

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +195,14 @@ def wait_until(condition: Callable[[], bool], process: Process) -> None:
         assert process.poll() is None, "the process ended first"
         assert time.monotonic() < deadline, "the condition never came true"
         time.sleep(0.02)
+
+
+def wait_until_gone(pids: Iterable[int]) -> None:
+    """Wait for processes that should end by themselves within ten seconds."""
+    pids, deadline = list(pids), time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived the one that started it"
+        time.sleep(0.05)
 
 
 def committed_rows(run_dir: Path) -> int:

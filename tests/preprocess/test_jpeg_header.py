@@ -284,25 +284,10 @@ def test_garbage_ends_soon() -> None:
     for i in range(300):
         read_header(b"\xff\xd8\xff" + random.bytes(i))
     started = time.perf_counter()
-    for data in (b"\xff\xd8" + b"\xff" * 10**7, b"\xff\xd8" + b"\xff\xe0\0\2" * 10**6, jpeg()[:-2] + bytes(10**7)):
+    for data in (b"\xff\xd8" + b"\xff" * 10**7, b"\xff\xd8" + b"\xff\xe0\0\2" * 10**6, jpeg()[:-2] + bytes(10**8)):
         found = read_header(data)
         assert found is None or not found.plain
     assert time.perf_counter() - started < 1
-
-
-def test_a_typical_header_is_read_in_microseconds() -> None:
-    data = jpeg(size=(500, 375), quality=95)
-    best = min(_seconds(data) for _ in range(5)) / 1000
-    print(f"{best * 1e6:.1f} µs")
-    # An idle machine takes 6 µs; the limit only catches a reader that walks over the pixels.
-    assert best < 100e-6
-
-
-def _seconds(data: bytes) -> float:
-    started = time.perf_counter()
-    for _ in range(1000):
-        read_header(data)
-    return time.perf_counter() - started
 
 
 @pytest.mark.skipif(FOLDER is None, reason="MGPU_DDP_BAD_IMAGES names no folder of odd images")

@@ -187,13 +187,11 @@ def test_a_page_without_its_listing_has_no_images(root: Path, tmp_path: Path) ->
     assert "<img" not in rebuild(tmp_path / "out").read_text()
 
 
-@pytest.mark.parametrize("argument", ["run=nowhere", "run=photos", "out", "run="])
 def test_what_is_no_run_folder_is_refused(
-    root: Path, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(root)
-    assert "run must be " in refused(monkeypatch, capsys, argument)
-    assert not (root / "nowhere").exists()
+    line = "mgpu_ddp: run must be a folder with a manifest.json or a sweep.json, got "
+    assert refused(monkeypatch, capsys, f"run={root / 'photos'}").startswith(line)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")

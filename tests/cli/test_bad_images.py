@@ -18,22 +18,12 @@ from torchvision.transforms import v2
 
 from mgpu_ddp.preprocess.transform import FORMATS, MEAN, STD
 from tests.support.runs import assert_proved, read_rows
+from tests.support.samples import encoded, photo
 from tests.support.starting import SMALL_IMAGES, ranks, run
 
 CORPUS = "MGPU_DDP_BAD_IMAGES"
 """Environment variable that names a folder of odd and broken images."""
 SETTINGS = (*SMALL_IMAGES, "data=folder", "output.dir=out", "loader.max_pixels=2000000")
-
-
-def photo(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def oriented(orientation: int) -> bytes:

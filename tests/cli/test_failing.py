@@ -71,17 +71,6 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         assert (folder / "foreign" / "predictions" / "mine.txt").read_text() == "keep me"
 
 
-def test_a_folder_with_another_job_is_refused_and_kept(tmp_path: Path) -> None:
-    assert run(ranks(1, *SMALL, "data.size=20", "output.dir=out"), tmp_path).code == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    ended = run(ranks(1, *SMALL, "data.size=21", "output.dir=out"), tmp_path)
-    assert ended.code == 2
-    assert "data.size=20 there, 21 here" in ended.err
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
-    assert run(ranks(1, *SMALL, "data.size=21", "output.dir=out", "overwrite=true"), tmp_path).code == 0
-    assert_proved(tmp_path / "out", 21)
-
-
 def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
     paths = make_images(tmp_path / "bad", 40)
     sorted(paths)[21].write_bytes(b"broken")

@@ -18,7 +18,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+def photo(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
     """A smooth RGB image with detail in every channel."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

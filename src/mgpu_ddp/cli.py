@@ -1,4 +1,4 @@
-"""The command line as a process lives it: join → check → Hydra → a job, or the jobs of a sweep → leave."""
+"""The run of one process: join → check the command line → Hydra → a job, or the jobs of a sweep → leave."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
 
 def main(infer: Infer) -> None:
     """Join the world; rank 0 reads the command and leads through its jobs by `infer`, the other ranks follow."""
-    # Threads that come back from a decoder or a device must not wait 5 ms for the interpreter.
+    # A thread that returns from a decoder or a device must not wait 5 ms, the default, for the GIL.
     sys.setswitchinterval(0.0005)
     stop = StopWish()
     stop.install()
@@ -80,7 +80,7 @@ def lead(session: Session, argv: list[str]) -> None:
 
 def run_hydra(command: Command, act: Callable[[DictConfig], Any]) -> None:
     """Have Hydra act on each configuration that a checked command composes. Rank 0 only."""
-    # A failing job must reach `Session.depart` whole, not as Hydra's shortened print.
+    # Hydra raises a job's error, instead of printing a shortened traceback and exiting: `Session.depart` needs it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *command.argv]
     start = hydra.main(config_path="pkg://mgpu_ddp.conf", config_name="config", **VERSION_BASE)
@@ -121,7 +121,7 @@ class Points:
         self._session, self._command = session, command
         self.sweep = Sweep(Path(command.folder), command.swept, stop_on_oom=command.stop_on_oom)
         self.error: Exception | None = None
-        """The first that was raised: raised to Hydra it would come out in Hydra's words, once for each point left."""
+        """The first that was raised. Hydra, if it saw it, would print it in its own way, once for each point left."""
 
     def run(self, cfg: DictConfig) -> float:
         """Run a point, and return its images/s for the sweeper."""
@@ -132,7 +132,7 @@ class Points:
             self.error = self.error or error
             return 0.0
         finally:
-            # Hydra makes one also for a point that was refused.
+            # Hydra makes this folder for a refused point as well.
             remove_empty([Path(HydraConfig.get().runtime.output_dir)])
 
     def _run_job(self, cfg: DictConfig, point: Point) -> dict[str, Any]:

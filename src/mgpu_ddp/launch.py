@@ -21,7 +21,7 @@ def main() -> None:
             # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.
             outcome = outcome_in(outcome_file)
             code = int(outcome.get("exit_code", Exit.FAILED))
-            # Of a rank that died torchrun knows more than the other ranks do.
+            # torchrun knows more about a rank that died than the other ranks do.
             is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
             is_explained = outcome and code != Exit.COMPLETE and not is_lost
             if not is_explained and not isinstance(error, SystemExit):

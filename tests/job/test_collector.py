@@ -1,4 +1,4 @@
-"""The predicting thread and the collecting one: neither ever waits for the other in vain."""
+"""The predicting thread and the collecting one never deadlock, however a task ends."""
 
 import threading
 from collections.abc import Callable

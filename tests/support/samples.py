@@ -1,4 +1,4 @@
-"""Shared by the unit tests: a world of one process, images as bytes, rows, and the configuration store."""
+"""Made-up material: images as bytes, names and rows."""
 
 import io
 from collections.abc import Iterable

@@ -28,7 +28,7 @@ def open_array(path: str) -> Pixels:
         UsageError: there is no such array there.
     """
     require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, SAVE_IMAGES)
-    # Opening a pipe could block for ever.
+    # Opening a pipe could block forever.
     require(not os.path.exists(path) or os.path.isfile(path), "data.path", "a regular file", path, SAVE_IMAGES)
     try:
         # Refuses archives of arrays, whatever their name, and arrays of objects, which could run code.

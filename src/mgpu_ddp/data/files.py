@@ -28,7 +28,7 @@ class FileSamples(EncodedSamples):
         return object_store.start_read(object_store.join(os.fsdecode(self._root), os.fsdecode(self.files.path(index))))
 
     def fetch(self, index: int) -> bytes:
-        # Opening or reading a FIFO or a device may block for ever: open without waiting, and read regular files alone.
+        # Opening or reading a FIFO or a device may block forever: open without waiting, and read regular files alone.
         file = os.open(os.path.join(self._root, self.files.path(index)), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(file, "rb", buffering=0) as opened:
             if not stat.S_ISREG(os.fstat(file).st_mode):

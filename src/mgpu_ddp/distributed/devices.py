@@ -131,4 +131,4 @@ CHECKS = (
     _a_gpu_for_several_ranks,
     _unequal_devices,
 )
-"""Each returns what is wrong, if that is; the first that finds something speaks."""
+"""Each returns what is wrong, or None; the first message is the one that is raised."""

@@ -113,7 +113,7 @@ class Heartbeat(threading.Thread):
     def _is_gone(self, rank: int, beat: bytes) -> bool:
         """Tell whether a rank of this host has no process any more; on other hosts only silence tells."""
         *host, pid = json.loads(beat)["process"]
-        # A rank that leaves in peace says so before its process ends.
+        # A rank that leaves normally says so before its process ends.
         return host == [*_host()] and not _lives(pid) and not self._store.check([f"left/{rank}"])
 
     def _died(self, rank: int, beat: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ def num_processes(wanted: int | str) -> int:
 
 def torchrun(argv: Sequence[str]) -> None:
     """Run torchrun's own command line in this process, for one host."""
-    # By the environment, since torch 2.11 has no option for it.
+    # Through the environment: torch 2.11 has no option for it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     # torchrun sets it anyway for several processes, and prints four lines about it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -28,7 +28,7 @@ class Window:
     stop: int
 
 
-class Dealt(Sequence[int]):
+class BlockCyclic(Sequence[int]):
     """One rank's indices of [start, stop), ascending, where block b goes to rank b mod W."""
 
     def __init__(self, start: int, stop: int, block: int, rank: int, size: int) -> None:
@@ -53,10 +53,10 @@ class Dealt(Sequence[int]):
 class Plan:
     """The windows of a job, the same on every rank.
 
-    With a fixed `window_rows` all windows are known from the start. Otherwise the first three have
-    `smallest_rows`, and window k is sized by how long window k-3 took on its slowest rank, a number that
-    every rank has gathered. Nobody ever waits for it: a rank predicts window m only after window m-2 is
-    gathered, and its loader reads ahead at most `smallest_rows`, that is into window m+1.
+    Where `smallest_rows` and `largest_rows` are equal, all windows are known from the start. Otherwise the first three
+    have `smallest_rows`, and window k is sized by how long window k-3 took on its slowest rank, a number that every
+    rank has gathered. Nobody ever waits for it: a rank predicts window m only after window m-2 is gathered, and its
+    loader reads ahead at most `smallest_rows`, that is into window m+1.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Plan:
         if not self.contiguous:
             if self.block == 1:
                 return range(window.start + rank, window.stop, self.size)
-            return Dealt(window.start, window.stop, self.block, rank, self.size)
+            return BlockCyclic(window.start, window.stop, self.block, rank, self.size)
         each, extra = divmod(window.stop - window.start, self.size)
         first = window.start + rank * each + min(rank, extra)
         return range(first, first + each + (rank < extra))

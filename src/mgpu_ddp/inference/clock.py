@@ -42,7 +42,7 @@ class Clock:
     predict_s: float = 0.0
     """Waiting for the model, until its results are on the host. On the CPU it normalises as well."""
     gpu_s: float = 0.0
-    """On the GPU, from the begin of each forward pass to the end of copying its results."""
+    """On the GPU, from the start of each forward pass to the end of copying its results."""
     peers_s: float = 0.0
     """Waiting for the windows of all ranks."""
     gather_s: float = 0.0

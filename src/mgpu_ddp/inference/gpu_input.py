@@ -32,7 +32,7 @@ GROUP = 256
 HANGS_S = 120
 """A batch takes the decoder milliseconds; one that takes this long never ends."""
 LOOK_S = 5.0
-"""How often a batch that does not come is looked after."""
+"""Between two checks of a batch that is late."""
 COPIED_BYTES = 256 << 20
 """Bytes that raw images of a batch take on the GPU at once."""
 ALIGNMENT = 512
@@ -43,7 +43,7 @@ def decode_of(config: Config, device: torch.device) -> str:
     """`runtime.decode` with auto decided: gpu where there is one and images come as files. gpu, exact or cpu.
 
     Raises:
-        UsageError: the GPU was asked for in vain.
+        UsageError: the GPU was asked for, and cannot decode.
     """
     wanted, lacks = config.runtime.decode, ""
     if device.type != "cuda":

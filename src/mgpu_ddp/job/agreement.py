@@ -1,7 +1,7 @@
 """The messages that ranks exchange about a window, and the decision that all of them draw from these.
 
 All ranks read the same payloads, so all decide alike: what of the window is committed, and whether the job ends with
-it because everything is done, a rank wished to stop, a rank failed, or too many samples did.
+it because everything is done, a rank was asked to stop, a rank failed, or too many samples did.
 """
 
 from collections.abc import Sequence

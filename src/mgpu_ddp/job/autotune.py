@@ -182,7 +182,7 @@ class Trial:
         try:
             self._predict_one(self._noise(batch_size))
         except OutOfMemoryError:
-            # The job has its own ways with that.
+            # The job itself splits such a batch, or ends (`runtime.on_oom`).
             return None
         except Exception as error:
             # Compiler errors are long; the cause comes last.

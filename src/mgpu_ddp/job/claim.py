@@ -1,4 +1,4 @@
-"""A job makes a run folder its own, and tells all ranks where to begin."""
+"""Rank 0 claims the run folder for a job, and tells all ranks where to begin."""
 
 import os
 import platform
@@ -94,7 +94,7 @@ def _place(job: Job, world: World) -> RunFolder:
 
 
 def known_listing(config: Config, folder: RunFolder, world: World) -> Listing | None:
-    """The listing that the job goes on with, on rank 0. Collective: every rank calls this.
+    """The listing that the job continues, on rank 0. Collective: every rank calls this.
 
     None for a fresh start; a list is its own listing.
     """
@@ -133,7 +133,7 @@ def _claim(setup: Setup) -> Manifest:
         array_columns=array_columns(job.config, setup.model),
     )
     if job.config.overwrite:
-        # Not before: an attempt that dies until here has put nothing in the place of what it found.
+        # Only now: an attempt that died earlier has overwritten nothing.
         world.mark_done(f"overwrite/{folder.home}")
     try:
         _write_hydra_files(job, folder)

@@ -50,19 +50,19 @@ class Committer:
         # 1) A rank that writes its own rows does so before it tells of them.
         if self._plan.contiguous and rows is not None:
             payload = self._write(payload, rows)
-        # 2) Hear all ranks, and decide as they do.
+        # 2) Gather the payloads of all ranks, and decide as every rank does.
         payloads = self._gather(payload)
         decision = decide(payloads, window, self._limits)
         # 3) Bring the other rows to rank 0: the other ranks have no use for them, and no room.
-        everybodys: list[Rows | None] = []
+        gathered: list[Rows | None] = []
         if not self._plan.contiguous:
             with self._clock.measuring("gather_s"):
-                everybodys = self._channel.gather_on_first(window.number, rows) or []
-        # 4) Rank 0 makes the table longer. The others hear with the next window how that went.
+                gathered = self._channel.gather_on_first(window.number, rows) or []
+        # 4) Rank 0 extends the table. The others learn with the next window whether that worked.
         if self._sink.table is not None and self.error is None:
-            self._extend(self._sink.table, decision, [rows for rows in everybodys if rows is not None])
+            self._extend(self._sink.table, decision, [rows for rows in gathered if rows is not None])
         self._plan.gathered(window, decision.slowest_s)
-        self._heed(decision)
+        self._note_failure(decision)
         return decision
 
     def acknowledge(self, number: int) -> None:
@@ -83,7 +83,7 @@ class Committer:
             seconds=0.0,
             part=None,
         )
-        self._heed(decide(self._gather(last), Window(number=number, start=stop, stop=stop), self._limits))
+        self._note_failure(decide(self._gather(last), Window(number=number, start=stop, stop=stop), self._limits))
 
     def _write(self, payload: Payload, rows: Rows) -> Payload:
         try:
@@ -99,12 +99,12 @@ class Committer:
         with self._clock.measuring("gather_s"):
             return self._channel.gather(payload.window, payload)
 
-    def _extend(self, table: Table, decision: Decision, everybodys: list[Rows]) -> None:
+    def _extend(self, table: Table, decision: Decision, gathered: list[Rows]) -> None:
         try:
             with self._clock.measuring("write_s"):
                 if decision.parts:
                     table.list([*decision.parts])
-                rows = in_order(everybodys, decision.frontier) if everybodys else None
+                rows = in_order(gathered, decision.frontier) if gathered else None
                 if rows is not None and len(rows):
                     table.add(rows)
         except Exception as error:
@@ -114,7 +114,7 @@ class Committer:
         self.error = error
         self._world.raise_alarm(self._job, reason_of(error))
 
-    def _heed(self, decision: Decision) -> None:
+    def _note_failure(self, decision: Decision) -> None:
         if decision.failure is not None and self.error is None:
             self.error = PeerFailedError(decision.failure)
 
@@ -125,9 +125,9 @@ class Collector:
     Use as a context manager around the predicting loop: leaving it ends the task on all ranks alike, also when
     the loop raised. `ending` then says how.
 
-    The two threads pass two things. The collecting one puts True into `_wants` when it wants a window, and False when
-    it has ended, for whatever reason, so that the predicting one never waits in vain; the latter answers each True
-    with one window in `_handed`.
+    The threads meet in two queues. The collecting one puts True into `_wants` when it wants a window, and False when
+    it has ended, for whatever reason, so that the predicting one cannot deadlock; that one answers each True with one
+    window in `_handed`.
     """
 
     def __init__(self, context: JobContext, plan: Plan, committer: Committer) -> None:

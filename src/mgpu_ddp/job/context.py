@@ -20,7 +20,7 @@ from mgpu_ddp.output.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictors:
-    """Makes the predictor for what was resolved, or takes the one that the job before has left."""
+    """Makes the predictor for a `Resolved`, or takes over the one of the job before."""
 
     kept: Kept
     model: Model
@@ -40,7 +40,7 @@ class Predictors:
         predictor = self.kept.get("predictor", key, make)
         if self.warm is not None:
             # Before a graph is recorded, which another thread's work would spoil, and before the loader forks: a
-            # thread amid its imports would leave their locks held in the workers.
+            # thread that is importing would leave import locks held in the workers.
             self.warm.result()
         return predictor
 

@@ -1,4 +1,4 @@
-"""One job: a validated configuration with the place and the name it runs under."""
+"""One job, and the order by which rank 0 has the other ranks run it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,8 +19,8 @@ log = logging.getLogger("mgpu_ddp")
 
 WINDOW_BYTES = 64 << 20
 """Size of the rows that travel to rank 0 in one window, from all ranks together."""
-MUCH = 8
-"""Times `WINDOW_BYTES` that rank 0 should not have to hold. What all ranks read ahead bounds a window from below."""
+WARNED_FACTOR = 8
+"""A warning is due where what all ranks read ahead makes windows of more than so many times `WINDOW_BYTES`."""
 STRETCH_BYTES = 8 << 20
 """Size of the rows that one rank writes itself in one window."""
 EMBEDDING_DIM = 2048
@@ -35,7 +35,7 @@ def dataset_range(config: Config, length: int) -> tuple[int, int]:
 
 
 def batch_size_of(config: Config, batch_size: int, length: int) -> int:
-    """Every batch is padded to its size: more than there are samples would be padding alone."""
+    """The batch size, at most the number of samples: every batch is padded to it."""
     return max(1, min(batch_size, length, length if config.limit is None else config.limit))
 
 
@@ -86,7 +86,7 @@ class Planner:
         smallest = max(world.exchange("batches read ahead", ahead)) * world.size * resolved.batch_size
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
         largest = budget // row_bytes(config, self.num_classes)
-        if not contiguous and smallest > MUCH * largest:
+        if not contiguous and smallest > WARNED_FACTOR * largest:
             log.warning(
                 "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
                 world.size,

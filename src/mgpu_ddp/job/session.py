@@ -54,7 +54,7 @@ class Session:
         """Folders this launch made, deepest first."""
         self._act = act
         self._others_wait = True
-        """For another job."""
+        """The other ranks wait for another job."""
 
     def lead(self, make: Callable[[], Job], apart: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`.
@@ -112,7 +112,7 @@ class Session:
             outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
             raised = not job.in_sweep or isinstance(error, PeerLostError | HangError)
             if not raised:
-                _say(error)
+                _log_error(error)
                 outcome |= self._what_failed(error)
             if self.world.rank == 0:
                 outcome |= {"run_dir": str(job.run_dir)}
@@ -125,7 +125,7 @@ class Session:
         else:
             self.outcomes.append(outcome)
         if job.in_sweep:
-            _let_go()
+            _free_memory()
         return outcome
 
     def _what_failed(self, error: Exception) -> dict[str, Any]:
@@ -145,11 +145,11 @@ class Session:
 
     def _refuse(self, error: UsageError) -> dict[str, Any]:
         """Print a user's mistake as the outcome of a job. Collective."""
-        self.tell(error)
+        self._tell(error)
         self.outcomes.append({"status": "failed", "exit_code": int(error.exit_code), "reason": str(error)})
         return self.outcomes[-1]
 
-    def tell(self, error: UsageError) -> None:
+    def _tell(self, error: UsageError) -> None:
         """Print a user's mistake once; the other ranks go on only when it is out. Collective."""
         if self.world.rank == 0:
             print(f"mgpu_ddp: {error}", file=sys.stderr, flush=True)
@@ -167,13 +167,13 @@ class Session:
         """Leave the process with the exit code that says how it went; after a failure, with its cause."""
         code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
         if error is not None and not isinstance(error, UsageError):
-            _say(error)
+            _log_error(error)
         if self.world.rank == 0 and OUTCOME_FILE in os.environ:
             refused = {"status": "failed", "reason": str(error)} if isinstance(error, UsageError) else {}
             last = {**(self.outcomes[-1] if self.outcomes else refused), "exit_code": int(code)}
             Path(os.environ[OUTCOME_FILE]).write_text(json.dumps(last))
         if isinstance(error, UsageError):
-            self.tell(error)
+            self._tell(error)
         # What was refused, or only planned, leaves no trace.
         remove_empty(self.made)
         if error is None or isinstance(error, UsageError):
@@ -188,7 +188,7 @@ class Session:
         os._exit(int(code))
 
 
-def _say(error: BaseException) -> None:
+def _log_error(error: BaseException) -> None:
     """Log an error: with a traceback only where one helps."""
     if isinstance(error, PeerError):
         log.warning("%s: %s", type(error).__name__, error)
@@ -206,7 +206,7 @@ def forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _let_go() -> None:
+def _free_memory() -> None:
     """Free the memory of a job that is over."""
     gc.collect()
     # Memory that the C library keeps would count as the next job's.

@@ -38,7 +38,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
     folder = place_job(job, world)
-    # Before the images are listed, which may take minutes: a model that is not there is told in seconds.
+    # Before the images are listed, which may take minutes: a model that does not exist is refused within seconds.
     model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
     files = find_listing(config, known_listing(config, folder, world), world)
     predictors = Predictors(kept=kept, model=model, config=config, world=world, warm=warm)
@@ -63,7 +63,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
 
 
 def _measured(setup: Setup) -> Setup:
-    """With what takes the model to decide. Collective."""
+    """Decide what takes a run of the model: `compile`, then `batch_size`. Collective: every rank calls this."""
     setup = replace(setup, resolved=replace(setup.resolved, compile=choose_compile(setup)))
     return replace(setup, resolved=replace(setup.resolved, batch_size=find_batch_size(setup)))
 

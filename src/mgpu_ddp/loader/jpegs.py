@@ -55,7 +55,7 @@ class PackedJpegs:
     """The images of one batch on their way from a worker to its rank."""
 
     records: npt.NDArray[np.void]
-    """`RECORD` (k,), `addresses` counted from the begin of the slot's room."""
+    """`RECORD` (k,), `addresses` counted from the start of the slot's room."""
     spilt: dict[int, bytes]
     """Images that the room did not hold, by their number."""
 

@@ -223,7 +223,7 @@ def open_writer(
 
     # Arrow's own pool would keep what the largest window once took, and memory is to stay flat.
     pa.set_memory_pool(pa.system_memory_pool())
-    # What is imported for the first table would have the interpreter for a tenth of a second, amid the predicting loop.
+    # The first table imports what would hold the GIL for a tenth of a second in the middle of the predicting loop.
     FORMATS[how].write(pa.table({"index": pa.array(np.empty(0, dtype=np.int64))}), io.BytesIO())
     return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
 

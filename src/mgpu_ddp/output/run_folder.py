@@ -34,7 +34,7 @@ Status = Literal["complete", "preempted", "failed"]
 class RunFolder:
     """The run folder of one job. Every rank knows where it is; all else is for rank 0 only, in this order:
 
-    1. `place` ends a replacement that was cut short, and decides whether to work beside an older result.
+    1. `place` completes a replacement that was cut short, and decides whether to work beside an older result.
     2. `claim` refuses another job's folder, locks it and makes it this job's: new, continued or grown.
     3. `mark_running` says so in `status.json`.
     4. `open_table` gives the table to which windows of rows, and retried rows, are committed.

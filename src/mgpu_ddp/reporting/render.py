@@ -1,6 +1,6 @@
 """Jinja2 templates → a page in one file, which runs nothing and asks for nothing from outside.
 
-Autoescaping is on, and what is no markup is cleaned of unprintable characters besides. Templates join markup and text
+Autoescaping is on, and whatever is not markup is also cleaned of unprintable characters. Templates join markup and text
 by writing them side by side, never with `~`, which would skip that cleaning.
 """
 

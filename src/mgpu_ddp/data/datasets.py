@@ -1,11 +1,6 @@
 """The sources of images: for each kind of `data`, how its images are listed and read.
 
-A new source takes four steps:
-1. config/schema.py: a dataclass of its keys with their rules, and its name in `GROUPS["data"]`.
-2. data/NAME.py: a class of samples. Encoded images that a listing names: `EncodedSamples` with `fetch`. Anything else:
-   `Samples` with `__len__` and `load`.
-3. Here: an entry in `SOURCES`. `find` where it needs a listing, `identity` where it has none and may change.
-4. tests/data, and a row in the table of docs/data.md.
+docs/architecture.md lists all steps of adding a source.
 """
 
 from collections.abc import Callable

@@ -115,14 +115,16 @@ def dry_run(setup: Setup) -> dict[str, Any]:
 
 def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
     rows = plan.stop - plan.start
-    windows = "about " if plan.smallest != plan.largest else ""
+    number, grows = -(-rows // plan.smallest), plan.smallest != plan.largest
+    most, least = ("at most ", "at least ") if grows else ("", "")
+    windows = f"{most}{number:,}, of {least}{plan.smallest:,} rows" if number > 1 else f"{number}"
     num_bytes = rows * row_bytes(job.config, num_classes)
     return "\n".join(
         [
             f"run folder     {job.run_dir}",
             f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
             f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
-            f"windows        {windows}{-(-rows // plan.smallest):,} of at least {plan.smallest:,} rows",
+            f"windows        {windows}",
             f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
         ]
     )

@@ -117,11 +117,12 @@ class Progress:
 
 def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
     """Print the table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
-    counts = ", ".join(f"{summary[name]:,} {name}" for name in ("ok", "errors", "missing", "duplicates"))
+    ok, missing = (f"{summary[name]:,} {name}" for name in ("ok", "missing"))
+    errors, duplicates = (plural(summary[f"{noun}s"], noun) for noun in ("error", "duplicate"))
     shape = ", ".join(str(n) for n in summary["predictions"])
     lines = [
         f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
-        f"{plural(summary['samples'], 'sample')}: {counts}",
+        f"{plural(summary['samples'], 'sample')}: {ok}, {errors}, {missing}, {duplicates}",
     ]
     accuracy = summary["accuracy"]
     if accuracy and accuracy["compared"]:

@@ -1,6 +1,7 @@
 """Shards → one run folder, and what is refused: each shard is a real job."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgpu_ddp.data.listing import Listing
-from mgpu_ddp.distributed.signals import StopWish
+from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import ProofError, UsageError
-from mgpu_ddp.infer import infer
-from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.job import Job
-from mgpu_ddp.merge import main, merge
+from mgpu_ddp.merge import Shard, _identity, main, merge
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.report import rebuild
 from tests.support.runs import assert_proved, make_images, read_rows
-from tests.support.worlds import folder, tiny
+from tests.support.sources import index_tars, tar_of
+from tests.support.worlds import folder, run_job, tiny
 
 OTHER = Listing.build([b"other.jpg"])
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def run(world: World, run_dir: Path, **changes: Any) -> None:
-    infer(Job(name=run_dir.name, config=tiny(**changes), run_dir=run_dir), world, StopWish(), Kept())
+    run_job(tiny(**changes), run_dir, world)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +144,20 @@ def test_a_part_that_is_not_what_was_committed_is_found(three: Path) -> None:
     with pytest.raises(ProofError, match="has other bytes than were committed"):
         merge(three)
     assert not (three / "manifest.json").exists()
+
+
+def test_shards_of_a_job_may_have_seen_their_tars_touched(tmp_path: Path, world: World) -> None:
+    tar_of(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
+    identities = []
+    for number, content in enumerate((b"1", b"1", b"one")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tar_of(tmp_path / "x.tar", {"a.jpg": content, f"{'c' if number == 2 else 'b'}.jpg": b"2"})
+        os.utime(tmp_path / "x.tar", ns=(number, number))
+        (folder / FILE_NAME).write_bytes(index_tars(tmp_path / "x.tar", world).buffer)
+        manifest = Manifest(fingerprint={}, start=0, stop=2, batch_size=1)
+        identities.append(_identity(Shard(folder=folder, manifest=manifest, number=number, count=3)))
+    assert identities[0] == identities[1] != identities[2]
 
 
 @pytest.mark.parametrize("argv", [[], ["run="], ["run=nowhere"], ["dir=x"], ["run=.", "run=."]])

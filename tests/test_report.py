@@ -12,17 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.infer import infer
-from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.job import Job
 from mgpu_ddp.report import main, rebuild
-from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.runs import assert_proved, make_images, read_rows, recipes
 from tests.support.starting import BIN, SMALL_IMAGES, run
-from tests.support.worlds import folder, tiny
+from tests.support.worlds import folder, run_job, tiny
 
-DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 SCRIPT = "<script>alert(1)<"
 NAMES = [*(f"class{i}" for i in range(6)), "</title><script>alert(2)</script>", *(f"<img src=x{i}>" for i in range(5))]
 BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
@@ -48,8 +43,7 @@ def predict(root: Path, name: str, world: World, **changes: Any) -> dict[str, An
     """Run a job over the images of `root` and return its summary."""
     model = {"class_names": str(root / "names.txt")}
     config = tiny(data=folder(root / "photos"), model=model, output={"commit_every": 8}, **changes)
-    job = Job(name=name, config=config, run_dir=root / name)
-    return infer(job, world, StopWish(), Kept())
+    return run_job(config, root / name, world)
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +125,10 @@ def test_the_page_is_written_again(root: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path) -> None:
     make_images(tmp_path / "photos", 12)
-    recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(recipes) == 1
+    (recipe,) = recipes("report")
     # As it stands, but for a model that is large for this.
     small = " ".join(setting for setting in SMALL_IMAGES if not setting.startswith("model.num_classes"))
-    recipe = recipes[0].replace("mgpu-infer", f"mgpu-infer {small}")
+    recipe = recipe.replace("mgpu-infer", f"mgpu-infer {small}")
     (tmp_path / "recipe").write_text(f"set -eu\nPATH={BIN}:$PATH\n{recipe}")
     ended = run(["bash", "recipe"], tmp_path)
     assert ended.code == 0, ended.err

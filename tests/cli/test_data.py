@@ -1,27 +1,25 @@
 """The recipes of docs/data.md, run as they stand, and sources that break between two starts."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support import s3
-from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.runs import assert_proved, make_images, read_rows, recipes
 from tests.support.sources import write_tar
 from tests.support.starting import BIN, SMALL_IMAGES, TIMEOUT_S, ranks, run
 
-DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 RUNS = {"from-list": "photos/", "from-tars": "train-0", "from-parquet": "photos/", "from-bucket": "s3://photos/"}
 """The folder of each recipe whose images come as they are, and how its paths begin."""
 
 
 @pytest.mark.slow
 def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipes = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(recipes) == len(RUNS) + 1
-    assert all(recipe.count("\n") <= 10 for recipe in recipes)
+    commands = recipes("data")
+    assert len(commands) == len(RUNS) + 1
+    assert all(command.count("\n") <= 10 for command in commands)
     wanted = sum(path.suffix == ".jpg" for path in make_images(tmp_path / "photos", 20, classes=2))
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     # As they stand, but for names with spaces and a model that is large for this.
@@ -31,11 +29,11 @@ def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with s3.served(tmp_path, tmp_path / "log") as port:
         s3.use(monkeypatch, port)
         started = [
-            subprocess.Popen(["bash", "-euc", recipe.rstrip() + f" {small}"], cwd=tmp_path, env=os.environ | environ)
-            for recipe in recipes
+            subprocess.Popen(["bash", "-euc", command.rstrip() + f" {small}"], cwd=tmp_path, env=os.environ | environ)
+            for command in commands
         ]
         try:
-            assert [process.wait(TIMEOUT_S) for process in started] == [0] * len(recipes)
+            assert [process.wait(TIMEOUT_S) for process in started] == [0] * len(commands)
         finally:
             for process in started:
                 process.kill()

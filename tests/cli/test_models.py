@@ -1,7 +1,6 @@
 """timm's models under real torchrun: the recipe of docs/models.md, and weights from the hub's cache against timm."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -13,15 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.runs import assert_proved, make_images, read_rows, recipes
 from tests.support.starting import BIN, TIMEOUT_S, ranks, run
-
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path) -> None:
-    (recipe,) = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (recipe,) = recipes("models")
     assert recipe.count("\n") <= 10
     images = make_images(tmp_path / "photos", 12)
     environ = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -5,7 +5,6 @@ Hydra acts on what this check lets through, so a hostile line must be refused he
 
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from mgpu_ddp.config.command_line import Command, check_command
 from mgpu_ddp.config.compose import compose_config, quote
 from mgpu_ddp.config.overrides import MAX_CHECKED, PLUGINS
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.output.folders import make_folder, remove_empty
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -513,25 +511,6 @@ def test_only_the_flag_chooses_a_sweep(mode: str, monkeypatch: pytest.MonkeyPatc
     """Otherwise Hydra could sweep, and every rank into a folder of its own."""
     monkeypatch.setenv("MODE", "MULTIRUN")
     refused(f"hydra.mode={mode}")
-
-
-def test_make_folder_reports_what_it_made_so_that_it_can_be_undone(tmp_path: Path) -> None:
-    made = make_folder(tmp_path / "a/b/c")
-    assert made == [tmp_path / "a/b/c", tmp_path / "a/b", tmp_path / "a"]
-    assert make_folder(tmp_path / "a/b/c") == []
-    (tmp_path / "a/keep").touch()
-    remove_empty(made)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["keep"]
-
-
-def test_make_folder_that_fails_leaves_no_trace(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"output\.dir must be a writable folder, got '.*file/x/y'"):
-        make_folder(tmp_path / "file/x/y")
-    with pytest.raises(UsageError, match=r"output\.dir must be a writable folder"):
-        make_folder(tmp_path / "new" / ("n" * 300))
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize(

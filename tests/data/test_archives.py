@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from mgpu_ddp import merge
 from mgpu_ddp.config.schema import ListConfig, WebDatasetConfig
 from mgpu_ddp.data.archives import ArchiveIndex, index_archives
 from mgpu_ddp.data.list_file import read_list
@@ -13,7 +12,6 @@ from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.tar import TarSamples, index_tar
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import StateError
-from mgpu_ddp.output.manifest import Manifest
 from tests.support.loading import load_all
 from tests.support.samples import encoded, photo
 from tests.support.sources import index_tars, parquet_of, parquet_samples, tar_of
@@ -50,20 +48,6 @@ def test_only_what_has_changed_is_indexed_again(tmp_path: Path, world: World) ->
     assert grown.refreshed
     assert grown.digest(len(known)) == known.digest(len(known)), "the same names in the same order: the same job"
     assert [TarSamples(grown).fetch(i) for i in (0, 2, 4, 8)] == [bytes(9), b"one", bytes([2]) * 9, b"four"]
-
-
-def test_shards_of_a_job_may_have_seen_their_tars_touched(tmp_path: Path, world: World) -> None:
-    tar_of(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
-    identities = []
-    for number, content in enumerate((b"1", b"1", b"one")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        tar_of(tmp_path / "x.tar", {"a.jpg": content, f"{'c' if number == 2 else 'b'}.jpg": b"2"})
-        os.utime(tmp_path / "x.tar", ns=(number, number))
-        (folder / FILE_NAME).write_bytes(index_tars(tmp_path / "x.tar", world).buffer)
-        manifest = Manifest(fingerprint={}, start=0, stop=2, batch_size=1)
-        identities.append(merge._identity(merge.Shard(folder=folder, manifest=manifest, number=number, count=3)))
-    assert identities[0] == identities[1] != identities[2]
 
 
 @pytest.mark.parametrize("change", ["rewritten", "touched", "gone"])

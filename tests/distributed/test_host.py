@@ -1,4 +1,4 @@
-"""The CPUs that devices interrupt, as the kernel tells of those this machine has, and threads that keep off them."""
+"""The CPUs that devices interrupt, threads that keep off them, and peaks of memory, on this machine."""
 
 import os
 import re
@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from mgpu_ddp.distributed.host import FEW, interrupted_cpus, keep_off
+from mgpu_ddp.distributed.host import FEW, available_bytes, interrupted_cpus, keep_off, peaks, reset_peaks
 
 DEVICES = [device for device in Path("/sys/bus/pci/devices").iterdir() if any(device.glob("msi_irqs/*"))]
 
@@ -47,3 +48,15 @@ def test_threads_keep_off_interrupted_cpus_where_enough_are_left(own: set[int], 
         assert seen == own
     keep_off(frozenset(), own)
     assert os.sched_getaffinity(0) == own
+
+
+def test_each_job_has_its_own_peak_of_memory() -> None:
+    reset_peaks()
+    before = peaks()["peak_host_bytes"]
+    filled = torch.ones(64 << 20, dtype=torch.uint8)
+    with_it = peaks()["peak_host_bytes"]
+    assert with_it - before > 0.9 * filled.numel()
+    del filled
+    reset_peaks()
+    assert peaks()["peak_host_bytes"] < with_it - (32 << 20)
+    assert 0 < available_bytes() < 2**50

@@ -7,14 +7,10 @@ import pytest
 
 from mgpu_ddp.distributed import slurm
 from mgpu_ddp.distributed.place import Place
-from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.infer import infer
-from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.job import Job
 from mgpu_ddp.output.manifest import Manifest
-from tests.support.worlds import tiny
+from tests.support.worlds import run_job, tiny
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -90,8 +86,7 @@ def test_overwrite_counts_once_per_job(
     requeued: str, begun_by: str, starts_over: bool, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(size: int, **changes: Any) -> None:
-        config = tiny(data={"size": size}, **changes)
-        infer(Job(name="0", config=config, run_dir=tmp_path / "run"), world, StopWish(), Kept())
+        run_job(tiny(data={"size": size}, **changes), tmp_path / "run", world)
 
     run(8)
     manifest = Manifest.read(tmp_path / "run")

@@ -19,12 +19,9 @@ from mgpu_ddp.config.schema import (
     WebDatasetConfig,
 )
 from mgpu_ddp.data.datasets import find_listing
-from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.infer import infer
 from mgpu_ddp.inference.pipeline import STAGED, in_flight
-from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.claim import claim_job, known_listing, place_job
 from mgpu_ddp.job.context import Claim
 from mgpu_ddp.job.job import Job
@@ -35,6 +32,7 @@ from mgpu_ddp.output.run_folder import RunFolder
 from tests.support.choices import resolved, setup
 from tests.support.runs import make_images
 from tests.support.sources import write_parquet, write_tar
+from tests.support.worlds import run_job
 
 
 def config(**changes: Any) -> Config:
@@ -107,9 +105,8 @@ def test_a_model_that_is_not_there_is_told_before_the_images_are_listed(
 ) -> None:
     """Many tars take minutes."""
     data = WebDatasetConfig(urls=str(tmp_path / "gone.tar"))
-    job = Job(name="0", config=config(data=data, model=ModelConfig(**settings)), run_dir=tmp_path / "run")
     with pytest.raises(UsageError, match=said):
-        infer(job, world, StopWish(), Kept())
+        run_job(config(data=data, model=ModelConfig(**settings)), tmp_path / "run", world)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,6 +1,7 @@
-"""Images to run over, and the rows and the proof of a run folder."""
+"""Images to run over, the recipes of the docs, and the rows and the proof of a run folder."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 
 from mgpu_ddp.output.formats import FORMATS
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 
 
 def make_images(root: Path, count: int, *, classes: int = 3, seed: int = 0) -> list[Path]:
@@ -27,6 +29,11 @@ def make_images(root: Path, count: int, *, classes: int = 3, seed: int = 0) -> l
         image.save(path)
         paths.append(path)
     return paths
+
+
+def recipes(page: str) -> list[str]:
+    """The commands of docs/PAGE.md that a reader may copy, each to be run as it stands."""
+    return re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The effect of precision and decoder: each setting's predictions beside those of fp32 and Pillow, image by image.
+"""The effect of precision and decoder: each setting's predictions against those of fp32 and Pillow, image by image.
 
 The checkpoint is trained on the spot: random weights would say nothing, since all their classes are near ties. Its
 classes overlap a little and their labels are smoothed, so that it is confident but never certain.

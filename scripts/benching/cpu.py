@@ -1,4 +1,4 @@
-"""One machine without a GPU beside the tutorial's script and bare loops, and memory over a long run."""
+"""One machine without a GPU against the tutorial's script and bare loops, and memory over a long run."""
 
 import argparse
 import json

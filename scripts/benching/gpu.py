@@ -1,4 +1,4 @@
-"""JPEGs, decoded images and FakeData beside the usual ways to do the same, and beside what each stage reaches alone.
+"""JPEGs, decoded images and FakeData against the usual ways to do the same, and against what each stage reaches alone.
 
 The peers do less than mgpu_ddp: they keep the best class alone and write one file at the end, and what they do before
 they are warm does not count. All decode the same files, each image anew every time.

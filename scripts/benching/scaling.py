@@ -199,7 +199,7 @@ def _collecting(measured: Measurement) -> float:
 
 
 def _rows(kind: Kind, plan: Plan, found: dict[str, Found]) -> Iterator[Row]:
-    """Make the rows of rates beside those of one GPU, and of what rank 0 spends on all ranks' rows."""
+    """Make the rows of rates against those of one GPU, and of what rank 0 spends on all ranks' rows."""
     for name in plan.scalings:
         turns = plan.turns(kind, name)
         for turn in turns:

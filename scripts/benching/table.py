@@ -56,7 +56,7 @@ def compare(
     bar: float | None = None,
     wall_s: Sequence[float] = (),
 ) -> Row:
-    """Make the row of a rate beside another, of which it must reach `bar` times where one is set."""
+    """Make the row of a rate against another, of which it must reach `bar` times where one is set."""
     ratio = statistics.median(ours) / statistics.median(theirs)
     return Row(
         name=name,

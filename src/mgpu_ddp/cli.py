@@ -139,7 +139,10 @@ class Points:
         make = partial(configure, cfg, in_sweep=True)
         if not self._command.isolated:
             return self._session.lead(make)
-        return self._session.lead(make, partial(run_isolated, point.overrides, self.sweep.folder, self._session.stop))
+        words = point.overrides
+        if self._command.config_dir is not None:
+            words = [f"--config-dir={self._command.config_dir}", *words]
+        return self._session.lead(make, partial(run_isolated, words, self.sweep.folder, self._session.stop))
 
 
 def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:

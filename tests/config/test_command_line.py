@@ -402,7 +402,8 @@ def test_files_of_a_config_dir_cannot_lead_out_of_it(
     entry = default.replace("EVIL", f"{empty_folder}/evil")
     Path("mine/transform/out.yaml").write_text(f"defaults:\n- {entry}\n")
     said = refused("-cd", "mine", "transform=out")
-    assert "must be without defaults that lead out of it, got 'mine/transform/out.yaml'" in said
+    assert said.startswith("--config-dir must hold ")
+    assert "/mine/transform/out.yaml'" in said
     assert not Path(MARKER).exists()
 
 
@@ -424,15 +425,13 @@ def test_every_swept_option_is_checked_however_many() -> None:
     assert said.endswith(f"got {out!r}. See --help.")
 
 
-def test_the_values_of_a_long_sweep_are_not_all_checked() -> None:
-    assert check_command(["-m", "seed=range(100000000)"]).swept == ("seed",)
-
-
-def test_a_config_dir_cannot_hold_options_of_hydra() -> None:
-    """A file of Hydra's own groups steers it without naming it."""
+def test_a_config_dir_cannot_replace_options_of_hydra() -> None:
+    """A file of Hydra's own groups would steer it without naming it."""
     Path("mine/hydra/launcher").mkdir(parents=True)
     Path("mine/hydra/launcher/slurm.yaml").write_text("kind: torchrun\n")
-    assert "--config-dir must be free of hydra" in refused("-cd", "mine")
+    command = check_command(["-cd", "mine", "-m", "hydra/launcher=slurm"])
+    assert compose_config(["hydra/launcher=slurm"]).hydra.launcher.kind == "slurm"
+    assert "mine" not in " ".join(command.argv), "Hydra is not told of the folder"
 
 
 @pytest.mark.parametrize("flags", [("-cd", "--config-dir"), ("--config-dir", "-cd"), ("-cd", "-cd")])
@@ -452,31 +451,11 @@ def test_hydras_own_groups_are_closed_to_a_config_dir(group: str) -> None:
         refused("-cd", "evil", f"{sign}hydra/{group}=evil")
 
 
-@pytest.mark.filterwarnings("ignore:\\s*'schema' is validated against ConfigStore:UserWarning")
 @pytest.mark.parametrize("name", ["config", "schema"])
 def test_a_config_dir_cannot_replace_the_schema(name: str) -> None:
     Path("mine").mkdir()
     (Path("mine") / f"{name}.yaml").write_text("seed: 5\n")
-    refused("-cd", "mine")
-
-
-def test_a_harmless_config_dir_adds_an_option() -> None:
-    write_harmless(Path("mine"))
-    Path("mine/transform/more").mkdir()
-    Path("mine/transform/more/tiny.yaml").write_text("defaults: [/transform/small, _self_]\nsize: 4\n")
-    for words in (["transform=small"], ["transform=more/tiny", "transform.size=9"], ["-m", "transform=glob(*)"]):
-        assert not check_command(["-cd", "mine", *words]).informational
-    known = "transform must be one of auto, plain, imagenet, more/tiny, small, got 'large'"
-    assert known in refused("-cd", "mine", "transform=large")
-
-
-def test_a_mistake_in_a_config_dir_is_one_line_that_names_the_file() -> None:
-    write_harmless(Path("mine"))
-    Path("mine/transform/small.yaml").write_text("defaults: [plain]\nsise: 8\n")
-    for words in (["transform=small"], ["-m", "transform=auto,small"]):
-        said = refused("-cd", "mine", *words)
-        assert said.startswith("Hydra refuses the configuration: In 'transform/small': ")
-        assert "Key 'sise' not in 'TransformConfig'" in said
+    assert compose_config(check_command(["-cd", "mine"]).words).seed == 0
 
 
 @pytest.mark.parametrize("flag", ["--run", "-r", "--multirun", "-m", "--resolve", "--help", "-h", "--info", "-sc"])

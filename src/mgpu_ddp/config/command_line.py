@@ -1,7 +1,8 @@
 """From what the user typed to a command that is safe to run, before Hydra acts on it.
 
-In this order: no flag or override can run code (`allowlist`), each one fits the schema (`overrides`), and all compose
-(`compose`). A mistake becomes one line in this package's words.
+In this order: no flag or override can run code (`allowlist`), each one fits the schema (`overrides`), and so do the
+files of a config folder that they choose (`options`), and all compose (`compose`). A mistake becomes one line in this
+package's words.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from mgpu_ddp.config.allowlist import parse, refuse_code_in_files, split
+from mgpu_ddp.config.allowlist import parse, split
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.compose import compose_config, quote
-from mgpu_ddp.config.overrides import Options, check_point, lines_of, options_in, points_of, values_of
-from mgpu_ddp.config.schema import GROUPS, SweepConfig, to_config
+from mgpu_ddp.config.compose import compose_config, explain, quote
+from mgpu_ddp.config.options import Options
+from mgpu_ddp.config.overrides import check_number_of_jobs, check_point, lines_of, points_of, values_of
+from mgpu_ddp.config.schema import SweepConfig, to_config
+from mgpu_ddp.errors import UsageError
 
 INFORMATIONAL = {"-h", "--hydra-help", "--version", "-i", "-sc", "-c"}
 
@@ -27,7 +31,9 @@ class Command:
     """A checked command line."""
 
     words: list[str]
-    """As typed, but flags first: argparse wants overrides in one piece."""
+    """As typed, but flags first, as argparse wants them, and without the config folder, which Hydra is not to read."""
+    config_dir: str | None = None
+    """The folder of the user's own options."""
     informational: bool = False
     multirun: bool = False
     swept: tuple[str, ...] = ()
@@ -51,19 +57,29 @@ def check_command(argv: Sequence[str]) -> Command:
     Raises:
         UsageError: an unknown key or value, or anything that could run code.
     """
+    try:
+        return _check(argv)
+    except OmegaConfBaseException as error:
+        # What refers to something else is known only when it is resolved.
+        raise UsageError(explain(error)) from None
+
+
+def _check(argv: Sequence[str]) -> Command:
     flags, words = split(argv)
     overrides = parse(words)
-    config_dir = _config_dir(flags)
-    own = options_in(config_dir) if config_dir else {}
+    config_dir = flags.pop("-cd", None)
+    options = Options(config_dir)
     # Of a sweep: a key may belong to a swept choice of its group.
-    first = next(points_of(overrides, own))
-    check_point(first, own)
+    first = next(points_of(overrides, options))
+    check_point(first, options)
     typed = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
-    asked = Command(words=[*typed, *words], informational=not INFORMATIONAL.isdisjoint(flags))
+    config_dir = config_dir and str(Path(config_dir).absolute())
+    informational = not INFORMATIONAL.isdisjoint(flags)
+    asked = Command(words=[*typed, *words], config_dir=config_dir, informational=informational)
     if asked.informational and "-c" not in flags:
         return asked
 
-    cfg = compose_config(lines_of(first), config_dir)
+    cfg = compose_config(lines_of(first))
     multirun = "-m" in flags or cfg.hydra.mode == RunMode.MULTIRUN
     for override in overrides:
         ok = multirun or not override.is_sweep_override()
@@ -73,7 +89,7 @@ def check_command(argv: Sequence[str]) -> Command:
     # Hydra's own resolvers look there.
     HydraConfig.instance().set_config(cfg)
     if multirun:
-        return _sweep(cfg, typed, overrides, config_dir, own)
+        return _sweep(asked, cfg, typed, overrides, options)
     task = cfg.copy()
     OmegaConf.set_struct(task, False)
     del task["hydra"]
@@ -81,23 +97,11 @@ def check_command(argv: Sequence[str]) -> Command:
     return replace(asked, folder=_folder(cfg, "hydra.run.dir"))
 
 
-def _config_dir(flags: dict[str, str | None]) -> Path | None:
-    """The user's own folder of options, which no file of it may turn into code."""
-    folder = flags.get("-cd")
-    if folder is None:
-        return None
-    require(Path(folder).is_dir(), "--config-dir", "a folder", folder, "Name an existing folder.")
-    refuse_code_in_files(Path(folder))
-    return Path(folder)
-
-
 def _folder(cfg: DictConfig, key: str) -> str:
     return str(Path(str(OmegaConf.select(cfg, key))).absolute())
 
 
-def _sweep(
-    cfg: DictConfig, flags: list[str], overrides: list[Override], config_dir: Path | None, own: Options
-) -> Command:
+def _sweep(asked: Command, cfg: DictConfig, flags: list[str], overrides: list[Override], options: Options) -> Command:
     """The command of a sweep, whose first dimension, and so the slowest, is the round."""
     # The last of a key counts, as where there is no sweep; a sweeper may see that otherwise.
     given = {override.key_or_group: override for override in overrides}
@@ -106,7 +110,10 @@ def _sweep(
     settings = SweepConfig(repeats=cfg.sweep.repeats, stop_on_oom=cfg.sweep.stop_on_oom)
     sweeper, launcher = (cfg.hydra.runtime.choices[f"hydra/{group}"] for group in ("sweeper", "launcher"))
     swept = [*parse(params), *given.values()]
-    _check_points(swept, config_dir, own, draws=sweeper != "basic")
+    drawn = sweeper != "basic" and cfg.hydra.runtime.choices.get("hydra/sweeper/sampler") != "grid"
+    trials = cfg.hydra.sweeper.n_trials if drawn else None
+    check_number_of_jobs(swept, options, repeats=settings.repeats, trials=trials)
+    _check_points(swept, options, draws=sweeper != "basic")
     _refuse_one_folder_for_all(cfg)
 
     words = [str(override.input_line) for override in given.values()]
@@ -119,7 +126,8 @@ def _sweep(
         if "hydra.sweeper.direction" not in given:
             # The objective is images/s.
             words = [*words, "hydra.sweeper.direction=maximize"]
-    return Command(
+    return replace(
+        asked,
         words=[*flags, *words],
         multirun=True,
         swept=tuple(override.key_or_group for override in swept if override.is_sweep_override()),
@@ -129,21 +137,15 @@ def _sweep(
     )
 
 
-def _check_points(overrides: list[Override], config_dir: Path | None, own: Options, *, draws: bool) -> None:
+def _check_points(overrides: list[Override], options: Options, *, draws: bool) -> None:
     """Check every value of every dimension, before the first job starts: `draws` is a sweeper that takes ranges."""
     for override in overrides:
-        key, values = override.key_or_group, values_of(override, own)
+        key, values = override.key_or_group, values_of(override, options)
         drawn = draws and override.is_sweep_override() and not override.is_discrete_sweep()
         ok = (bool(values) or drawn) and all(value.get_value_string() for value in values)
         require(ok, key, "a value or a list of values", override.input_line, f"Give {key}=A,B.")
-    composed: set[tuple[str, ...]] = set()
-    for point in points_of(overrides, own):
-        check_point(point, own)
-        options = tuple(lines_of(override for override in point if override.key_or_group in GROUPS))
-        if config_dir is not None and options not in composed:
-            # What a file holds is known once it is composed.
-            compose_config(lines_of(point), config_dir)
-            composed.add(options)
+    for point in points_of(overrides, options):
+        check_point(point, options)
 
 
 def _refuse_one_folder_for_all(cfg: DictConfig) -> None:

@@ -3,7 +3,6 @@
 import re
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -41,16 +40,15 @@ def _run_dir(chosen: str | None, default: str) -> str:
     return str(chosen) if chosen is not None else f"{default}-{secrets.token_hex(3)}"
 
 
-def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Compose checked overrides, with Hydra's own part.
 
     Raises:
-        UsageError: a file of the config folder does not compose.
+        UsageError: they do not compose.
     """
-    search = [] if config_dir is None else [f"hydra.searchpath=[{quote(f'file://{config_dir.absolute()}')}]"]
     try:
         with initialize_config_module("mgpu_ddp.conf", **VERSION_BASE):
-            return compose("config", overrides=[*overrides, *search], return_hydra_config=True)
+            return compose("config", overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(explain(error)) from None
 

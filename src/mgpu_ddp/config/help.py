@@ -16,6 +16,7 @@ Predict every image of a dataset, on every GPU: one row per image, exactly once.
   mgpu-infer [key=value ...]                  one process per GPU, started for you
   python -m mgpu_ddp.infer [key=value ...]    one process
 
+  --config-dir DIR                            DIR/data/NAME.yaml is chosen by data=NAME, likewise model and transform
   --multirun batch_size=32,64                 a job for each point, and a table of them
   +sweep=batch_size                           the same for 16 to 1024, three times each
   hydra/launcher=torchrun                     each job of a sweep in processes of its own; slurm: in an allocation

@@ -1,18 +1,89 @@
 """The manifest: the job's identity and the parts that are done."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import StateError, UsageError, cause_of
 from mgpu_ddp.output.atomic_files import replace_json
+from mgpu_ddp.output.regular_files import map_array, open_regular, read_json
 
-MANIFEST = "manifest.json"
+MANIFEST, STATUS = "manifest.json", "status.json"
 PARTS = "predictions"
 ARRAY = "predictions.npy"
+TABLES = (".parquet", ".csv", ".jsonl")
+PART_FILE = rf"{PARTS}/part-(?P<first>[0-9]{{12,}})-[0-9a-z]+(-[0-9]+)?(?P<suffix>{'|'.join(map(re.escape, TABLES))})"
+"""The naming rule of parts, relative to the run folder."""
+LARGEST_MANIFEST = 2 << 30
+"""One of many ranks that each write their parts grows by hundreds of megabytes an hour."""
+
+
+CHECKSUM = "checksum"
+"""The key of the sha256 over all else. Manifests written before there was one lack it."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: type(value) is str and re.fullmatch(pattern, value) is not None
+
+
+def _is_shard(value: Any) -> bool:
+    return _matches("[0-9]{1,9}/[0-9]{1,9}")(value) and int(value.split("/")[0]) < int(value.split("/")[1])
+
+
+def _list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(map(is_item, value))
+
+
+def _map_of(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is dict and all(is_key(k) and is_value(v) for k, v in value.items())
+
+
+Rules = dict[str, tuple[Callable[[Any], bool], str]]
+"""The rule of each key of a JSON object, as a function and in words."""
+
+PART_RULES: Rules = {
+    "file": (_matches(f"{PART_FILE}|{re.escape(ARRAY)}"), "a name that a job gives"),
+    "first": (_is_count, "a count"),
+    "rows": (_is_positive, "at least 1"),
+    "errors": (_is_count, "a count"),
+    "num_bytes": (_is_count, "a count"),
+    "sha256": (_matches("[0-9a-f]{64}"), "64 hexadecimal digits"),
+    "split_rows": (_is_count, "a count"),
+    "reasons": (_map_of(_matches(r"[0-9]{1,18}"), _is_text), "reasons by index"),
+}
+MANIFEST_RULES: Rules = {
+    "fingerprint": (
+        lambda value: type(value) is dict and f".{value.get('output.format')}" in (*TABLES, ".npy"),
+        "the keys of a job with its output.format",
+    ),
+    "start": (_is_count, "a count"),
+    "stop": (_is_count, "a count"),
+    "batch_size": (_is_positive, "at least 1"),
+    "parts": (_list_of(lambda value: type(value) is dict), "a list of parts"),
+    "world_sizes": (_list_of(_is_positive), "a list of counts"),
+    "versions": (_map_of(_is_text, _is_text), "versions by name"),
+    "complete": (lambda value: type(value) is bool, "true or false"),
+    "token": (_matches("[0-9a-z]*"), "letters and digits"),
+    "slurm_job": (_is_text, "a text"),
+    "shard": (lambda value: value is None or _is_shard(value), "i/n or null"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +112,11 @@ class Part:
         try:
             if self.file == ARRAY:
                 # numpy compares the header with the length of the file.
-                np.load(path, mmap_mode="r")
+                map_array(path)
                 return True
-            return path.stat().st_size == self.num_bytes
-        except (OSError, ValueError, EOFError):
+            status = path.lstat()
+            return stat.S_ISREG(status.st_mode) and status.st_size == self.num_bytes
+        except (OSError, ValueError):
             return False
 
 
@@ -61,6 +133,8 @@ class Manifest:
     world_sizes: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     complete: bool = False
+    token: str = ""
+    """Tells the attempt that claimed the folder last from others; part names carry it."""
     slurm_job: str = ""
     """The SLURM job that began it, where one did."""
     shard: str | None = None
@@ -85,25 +159,110 @@ class Manifest:
         """The manifest of a folder, None where there is none.
 
         Raises:
-            UsageError: the file is not a manifest of ours.
+            UsageError: the file is not a manifest of ours, or a damaged one.
         """
         path = run_dir / MANIFEST
         try:
-            raw = json.loads(path.read_text())
-            return cls(**{**raw, "parts": [Part(**part) for part in raw["parts"]]})
+            return _parse(read_json(path, LARGEST_MANIFEST))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
-                f"{path} is not a manifest that can be read ({type(error).__name__}). Choose another output.dir."
+                f"{path} is not a manifest that can be read ({cause_of(error)}). Choose another output.dir."
             ) from None
 
     def write(self, run_dir: Path) -> None:
-        replace_json(run_dir / MANIFEST, asdict(self))
+        # The token comes first, where `check_claim` looks for it.
+        content = {"token": self.token, **asdict(self)}
+        replace_json(run_dir / MANIFEST, content | {CHECKSUM: _checksum(content)})
+
+    def check_claim(self, run_dir: Path) -> None:
+        """Require that nobody else has claimed the folder since this manifest did.
+
+        Raises:
+            StateError: another token stands there, or none.
+        """
+        mine = json.dumps({"token": self.token}, indent=1).removesuffix("\n}").encode()
+        try:
+            with open_regular(run_dir / MANIFEST) as file:
+                found = file.read(len(mine))
+        except OSError:
+            found = b""
+        if found != mine:
+            raise StateError(
+                f"{run_dir} was claimed by another job, or its {MANIFEST} deleted, while this job was at work."
+                " This job ends; start it again once the other has ended."
+            )
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """sha256 over a manifest's values, whatever their order and the white space between them."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parse(raw: Any) -> Manifest:
+    """The manifest that a JSON value is.
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
+    if type(raw) is not dict:
+        raise ValueError("it is not a JSON object")
+    if CHECKSUM in raw and raw[CHECKSUM] != _checksum(raw):
+        raise ValueError("it was changed since it was written")
+    values = {key: value for key, value in raw.items() if key != CHECKSUM}
+    _check_keys(values, MANIFEST_RULES, Manifest, "")
+    for number, part in enumerate(values["parts"]):
+        _check_keys(part, PART_RULES, Part, f"parts[{number}].")
+    manifest = Manifest(**{**values, "parts": [Part(**part) for part in values["parts"]]})
+    _check_parts(manifest)
+    return manifest
+
+
+def _check_keys(values: dict[str, Any], rules: Rules, of: type[Any], where: str) -> None:
+    required = {each.name for each in fields(of) if each.default is MISSING and each.default_factory is MISSING}
+    if missing := sorted(required - values.keys()):
+        raise ValueError(f"it lacks {where}{missing[0]}")
+    if unknown := sorted(values.keys() - rules.keys()):
+        raise ValueError(f"{where}{unknown[0]!r} is not a key of this version")
+    for key, value in values.items():
+        holds, rule = rules[key]
+        if not holds(value):
+            raise ValueError(f"{where}{key} is not {rule}")
+
+
+def _check_parts(manifest: Manifest) -> None:
+    """Check that the parts follow each other, lie within the job's range, and are named and counted as they should."""
+    prefix = manifest.start
+    for number, part in enumerate(manifest.parts):
+        if part.first != prefix:
+            raise ValueError(f"parts[{number}] begins at row {part.first}, not {prefix}")
+        prefix = part.stop
+        if part.file != _file_of(part, manifest.output_format):
+            raise ValueError(f"parts[{number}].file is not the name of its rows")
+        is_array = part.file == ARRAY
+        if part.errors > part.rows or len(part.reasons) != (part.errors if is_array else 0):
+            raise ValueError(f"parts[{number}] has another number of errors")
+        if not all(part.first <= int(index) < part.stop for index in part.reasons):
+            raise ValueError(f"parts[{number}].reasons are of other rows")
+    if prefix > manifest.stop:
+        raise ValueError(f"its rows end at {prefix}, after the last, {manifest.stop}")
+    if manifest.complete and prefix != manifest.stop:
+        raise ValueError(f"its rows end at {prefix}, but complete ones would at {manifest.stop}")
+
+
+def _file_of(part: Part, output_format: str) -> str | None:
+    """The name that a part has, None where it names another format or other rows."""
+    if output_format == "npy":
+        return ARRAY
+    name = re.fullmatch(PART_FILE, part.file)
+    ok = name is not None and name["suffix"] == f".{output_format}" and int(name["first"]) == part.first
+    return part.file if ok else None
 
 
 def write_status(run_dir: Path, status: str, manifest: Manifest, reason: str | None = None) -> None:
     """Write `status.json`: running, complete, failed or preempted, with counts. Rank 0 only."""
     total, rows = manifest.stop - manifest.start, manifest.prefix - manifest.start
     counts = {"total": total, "ok": rows - manifest.errors, "error": manifest.errors, "missing": total - rows}
-    replace_json(run_dir / "status.json", {"status": status, "reason": reason, "counts": counts})
+    replace_json(run_dir / STATUS, {"status": status, "reason": reason, "counts": counts})

@@ -1,6 +1,5 @@
 """The names behind the numbers in `pred` and `label`, and the class of the model that each label stands for."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.atomic_files import replace_json
 from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.regular_files import read_json
 from mgpu_ddp.reporting.text import plural
 
 CLASSES = "classes.json"
@@ -96,7 +96,7 @@ def read_classes(run_dir: Path, manifest: Manifest) -> ClassTable:
     """
     path = run_dir / CLASSES
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path)
         lists = {key: tuple(map(str, found[key])) if found[key] else None for key in ("names", "label_names")}
         return ClassTable(**{**found, **lists})
     except FileNotFoundError:

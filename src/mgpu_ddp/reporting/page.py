@@ -3,7 +3,6 @@
 Rank 0 writes it at the end of a job; `python -m mgpu_ddp.report run=DIR` writes it again.
 """
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import UsageError, reason_of
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.regular_files import read_json
 from mgpu_ddp.reporting import page_sections
 from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.render import render
@@ -75,7 +75,7 @@ def write_page(results: JobResults, *, thumbnails_s: float) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(read_json(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:

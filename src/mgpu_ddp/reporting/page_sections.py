@@ -9,6 +9,7 @@ from typing import Any
 
 from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.regular_files import open_regular
 from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.table_stats import TableStats
 from mgpu_ddp.reporting.text import duration, gibibytes
@@ -22,6 +23,7 @@ LABELS_SHOWN = 200
 RANKS_SHOWN = 32
 ERRORS_SHOWN = 50
 ERRORS_READ = 100_000
+LONGEST_LINE = 1 << 20
 STAGES = {"startup_s": "start-up", **clock.STAGES}
 TOPS = {"top1": "top-1", "top5": "top-5"}
 
@@ -144,8 +146,8 @@ def errors(run_dir: Path, manifest: Manifest) -> Section | None:
     kinds: Counter[str] = Counter()
     rows: list[Section] = []
     try:
-        with (run_dir / "errors.jsonl").open(encoding="utf-8") as file:
-            for line in islice(file, ERRORS_READ):
+        with open_regular(run_dir / "errors.jsonl") as file:
+            for line in islice(iter(lambda: file.readline(LONGEST_LINE), b""), ERRORS_READ):
                 error = json.loads(line)
                 kinds[str(error["reason"]).partition(":")[0]] += 1
                 if len(rows) < ERRORS_SHOWN:

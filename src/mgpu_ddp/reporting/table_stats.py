@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import ARRAY, Manifest, Part
+from mgpu_ddp.output.regular_files import map_array
 from mgpu_ddp.reporting.class_table import ClassTable
 
 BINS = 20
@@ -194,7 +195,7 @@ def _best(column: Any, pred: Numbers) -> npt.NDArray[Any]:
 def _read_array(
     run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None, *, best: bool
 ) -> Iterator[RowBlock]:
-    array = np.load(run_dir / ARRAY, mmap_mode="r")
+    array = map_array(run_dir / ARRAY)
     failed: Sequence[int] = [int(index) for index in part.reasons]
     for first in range(part.first, part.stop, ARRAY_ROWS):
         stop = min(first + ARRAY_ROWS, part.stop)

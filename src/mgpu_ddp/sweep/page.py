@@ -1,7 +1,6 @@
 """`report.html` of a sweep: its answer, its plot and its jobs on one page, made from the sweep's folder alone."""
 
 import base64
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mgpu_ddp.output.atomic_files import replace_bytes
+from mgpu_ddp.output.regular_files import open_regular, read_json
 from mgpu_ddp.reporting.page import PAGE
 from mgpu_ddp.reporting.render import render
 from mgpu_ddp.sweep.results import PLOT_FILE, SWEEP_FILE, as_list, merge_repeats, named, peak_memory
@@ -22,7 +22,7 @@ def write_sweep_page(folder: Path) -> Path:
     Raises:
         OSError, ValueError, KeyError, TypeError: the folder does not hold what a sweep writes.
     """
-    results = json.loads((folder / SWEEP_FILE).read_text())
+    results = read_json(folder / SWEEP_FILE)
     jobs, swept, chosen = results["jobs"], results["swept"], as_list(results["recommended"])
     title = f"Sweep over {', '.join(swept) or 'nothing'}"
     points = merge_repeats(jobs)
@@ -58,7 +58,8 @@ def _cards(results: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[tupl
 def _plot(folder: Path) -> str | None:
     """The plot as a data URI, None where it was not drawn."""
     try:
-        data = (folder / PLOT_FILE).read_bytes()
+        with open_regular(folder / PLOT_FILE) as file:
+            data = file.read()
     except OSError:
         return None
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

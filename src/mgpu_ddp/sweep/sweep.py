@@ -16,6 +16,7 @@ from mgpu_ddp.config.schema import GROUPS
 from mgpu_ddp.errors import Exit, UsageError, reason_of
 from mgpu_ddp.job.autotune import GAIN
 from mgpu_ddp.output.atomic_files import replace_bytes, replace_json
+from mgpu_ddp.output.regular_files import read_json
 from mgpu_ddp.reporting.page import PAGE
 from mgpu_ddp.reporting.text import gibibytes
 from mgpu_ddp.sweep.page import write_sweep_page
@@ -70,7 +71,7 @@ class Sweep:
         self._status = "running"
         self._rows: dict[int, dict[str, Any]] = {}
         try:
-            self._rows = {row["job"]: row for row in json.loads((folder / SWEEP_FILE).read_text())["jobs"]}
+            self._rows = {row["job"]: row for row in read_json(folder / SWEEP_FILE)["jobs"]}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,11 @@ def unfinish(manifest: Manifest) -> None:
 
 
 def move(manifest: Manifest) -> None:
-    manifest.start += 1
+    """As if there had been one sample more before."""
+    manifest.start, manifest.stop = manifest.start + 1, manifest.stop + 1
+    (part,) = manifest.parts
+    first = part.first + 1
+    manifest.parts = [replace(part, first=first, file=f"predictions/part-{first:012d}-0{part.file[-14:]}")]
 
 
 def renumber(manifest: Manifest) -> None:
@@ -134,6 +139,79 @@ def test_what_is_not_one_whole_job_is_refused(three: Path, act: Callable[[Path],
         merge(three)
     assert line in str(refused.value)
     assert not (three / "manifest.json").exists()
+
+
+def foreign(name: str) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("precious")
+
+    return act
+
+
+def other_job(run_dir: Path) -> None:
+    shutil.copytree(run_dir / "shard-0", run_dir, dirs_exist_ok=True)
+    manifest = Manifest.read(run_dir)
+    assert manifest is not None
+    other_model(manifest)
+    manifest.write(run_dir)
+
+
+def linked(name: str) -> Callable[[Path], None]:
+    """A name of ours, in the folder itself or a shard, as a link to what it was or to a file elsewhere."""
+
+    def act(run_dir: Path) -> None:
+        victim = run_dir.parent / "victim"
+        if (run_dir / name).exists():
+            (run_dir / name).rename(victim)
+        else:
+            victim.write_text("precious")
+        (run_dir / name).symlink_to(victim)
+
+    return act
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("act", "line"),
+    [
+        *(
+            (foreign(name), f"with foreign {Path(name).name}")
+            for name in ("classes.json", "errors.jsonl", "status.json")
+        ),
+        (foreign("predictions/thesis.csv"), "'predictions/thesis.csv' is not of a job"),
+        (foreign("predictions/notes.txt"), "with foreign predictions"),
+        (foreign(".lock"), "must not hold a foreign .lock"),
+        (other_job, "holds another job than its shards"),
+        (linked("predictions"), "'predictions' is not a folder"),
+        *((linked(name), f"'{name}' is not a regular file") for name in (".lock", "manifest.json", "report.html")),
+        (linked("shard-1/manifest.json"), "'manifest.json' is not a regular file"),
+        (linked("shard-1/listing.arrow"), "'listing.arrow' is not a regular file"),
+        (linked("shard-1/predictions"), "'predictions' is not a folder"),
+        (lambda d: os.mkfifo(d / "shard-1" / "predictions.npy"), "'predictions.npy' is not a regular file"),
+    ],
+)
+def test_a_merge_leaves_alone_what_is_not_its_own(three: Path, act: Callable[[Path], None], line: str) -> None:
+    act(three)
+    before = {path: path.read_bytes() for path in three.parent.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError) as refused:
+        merge(three)
+    assert line in str(refused.value)
+    assert {path: path.read_bytes() for path in three.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", ["parts", "all"])
+def test_a_merge_that_was_cut_short_can_be_repeated(three: Path, damage: str) -> None:
+    merge(three)
+    manifest = Manifest.read(three)
+    assert manifest is not None
+    replace(manifest, parts=[], complete=False).write(three)
+    for path in (three / "predictions").iterdir() if damage == "parts" else [three / "metrics.json"]:
+        path.unlink()
+    (three / "notes.txt").write_text("precious")
+    assert merge(three)["rows"] == 31
+    assert_proved(three, 31, errors=1)
+    assert (three / "notes.txt").read_text() == "precious"
 
 
 def test_a_part_that_is_not_what_was_committed_is_found(three: Path) -> None:

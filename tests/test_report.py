@@ -1,6 +1,7 @@
 """The page of a real job, in a real browser where there is one, and `mgpu_ddp.report`, which writes it again."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mgpu_ddp.distributed.world import World
+from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.report import main, rebuild
 from tests.support.runs import assert_proved, make_images, read_rows, recipes
 from tests.support.starting import BIN, SMALL_IMAGES, run
@@ -154,7 +156,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         ("metrics.json", '{"ranks": [{}]}', "is damaged"),
         ("status.json", "[1]", "status.json cannot be read"),
         ("classes.json", "{}", "classes.json cannot be read"),
-        ("manifest.json", '{"fingerprint": {}, "start": 0, "stop": 1, "batch_size": 1, "parts": []}', "is damaged"),
+        (
+            "manifest.json",
+            '{"fingerprint": {"output.format": "csv"}, "start": 0, "stop": 1, "batch_size": 1, "parts": []}',
+            "is damaged",
+        ),
         ("predictions", "", ""),
     ],
 )
@@ -172,6 +178,56 @@ def test_a_damaged_folder_is_refused_in_one_line(
     damaged = next(damaged.iterdir()) if damaged.is_dir() else damaged
     damaged.write_text(content)
     assert message in refused(monkeypatch, capsys, f"run={tmp_path / 'out'}")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("by", ["link", "pipe"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(".lock", "manifest.json", "status.json", "metrics.json", "classes.json", "errors.jsonl", "listing.arrow"),
+        *("predictions", "report.html"),
+    ],
+)
+def test_a_hostile_folder_is_refused_in_one_line(
+    root: Path, tmp_path: Path, file: str, by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "out")
+    path, victim = tmp_path / "out" / file, tmp_path / "victim"
+    path.rename(victim)
+    if by == "link":
+        path.symlink_to(victim)
+    else:
+        os.mkfifo(path)
+    before = victim.read_bytes() if victim.is_file() else b""
+    assert f"'{file}' is not a " in refused(monkeypatch, capsys, f"run={tmp_path / 'out'}")
+    assert (victim.read_bytes() if victim.is_file() else b"") == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.num_classes", 10**18),
+        ("model.num_classes", -1),
+        ("data.name", []),
+        ("output.fields", 3),
+    ],
+)
+def test_a_manifest_of_impossible_values_is_refused_in_one_line(
+    root: Path,
+    tmp_path: Path,
+    key: str,
+    value: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out/classes.json").unlink()
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    manifest.fingerprint[key] = value
+    manifest.write(tmp_path / "out")
+    refused(monkeypatch, capsys, f"run={tmp_path / 'out'}")
 
 
 def test_a_page_without_its_listing_has_no_images(root: Path, tmp_path: Path) -> None:

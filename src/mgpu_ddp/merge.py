@@ -5,23 +5,24 @@ like any other: its parts are hard links to the shards' own, and the proof reads
 """
 
 import itertools
-import json
 import os
+import secrets
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from mgpu_ddp.config.schema import parse_shard
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.errors import MgpuError, StateError, UsageError
 from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
 from mgpu_ddp.output.folders import holding
+from mgpu_ddp.output.layout import check_layout, check_unclaimed
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
 from mgpu_ddp.output.parts import copy_rows, write_header
+from mgpu_ddp.output.regular_files import map_array, open_regular, read_json
+from mgpu_ddp.output.run_folder import remove_unlisted
 from mgpu_ddp.output.verify import prove
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
@@ -46,11 +47,13 @@ def merge(run_dir: Path) -> dict[str, Any]:
     """Prove that the shards are whole and merge them into one run folder. Returns its summary.
 
     Raises:
-        UsageError: shards are missing, unfinished or of different jobs.
+        UsageError: shards are missing, unfinished or of different jobs, or the folder holds something else.
         ProofError: a shard's folder does not hold what its manifest says.
     """
+    check_layout(run_dir)
     shards = find_shards(run_dir)
     check_shards(run_dir, shards)
+    _check_target(run_dir, shards[0])
     for shard in shards:
         prove(shard.folder, shard.manifest).check_exact(str(shard.folder))
     with holding(run_dir):
@@ -67,6 +70,7 @@ def find_shards(run_dir: Path) -> list[Shard]:
     """Find the shards in the folders below a folder, in order."""
     shards = []
     for path in sorted(run_dir.glob(f"*/{MANIFEST}")):
+        check_layout(path.parent)
         manifest = Manifest.read(path.parent)
         if manifest is not None and manifest.shard is not None:
             number, count = parse_shard(manifest.shard)
@@ -121,6 +125,20 @@ def _check_all_there(run_dir: Path, shards: list[Shard]) -> None:
         raise UsageError(f"{run_dir} lacks {len(missing)} of its {count} shards. Run shard={missing[0]}/{count}.")
 
 
+def _check_target(run_dir: Path, shard: Shard) -> None:
+    """Check that the folder holds nothing yet, or what an earlier merge of this job has left.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    check_unclaimed(run_dir)
+    found = Manifest.read(run_dir)
+    if found is not None:
+        theirs, mine = ({**each.fingerprint, "listing": None} for each in (found, shard.manifest))
+        if theirs != mine:
+            raise UsageError(f"{run_dir} holds another job than its shards. Move them to another folder.")
+
+
 def _identity(shard: Shard) -> dict[str, Any]:
     """Keys and values that all shards of a job have in common."""
     identity = {key: value for key, value in shard.manifest.fingerprint.items() if key != "listing"}
@@ -137,21 +155,27 @@ def _identity(shard: Shard) -> dict[str, Any]:
 
 def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
     first, last = shards[0].manifest, shards[-1].manifest
-    if first.output_format == "npy":
-        replace_file(run_dir / ARRAY, lambda file: _join_arrays(file, shards, last.stop - first.start))
-    else:
-        _link_parts(run_dir, shards)
-    for name in (FILE_NAME, CLASSES):
-        if (shards[0].folder / name).exists():
-            _link(shards[0].folder / name, run_dir / name)
     merged = replace(
         last,
         start=first.start,
         parts=[part for shard in shards for part in shard.manifest.parts],
         world_sizes=sorted({size for shard in shards for size in shard.manifest.world_sizes}),
         shard=None,
+        token=secrets.token_hex(3),
     )
-    replace_bytes(run_dir / "errors.jsonl", b"".join((s.folder / "errors.jsonl").read_bytes() for s in shards))
+    if (run_dir / MANIFEST).exists():
+        # What an earlier merge has left may be trusted no longer.
+        write_status(run_dir, "running", merged)
+    # A merge that is cut short leaves a folder that is ours, and can be repeated.
+    replace(merged, parts=[], complete=False).write(run_dir)
+    if first.output_format == "npy":
+        replace_file(run_dir / ARRAY, lambda file: _join_arrays(file, shards, last.stop - first.start))
+    else:
+        _link_parts(run_dir, shards, merged)
+    for name in (FILE_NAME, CLASSES):
+        if (shards[0].folder / name).exists():
+            _link(shards[0].folder / name, run_dir / name)
+    replace_bytes(run_dir / "errors.jsonl", b"".join(map(_errors, shards)))
     prove(run_dir, merged).check_exact(str(run_dir))
     rates = [_metrics(shard.folder).get("images_per_s", 0.0) for shard in shards]
     replace_json(run_dir / "metrics.json", {"shards": len(shards), "images_per_s_of_each": rates})
@@ -171,13 +195,10 @@ def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
     }
 
 
-def _link_parts(run_dir: Path, shards: list[Shard]) -> None:
+def _link_parts(run_dir: Path, shards: list[Shard], merged: Manifest) -> None:
     add_folder(run_dir / PARTS)
-    listed = {Path(part.file).name for shard in shards for part in shard.manifest.parts}
-    for path in (run_dir / PARTS).iterdir():
-        # Left by an earlier merge, from shards that were run again since.
-        if path.name not in listed:
-            path.unlink()
+    # What an earlier merge has left, from shards that were run again since.
+    remove_unlisted(run_dir, merged)
     for shard in shards:
         for part in shard.manifest.parts:
             _link(shard.folder / part.file, run_dir / part.file)
@@ -192,12 +213,12 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with source.open("rb") as file:
+        with open_regular(source) as file:
             replace_file(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
 def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
-    arrays = [np.load(shard.folder / ARRAY, mmap_mode="r") for shard in shards]
+    arrays = [map_array(shard.folder / ARRAY) for shard in shards]
     if len({(array.shape[1], array.dtype) for array in arrays}) > 1:
         raise StateError(f"{ARRAY} differs between the shards in its columns or dtype. Run the shards again.")
     write_header(file, arrays[0].dtype, (rows, arrays[0].shape[1]))
@@ -205,10 +226,15 @@ def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
         copy_rows(array, file)
 
 
+def _errors(shard: Shard) -> bytes:
+    with open_regular(shard.folder / "errors.jsonl") as file:
+        return file.read()
+
+
 def _metrics(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "metrics.json").read_text()))
-    except (OSError, ValueError):
+        return dict(read_json(folder / "metrics.json"))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

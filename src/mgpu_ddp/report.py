@@ -10,6 +10,7 @@ from typing import Any
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
 from mgpu_ddp.output.folders import holding
+from mgpu_ddp.output.layout import check_layout
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.reporting.class_table import read_classes
 from mgpu_ddp.reporting.page import JobResults, write_page
@@ -46,13 +47,16 @@ def rebuild(folder: Path) -> Path:
     Raises:
         UsageError: the folder is neither, or its files cannot be read.
     """
+    check_layout(folder)
     is_job = Manifest.read(folder) is not None
     rule = f"a folder with a manifest.json or a {SWEEP_FILE}"
     is_either = is_job or (folder / SWEEP_FILE).exists()
     require(is_either, "run", rule, str(folder), "Name the folder of a job or a sweep.")
     try:
         return _rebuild_job(folder) if is_job else write_sweep_page(folder)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (MgpuError, OSError):
+        raise
+    except Exception as error:
         kind = "job" if is_job else "sweep"
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mgpu_ddp.config.schema import (
+    ArrayConfig,
     Config,
     FakeConfig,
     FolderConfig,
+    ListConfig,
     LoaderConfig,
     ModelConfig,
     ParquetConfig,
@@ -164,3 +166,38 @@ def test_a_window_holds_all_that_is_read_ahead_of_it(world: World, device: str) 
     choices = resolved(workers=3, decode="gpu" if device == "cuda" else "cpu")
     plan = Planner(config=settings, resolved=choices, num_classes=5, world=there).plan(0, 10**6)
     assert plan.smallest >= plan.step * (3 * 2 + in_flight(there) + (STAGED if device == "cuda" else 0))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("key", "of", "value"),
+    [
+        ("model.class_names", ModelConfig, "out/classes.json"),
+        ("model.weights", ModelConfig, "link.pt"),
+        ("data.urls", ParquetConfig, "out/predictions/*.parquet"),
+        ("data.urls", ParquetConfig, "elsewhere/../out/.next/predictions/*.parquet"),
+        ("data.path", ArrayConfig, "out/predictions.npy"),
+        ("data.path", ListConfig, "out/errors.jsonl"),
+        ("data.root", FolderConfig, "out/predictions"),
+    ],
+)
+def test_an_input_that_the_job_would_write_over_is_refused(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, key: str, of: type[Any], value: str, dry_run: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/classes.json").write_text("precious")
+    (tmp_path / "link.pt").symlink_to("out/listing.arrow")
+    group, _, name = key.partition(".")
+    job = Job(name="0", config=config(**{group: of(**{name: value})}, dry_run=dry_run), run_dir=tmp_path / "out")
+    with pytest.raises(UsageError, match=rf"{key} must be outside of the files that a job writes into .* Copy it"):
+        place_job(job, world)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["classes.json"]
+
+
+def test_inputs_may_lie_beside_the_results(tmp_path: Path, world: World) -> None:
+    make_images(tmp_path, 3)
+    (tmp_path / "names.json").write_text("[]")
+    settings = config(data=FolderConfig(root=str(tmp_path)))
+    _, claim = claimed(settings, tmp_path, world)
+    assert len(listed(claim)) == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import ProofError, StateError, UsageError
 from mgpu_ddp.output.folders import LOCK
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.run_folder import RunFolder
@@ -68,10 +68,14 @@ def test_what_the_manifest_does_not_list_is_deleted(tmp_path: Path) -> None:
     folder = claim(tmp_path)
     (kept,) = write_parts(folder, 8)
     writer_of(folder, "dead").write(make_rows(8, 4))  # written, never committed
-    (tmp_path / "predictions/.part-x.tmp").touch()
-    (tmp_path / "predictions/notes.txt").touch()
+    for temporary in (f"{kept.file.replace('/', '/.')}.0123abcd.tmp", ".status.json.0123abcd.tmp"):
+        (tmp_path / temporary).touch()
+    foreign = {"predictions/notes.txt", "predictions/.part.tmp", ".own.tmp", "logs/access.log"}
+    (tmp_path / "logs").mkdir()
+    for name in foreign:
+        (tmp_path / name).touch()
     claim(tmp_path)
-    assert files_below(tmp_path / "predictions") == {Path(kept.file).name}
+    assert files_below(tmp_path) == {kept.file, "manifest.json", *foreign}
 
 
 @pytest.mark.parametrize("damage", ["grown", "missing"])
@@ -193,3 +197,83 @@ def test_a_folder_that_was_not_claimed_is_not_marked(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         fail(RunFolder.place(tmp_path), UsageError("another job"))
     assert not (tmp_path / "status.json").exists()
+
+
+@pytest.mark.parametrize("how", ["parquet", "npy"])
+def test_a_complete_folder_whose_proof_fails_is_complete_no_longer(tmp_path: Path, how: str) -> None:
+    folder = claim(tmp_path, how)
+    (part, _) = write_parts(folder, 8, 20)
+    folder.finish("complete", SAMPLES.path)
+    before = (tmp_path / part.file).read_bytes()
+    # The last byte of an array is one of the other part.
+    place = len(before) // 2 if how == "parquet" else len(before) - 12 * 4 * CLASSES - 1
+    flip(tmp_path / part.file, place)
+    for _ in range(2):
+        again = claim(tmp_path, how)
+        with pytest.raises(ProofError, match="has other bytes than were committed"), again:
+            again.finish("complete", SAMPLES.path)
+        manifest = Manifest.read(tmp_path)
+        assert manifest is not None
+        assert not manifest.complete
+        status = status_of(tmp_path)
+        assert status["status"] == "failed"
+        assert "has other bytes than were committed" in status["reason"]
+    # What the message says to do.
+    (tmp_path / part.file).unlink()
+    mended = claim(tmp_path, how)
+    write_parts(mended, 20, token="u")
+    assert mended.finish("complete", SAMPLES.path).missing == 0
+    assert status_of(tmp_path)["status"] == "complete"
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["parquet", "csv", "npy"])
+def test_a_retry_gives_damaged_rows_no_new_checksum(tmp_path: Path, how: str) -> None:
+    folder = claim(tmp_path, how)
+    (part, _) = write_parts(folder, 8, 20)
+    data = (tmp_path / part.file).read_bytes()
+    place = {"npy": len(data) - 12 * 4 * CLASSES - 1, "csv": data.rindex(b"\n0,") + 1 if how == "csv" else 0}
+    flip(tmp_path / part.file, place.get(how, len(data) // 2))
+    damaged = (tmp_path / part.file).read_bytes()
+    again = claim(tmp_path, how)
+    table = again.open_table(writer_of(again, "u"), np.array([3]))
+    with pytest.raises(ProofError, match="has other bytes than were committed"):
+        table.add(make_rows(0, 1, classes=CLASSES))
+    assert (tmp_path / part.file).read_bytes() == damaged
+    assert again.claimed == Manifest.read(tmp_path)
+
+
+def test_a_job_ends_when_another_has_claimed_its_folder(tmp_path: Path) -> None:
+    """Two are at work in one folder only where somebody deletes the lock."""
+    first = claim(tmp_path)
+    write_parts(first, 8)
+    unlisted = writer_of(first, "t").write(make_rows(8, 4))
+    (tmp_path / LOCK).unlink()
+    second = claim(tmp_path)
+    second.mark_running()
+    mine = writer_of(second, "u").write(make_rows(8, 4))
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+
+    def list_it() -> None:
+        first.open_table(writer_of(first)).list([unlisted])
+
+    def list_more() -> None:
+        first.open_table(writer_of(first)).list([mine])
+
+    def finish() -> None:
+        first.finish("complete", SAMPLES.path)
+
+    for act in (list_it, list_more, finish, first.mark_running):
+        with pytest.raises(StateError, match=r"was claimed by another job.* start it again once") as raised, first:
+            act()
+        assert len(str(raised.value).splitlines()) == 1
+        assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+    second.open_table(writer_of(second, "u")).list([mine])
+    write_parts(second, 20, token="v")
+    assert second.finish("complete", SAMPLES.path).missing == 0
+    assert status_of(tmp_path)["status"] == "complete"

@@ -1,6 +1,7 @@
 """The final proof reads what is on disk, and errors.jsonl is derived from it."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mgpu_ddp.errors import ProofError
+from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.run_folder import RunFolder
 from mgpu_ddp.output.verify import Proof, prove, write_errors
 from tests.support.run_folders import CLASSES, FAILED, HOWS, REASON, SAMPLES, claim, wanted, write_parts, writer_of
@@ -65,7 +67,7 @@ def test_it_counts_what_the_parts_really_hold(
     assert proof.rows == 20 - missing + duplicates
     with pytest.raises(ProofError, match=rf"does not hold each of 20 samples once: {proof.rows} rows, {missing} miss"):
         folder.finish("complete", SAMPLES.path)
-    assert not (tmp_path / "status.json").exists()
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize("how", ["parquet", "npy"])
@@ -98,6 +100,19 @@ def test_it_refuses_a_folder_that_differs_from_the_manifest(tmp_path: Path, dama
     else:
         path.unlink()
     with pytest.raises(ProofError, match="differ in"):
+        proof_of(folder)
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("content", [b"", b"no table", b"PAR1" * 9, b'{"index": "a"}\n{"index": [1]}\n', b"index\nx\n"])
+def test_what_is_no_table_is_told_in_one_line(tmp_path: Path, how: str, content: bytes) -> None:
+    """Also with the checksum that the manifest has."""
+    folder = claim(tmp_path, how)
+    (part, _) = write_parts(folder, 8, 20)
+    (tmp_path / part.file).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    folder.claimed.parts[0] = dataclasses.replace(part, num_bytes=len(content), sha256=digest)
+    with pytest.raises(ProofError, match=rf"{part.file} cannot be read \(.*\)\. Delete it and start again\.$"):
         proof_of(folder)
 
 

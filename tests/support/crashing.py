@@ -29,9 +29,10 @@ import pyarrow
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.output.formats import FORMATS, to_table
+from mgpu_ddp.output.layout import NEXT
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest
 from mgpu_ddp.output.parts import array_digest, open_writer
-from mgpu_ddp.output.replace import NEXT, is_half_replaced
+from mgpu_ddp.output.replace import is_half_replaced
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.run_folder import RunFolder
 from mgpu_ddp.output.verify import error_rows, prove

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import secrets
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mgpu_ddp import __version__
-from mgpu_ddp.config.checks import protocol_of
+from mgpu_ddp.config.checks import protocol_of, require
 from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed, TimmConfig
 from mgpu_ddp.data.datasets import identity, open_samples
 from mgpu_ddp.data.listing import FILE_NAME, Listing
@@ -27,6 +26,8 @@ from mgpu_ddp.models.class_names import names_digest
 from mgpu_ddp.models.head import embedding_dim
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.weights import weights_digest
+from mgpu_ddp.output.atomic_files import replace_bytes
+from mgpu_ddp.output.layout import check_layout, lies_in_the_way
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.run_folder import RunFolder
@@ -83,7 +84,9 @@ def place_job(job: Job, world: World) -> RunFolder:
 
 
 def _place(job: Job, world: World) -> RunFolder:
+    refuse_inputs_in_the_way(job)
     if job.config.dry_run:
+        check_layout(job.run_dir)
         return RunFolder(home=job.run_dir, before=Manifest.read(job.run_dir))
     # Neither a restart by torchrun nor a requeue by SLURM is another launch.
     return RunFolder.place(
@@ -91,6 +94,22 @@ def _place(job: Job, world: World) -> RunFolder:
         overwrite=job.config.overwrite and not world.is_done(f"overwrite/{job.run_dir}"),
         requeued_job=slurm.job_id() if slurm.is_requeued() else "",
     )
+
+
+def refuse_inputs_in_the_way(job: Job) -> None:
+    """Refuse inputs at a path in the run folder that the job would write, move or delete.
+
+    Raises:
+        UsageError: names the key.
+    """
+    config, home = job.config, os.path.realpath(job.run_dir)
+    inputs = {f"data.{key}": value for key, value in asdict(config.data).items()}
+    inputs |= {"model.weights": config.model.weights, "model.class_names": config.model.class_names}
+    for key, value in inputs.items():
+        if isinstance(value, str) and not protocol_of(value):
+            name = os.path.relpath(os.path.realpath(value), home)
+            rule = f"outside of the files that a job writes into {str(job.run_dir)!r}"
+            require(not lies_in_the_way(name), key, rule, value, "Copy it elsewhere, or choose another output.dir.")
 
 
 def known_listing(config: Config, folder: RunFolder, world: World) -> Listing | None:
@@ -114,8 +133,8 @@ def claim_job(setup: Setup) -> Claim:
     with world.together("claim the run folder"):
         if world.rank == 0:
             manifest = _claim(setup)
-            mine = {name: getattr(manifest, name) for name in ("start", "stop", "prefix", "errors", "batch_size")}
-            mine["token"] = secrets.token_hex(3)
+            names = ("start", "stop", "prefix", "errors", "batch_size", "token")
+            mine = {name: getattr(manifest, name) for name in names}
     shared = world.share("claim", mine)
     with world.together("open the samples"):
         samples = _open_claimed_samples(setup)
@@ -167,7 +186,7 @@ def _write_hydra_files(job: Job, folder: RunFolder) -> None:
     if job.hydra_files:
         (folder.path / ".hydra").mkdir(exist_ok=True)
         for name, node in job.hydra_files.items():
-            OmegaConf.save(node, folder.path / ".hydra" / name)
+            replace_bytes(folder.path / ".hydra" / name, OmegaConf.to_yaml(node).encode())
 
 
 def _open_claimed_samples(setup: Setup) -> Samples:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TEMPORARY = ".tmp"
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+"""A hidden file that is to become the one it names."""
 
 
 def create_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -42,9 +44,9 @@ def replace_json(path: Path, value: Any) -> None:
 
 def _filled(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
     """A hidden file beside the path, durable under a name that says it counts for nothing."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
@@ -52,10 +54,6 @@ def _filled(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
-
-
-def is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
 def add_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.atomic_files import add_folder
 
 LOCK = ".lock"
+HELD_BY = b"held by process "
+"""How the text in a lock of ours begins."""
 
 
 def hold_folder(run_dir: Path) -> int:
@@ -25,19 +28,25 @@ def hold_folder(run_dir: Path) -> int:
     """
     try:
         add_folders(run_dir)
-        held = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        held = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         raise unwritable(run_dir, error) from None
+    said = os.read(held, 500) if stat.S_ISREG(os.fstat(held).st_mode) else b"?"
+    # A crash may have torn the text, or left zeros in its place.
+    if not HELD_BY.startswith(said.rstrip(b"\0")[: len(HELD_BY)]):
+        os.close(held)
+        raise UsageError(f"output.dir must not hold a foreign {LOCK}, got {str(run_dir)!r}. Choose another.")
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = os.read(held, 500).decode(errors="replace").strip() or error.strerror
+        holder = ascii(said.decode(errors="replace").strip())[1:-1] or error.strerror
         os.close(held)
         raise UsageError(
             f"output.dir must not be in use, got {str(run_dir)!r} ({holder}). Wait for that job or choose another."
         ) from None
     os.ftruncate(held, 0)
-    os.write(held, f"held by process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.lseek(held, 0, os.SEEK_SET)
+    os.write(held, HELD_BY + f"{os.getpid()} on {socket.gethostname()}\n".encode())
     return held
 
 

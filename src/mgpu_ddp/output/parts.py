@@ -39,10 +39,11 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.errors import ProofError, WriteError
+from mgpu_ddp.errors import ProofError, WriteError, cause_of
 from mgpu_ddp.output.atomic_files import create_file, replace_file
 from mgpu_ddp.output.formats import FORMATS, Format, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
+from mgpu_ddp.output.regular_files import map_array, open_regular
 from mgpu_ddp.output.rows import Rows
 
 COPIED_ROWS = 4096
@@ -66,6 +67,7 @@ class PartWriter(Protocol):
         """Make the part durable with these rows in the place of its error rows; counts only once it is listed.
 
         Raises:
+            ProofError: the part has other bytes than were committed.
             WriteError: the file system refused.
         """
         ...
@@ -88,6 +90,8 @@ class TableWriter:
         import pyarrow as pa
         from pyarrow import compute
 
+        # What was damaged since must not get a checksum that says it is whole.
+        check_bytes(self._run_dir, part)
         new = self._table(rows)
         old = self._format.read(self._run_dir / part.file, new.schema)
         kept = old.filter(compute.invert(compute.is_in(old["index"], value_set=new["index"])))
@@ -125,7 +129,7 @@ class ArrayWriter:
 
     def __init__(self, run_dir: Path, start: int) -> None:
         self._path, self._start = run_dir / ARRAY, start
-        self._array = np.load(self._path, mmap_mode="r+")
+        self._array = map_array(self._path, "r+")
 
     def write(self, rows: Rows) -> Part:
         self._put(rows)
@@ -142,6 +146,7 @@ class ArrayWriter:
         return replace(part, sha256=array_digest(self._array, part, self._start))
 
     def rewrite(self, part: Part, rows: Rows) -> Part:
+        check_bytes(self._path.parent, part, self._start)
         self._put(rows)
         retried = set(rows.index.tolist())
         kept = {i: reason for i, reason in part.reasons.items() if int(i) not in retried}
@@ -161,6 +166,25 @@ class ArrayWriter:
             raise write_error(self._path, error) from error
 
 
+def check_bytes(run_dir: Path, part: Part, start: int = 0) -> None:
+    """Compare a part with its checksum.
+
+    Raises:
+        ProofError: it has other bytes than were committed, or cannot be read.
+    """
+    path = run_dir / part.file
+    try:
+        if part.file == ARRAY:
+            digest = array_digest(map_array(path), part, start)
+        else:
+            with open_regular(path) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise ProofError(f"{part.file} cannot be read ({cause_of(error)}). Delete it and start again.") from None
+    if digest != part.sha256:
+        raise ProofError(f"{part.file} has other bytes than were committed. Delete it and start again.")
+
+
 def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str:
     """sha256 of a part's rows in the array, those that it lists as errors taken as NaN."""
     rows = np.array(array[part.first - start : part.stop - start])
@@ -171,8 +195,9 @@ def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str
 def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
     """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there."""
     path, rows = folder / ARRAY, manifest.stop - manifest.start
-    before = np.load(path, mmap_mode="r") if path.exists() else None
-    if before is not None and len(before) == rows:
+    before = map_array(path) if path.exists() else None
+    # Rows are written in place, and a file with another name is somebody's copy as well.
+    if before is not None and len(before) == rows and path.stat().st_nlink == 1:
         return
 
     def fill(file: BinaryIO) -> None:
@@ -203,7 +228,7 @@ def blank_errors(folder: Path, manifest: Manifest) -> None:
     """Make error rows NaN again: a retry that was cut short may have left numbers that nobody listed."""
     failed = [int(index) - manifest.start for part in manifest.parts for index in part.reasons]
     if failed:
-        array = np.load(folder / ARRAY, mmap_mode="r+")
+        array = map_array(folder / ARRAY, "r+")
         array[failed] = np.nan
         array.flush()
 
@@ -256,6 +281,8 @@ class Table:
                     f"{part.file} begins at row {part.first}, but the table ends at row {prefix}. Start again."
                 )
             if not part.has_its_size(self._run_dir):
+                # Another job would have deleted what this one had not listed.
+                self._manifest.check_claim(self._run_dir)
                 raise WriteError(
                     f"{self._run_dir / part.file} does not have the {part.num_bytes} bytes here that its rank wrote:"
                     " the ranks share no file system. Use output.collect=gather."
@@ -291,6 +318,7 @@ class Table:
         self._list_all()
 
     def _list_all(self) -> None:
+        self._manifest.check_claim(self._run_dir)
         try:
             self._manifest.write(self._run_dir)
         except OSError as error:

@@ -6,7 +6,7 @@ takes the place of an older one.
 
 import logging
 import os
-import shutil
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing
-from mgpu_ddp.errors import UsageError, reason_of
-from mgpu_ddp.output.atomic_files import is_temporary, replace_bytes, sync_folder
+from mgpu_ddp.errors import ProofError, UsageError, reason_of
+from mgpu_ddp.output.atomic_files import TEMPORARY, replace_bytes, sync_folder
 from mgpu_ddp.output.folders import add_folders, hold_folder, holding, unwritable
-from mgpu_ddp.output.manifest import ARRAY, PARTS, Manifest, Part, write_status
+from mgpu_ddp.output.layout import NEXT, check_layout, check_unclaimed, remove_result, result_in
+from mgpu_ddp.output.manifest import ARRAY, PARTS, STATUS, Manifest, Part, write_status
 from mgpu_ddp.output.parts import PartWriter, RetriedTable, Table, allocate_array, blank_errors
-from mgpu_ddp.output.replace import NEXT, holds_result, is_half_replaced, put_in_place
+from mgpu_ddp.output.replace import is_half_replaced, put_in_place
 from mgpu_ddp.output.verify import Proof, prove, write_errors
 
 log = logging.getLogger("mgpu_ddp")
@@ -76,11 +77,15 @@ class RunFolder:
         Raises:
             UsageError: another job holds the folder, or its manifest cannot be read.
         """
-        if is_half_replaced(home):
-            with holding(home):
-                put_in_place(home)
+        try:
+            check_layout(home)
+            if is_half_replaced(home):
+                with holding(home):
+                    put_in_place(home)
+        except OSError as error:
+            raise unwritable(home, error) from None
         begun_here = requeued_job and requeued_job in map(_slurm_job_of, (home, home / NEXT))
-        starts_over = overwrite and not begun_here and holds_result(home)
+        starts_over = bool(overwrite and not begun_here and Manifest.read(home))
         folder = cls(home=home, beside=starts_over or (home / NEXT).exists(), starts_over=starts_over)
         if not starts_over:
             folder.before = Manifest.read(folder.path)
@@ -111,6 +116,7 @@ class RunFolder:
         self._lock = hold_folder(self.home)
         found = self._find_same_job(wanted, files, resume=resume)
         manifest = wanted if found is None else self._continued(wanted, found, batch_size_given=batch_size_given)
+        manifest.token = secrets.token_hex(3)
         try:
             self._make_ours(manifest, found, files, array_columns)
         except OSError as error:
@@ -126,15 +132,12 @@ class RunFolder:
         Raises:
             UsageError: the folder holds something else.
         """
+        check_layout(self.home)
+        check_unclaimed(self.home)
         if self.starts_over:
             return None
         found = Manifest.read(self.path)
         if found is None:
-            if holds_result(self.path):
-                raise UsageError(
-                    f"output.dir must be empty or hold this job, got {str(self.path)!r} with foreign predictions."
-                    " Choose another."
-                )
             return None
         if not resume:
             raise UsageError(
@@ -172,7 +175,7 @@ class RunFolder:
         self, manifest: Manifest, found: Manifest | None, files: Listing | None, array_columns: int | None
     ) -> None:
         if self.starts_over and self.path.exists():
-            shutil.rmtree(self.path)
+            remove_result(self.path)
         add_folders(self.path)
         if found is not None and found.complete and not manifest.complete:
             # Before anything changes that a reader may trust as long as the status says complete.
@@ -193,6 +196,7 @@ class RunFolder:
 
     def mark_running(self) -> None:
         """Say that a job is at work here, unless nothing is left to do."""
+        self.claimed.check_claim(self.path)
         if not self.claimed.complete:
             write_status(self.path, "running", self.claimed)
 
@@ -210,13 +214,22 @@ class RunFolder:
 
         Raises:
             ProofError: folder and manifest disagree, or a complete table lacks rows or holds some twice.
+            StateError: another job has claimed the folder.
         """
         manifest = self.claimed
+        manifest.check_claim(self.path)
         # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
         remove_unlisted(self.path, manifest)
-        proof = prove(self.path, manifest)
-        if status == "complete":
-            proof.check_exact("the table")
+        try:
+            proof = prove(self.path, manifest)
+            if status == "complete":
+                proof.check_exact("the table")
+        except ProofError as error:
+            # It may have been complete before.
+            manifest.complete = False
+            write_status(self.path, "failed", manifest, reason_of(error))
+            manifest.write(self.path)
+            raise
         write_errors(self.path, manifest, path_of)
         manifest.complete = status == "complete"
         manifest.write(self.path)
@@ -246,10 +259,10 @@ class RunFolder:
         try:
             # What is on disk counts, not what a failed commit left in memory.
             manifest = Manifest.read(self.path)
-            if manifest is not None and not manifest.complete:
+            if manifest is not None and manifest.token == self.claimed.token and not manifest.complete:
                 write_status(self.path, "failed", manifest, reason)
         except (OSError, UsageError) as error:
-            log.error("%s could not be marked as failed: %s", self.path / "status.json", error)
+            log.error("%s could not be marked as failed: %s", self.path / STATUS, error)
 
 
 def _slurm_job_of(folder: Path) -> str:
@@ -269,12 +282,10 @@ def _whole_parts(run_dir: Path, parts: list[Part]) -> Iterator[Part]:
 def remove_unlisted(folder: Path, manifest: Manifest) -> None:
     """Delete parts that were never committed, and temporaries. Rank 0 only, while no rank writes."""
     listed = {part.file for part in manifest.parts}
+    for name in result_in(folder):
+        if TEMPORARY.fullmatch(os.path.basename(name)) or (name.startswith(f"{PARTS}/") and name not in listed):
+            # A late writer may have deleted its temporary file itself by now.
+            (folder / name).unlink(missing_ok=True)
     if (folder / PARTS).is_dir():
-        for path in (folder / PARTS).iterdir():
-            if f"{PARTS}/{path.name}" not in listed:
-                # A late writer may have deleted its temporary file itself by now.
-                path.unlink(missing_ok=True)
         # Also for parts that a retry has taken from the manifest: none of them may come back.
         sync_folder(folder / PARTS)
-    for path in filter(is_temporary, folder.iterdir()):
-        path.unlink(missing_ok=True)

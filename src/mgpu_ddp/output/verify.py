@@ -1,6 +1,5 @@
 """The final proof: read back what is on disk and count."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.errors import ProofError
+from mgpu_ddp.errors import ProofError, cause_of
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.formats import FORMATS
-from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part
-from mgpu_ddp.output.parts import array_digest
+from mgpu_ddp.output.layout import files_in
+from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, TABLES, Manifest, Part
+from mgpu_ddp.output.parts import check_bytes
+from mgpu_ddp.output.regular_files import map_array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,18 +48,18 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
     """
     listed = {part.file for part in manifest.parts}
     if manifest.output_format == "npy":
-        shape = np.load(run_dir / ARRAY, mmap_mode="r").shape
-        if shape[0] != manifest.stop - manifest.start:
+        rows = _rows_of_array(run_dir)
+        if rows != manifest.stop - manifest.start:
             raise ProofError(
-                f"{ARRAY} has {shape[0]} rows instead of {manifest.stop - manifest.start}. Delete it and start again."
+                f"{ARRAY} has {rows} rows instead of {manifest.stop - manifest.start}. Delete it and start again."
             )
     else:
-        found = {f"{PARTS}/{path.name}" for path in (run_dir / PARTS).iterdir()}
+        # What a reader would take for rows; other files are nobody's business.
+        found = {name for name in files_in(run_dir) if name.startswith(f"{PARTS}/") and name.endswith(TABLES)}
         if found != listed:
             raise ProofError(f"{PARTS}/ and {MANIFEST} differ in {sorted(found ^ listed)[:3]}. Start the job again.")
     for part in manifest.parts:
-        if _digest(run_dir, part, manifest.start) != part.sha256:
-            raise ProofError(f"{part.file} has other bytes than were committed. Delete it and start again.")
+        check_bytes(run_dir, part, manifest.start)
     total, rows, next_index = manifest.stop - manifest.start, 0, manifest.start
     in_order = True
     for part in manifest.parts:
@@ -71,6 +72,13 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
     return Proof(total=total, rows=rows, errors=manifest.errors, missing=missing, duplicates=duplicates)
 
 
+def _rows_of_array(run_dir: Path) -> int:
+    try:
+        return len(map_array(run_dir / ARRAY))
+    except (OSError, ValueError) as error:
+        raise ProofError(f"{ARRAY} cannot be read ({cause_of(error)}). Delete it and start again.") from None
+
+
 def _count(run_dir: Path, manifest: Manifest) -> tuple[int, int]:
     """(missing, duplicate) rows of a table that is known to be wrong; takes memory for every sample."""
     index = np.concatenate([_index_of(run_dir, manifest, part) for part in manifest.parts])
@@ -79,17 +87,22 @@ def _count(run_dir: Path, manifest: Manifest) -> tuple[int, int]:
     return len(np.setdiff1d(expected, found)), int((times - 1).sum())
 
 
-def _digest(run_dir: Path, part: Part, start: int) -> str:
-    if part.file == ARRAY:
-        return array_digest(np.load(run_dir / ARRAY, mmap_mode="r"), part, start)
-    with (run_dir / part.file).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _index_of(run_dir: Path, manifest: Manifest, part: Part) -> Any:
     if manifest.output_format == "npy":
         return np.arange(part.first, part.stop)
-    return FORMATS[manifest.output_format].columns(run_dir / part.file, ["index"])["index"].to_numpy()
+    return read_columns(run_dir, manifest, part, ["index"])["index"].to_numpy()
+
+
+def read_columns(run_dir: Path, manifest: Manifest, part: Part, names: list[str]) -> Any:
+    """Columns of a part that is a table of its own.
+
+    Raises:
+        ProofError: the part does not hold them.
+    """
+    try:
+        return FORMATS[manifest.output_format].columns(run_dir / part.file, names)
+    except Exception as error:
+        raise ProofError(f"{part.file} cannot be read ({cause_of(error)}). Delete it and start again.") from error
 
 
 def write_errors(run_dir: Path, manifest: Manifest, path_of: Callable[[int], str | None]) -> None:
@@ -111,5 +124,5 @@ def error_rows(
         if manifest.output_format == "npy":
             yield from sorted((int(i), path_of(int(i)), reason) for i, reason in part.reasons.items())
         else:
-            table = FORMATS[manifest.output_format].columns(run_dir / part.file, ["index", "path", "error"]).to_pylist()
+            table = read_columns(run_dir, manifest, part, ["index", "path", "error"]).to_pylist()
             yield from ((row["index"], row["path"], row["error"]) for row in table if row["error"])

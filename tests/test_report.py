@@ -243,6 +243,13 @@ def test_what_is_no_run_folder_is_refused(
     assert refused(monkeypatch, capsys, f"run={root / 'photos'}").startswith(line)
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "caf\udce9")
+    assert "run must be UTF-8" in refused(monkeypatch, capsys, "run=" + str(tmp_path / "caf\udce9"))
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")
 @pytest.mark.parametrize("look", ["light", "dark phone"])
 def test_a_browser_has_no_complaint(root: Path, tmp_path: Path, look: str) -> None:

@@ -25,7 +25,7 @@ from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
-from mgpu_ddp.output.folders import make_folder, remove_empty
+from mgpu_ddp.output.folders import check_utf8, make_folder, remove_empty
 from mgpu_ddp.reporting import console
 from mgpu_ddp.sweep.isolated import run_isolated
 from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
@@ -65,6 +65,7 @@ def lead(session: Session, argv: list[str]) -> None:
         register()
         command = check_command(argv)
         if command.folder:
+            check_utf8("hydra.sweep.dir" if command.multirun else "output.dir", command.folder)
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
             session.made = make_folder(Path(command.folder))
         if command.multirun:
@@ -152,10 +153,12 @@ def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:
     if in_sweep and settings.runtime.on_oom == "auto":
         settings.runtime.on_oom = "raise"
     overrides = list(composed.overrides.task)
+    run_dir = Path(settings.output.dir or composed.runtime.output_dir).absolute()
+    check_utf8("output.dir", str(run_dir))
     return Job(
         name=str(composed.job.num) if in_sweep else "0",
         config=settings,
-        run_dir=Path(settings.output.dir or composed.runtime.output_dir).absolute(),
+        run_dir=run_dir,
         batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),
         in_sweep=in_sweep,
         hydra_files={"config.yaml": cfg, "hydra.yaml": composed, "overrides.yaml": composed.overrides.task},

@@ -9,7 +9,7 @@ from typing import Any
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.errors import Exit, MgpuError, UsageError
-from mgpu_ddp.output.folders import holding
+from mgpu_ddp.output.folders import check_utf8, holding
 from mgpu_ddp.output.layout import check_layout
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.reporting.class_table import read_classes
@@ -32,6 +32,7 @@ def run_command(act: Callable[[Path], dict[str, Any]]) -> None:
         key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
         is_folder = key == "run" and value != "" and Path(value).is_dir()
         require(is_folder, "run", "a folder", " ".join(argv), "Give run=DIR.")
+        check_utf8("run", str(Path(value).absolute()))
         print(json.dumps(act(Path(value).absolute())))
     except MgpuError as error:
         print(f"mgpu_ddp: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -52,6 +53,8 @@ MISTAKES = {
     ("runtime.device=cuda",): "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.",
     ("output.dir=/proc/nowhere",): "output.dir must be a writable folder, got '/proc/nowhere'",
     ("output.dir=foreign",): "output.dir must be empty or hold this job",
+    ("output.dir=foreign", "overwrite=true"): "output.dir must be empty or hold this job",
+    ("output.dir=.", "model.class_names=classes.json"): "model.class_names must be outside of the files that a job",
 }
 
 
@@ -69,6 +72,20 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         assert "Traceback" not in ended.err
         assert not (folder / "outputs").exists()
         assert (folder / "foreign" / "predictions" / "mine.txt").read_text() == "keep me"
+
+
+def test_a_working_folder_whose_name_is_not_utf8_needs_an_output_folder_elsewhere(tmp_path: Path) -> None:
+    here = tmp_path / os.fsdecode(b"caf\xe9")
+    here.mkdir()
+    for settings in ((), ("--multirun", "seed=1,2")):
+        ended = run(ranks(1, *SMALL, *settings), here)
+        assert ended.code == 2, ended.err
+        key = "hydra.sweep.dir" if "--multirun" in settings else "output.dir"
+        assert re.fullmatch(rf"mgpu_ddp: {key} must be UTF-8 .*\\udce9/.* Choose another, or rename it\.\n", ended.err)
+        assert sorted(path.name for path in here.iterdir()) == ["stderr.txt", "stdout.txt"]
+    ended = run(ranks(1, *SMALL, "data.size=20", f"output.dir={tmp_path / 'out'}"), here)
+    assert ended.code == 0, ended.err
+    assert_proved(tmp_path / "out", 20)
 
 
 def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:

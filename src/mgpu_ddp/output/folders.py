@@ -74,6 +74,20 @@ def _missing(folder: Path) -> list[Path]:
     return [path for path in [*reversed(folder.parents), folder] if not path.exists()]
 
 
+def check_utf8(key: str, folder: str) -> None:
+    """Require a path in UTF-8, which is what Arrow, YAML and the ranks' store can hold.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{key} must be UTF-8 with the working folder before it, got {folder!r}. Choose another, or rename it."
+        ) from None
+
+
 def unwritable(run_dir: Path, error: OSError) -> UsageError:
     return UsageError(f"output.dir must be a writable folder, got {str(run_dir)!r} ({error.strerror}). Choose another.")
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from mgpu_ddp.data.files import find_images
@@ -94,6 +95,30 @@ def test_a_damaged_listing_is_refused_in_one_line(tmp_path: Path, kept: int) -> 
     with pytest.raises(UsageError, match=r"listing\.arrow cannot be read \(") as raised:
         Listing.open(tmp_path / "listing.arrow")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["an offset", "numbers", "text", "two batches", "no rows"])
+def test_a_listing_of_another_shape_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    """Arrow itself reads a path outside of its buffer without a word, which may end the process."""
+    path = tmp_path / "listing.arrow"
+    good = Listing.build([b"a/1.jpg", b"a/2.jpg", b"b/333.jpg"])
+    offset, far = (number.to_bytes(8, "little") for number in (14, 1 << 40))
+    path.write_bytes(bytes(good.buffer).replace(offset, far))
+    if damage != "an offset":
+        names = {"numbers": pa.array([1, 2]), "text": pa.array(["a", "b"])}
+        batch = pa.record_batch(
+            {
+                "path": names.get(damage, pa.array([b"a", b"b"], pa.large_binary())),
+                "label": pa.array([0, 1], pa.int32()),
+            }
+        )
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            for _ in range({"two batches": 2, "no rows": 0}.get(damage, 1)):
+                writer.write_batch(batch)
+    with pytest.raises(
+        UsageError, match=r"listing\.arrow cannot be read \(.*\): it is the listing this job began with"
+    ):
+        Listing.open(path)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ class Listing:
 
         self.buffer = buffer
         self.table = table = pa.ipc.open_file(buffer).read_all()
+        # An offset that leads out of the buffer would end the process.
+        table.validate(full=True)
+        kinds = table["path"].type, table["label"].type, table["path"].num_chunks
+        if kinds != (pa.large_binary(), pa.int32(), 1):
+            raise TypeError("paths in one batch, with labels, are expected, got {} and {} in {}".format(*kinds))
         metadata = table.schema.metadata or {}
         self.archives = [Archive(**each) for each in json.loads(metadata.get(ARCHIVES_KEY.encode(), b"[]"))]
         """In the order of the rows; none where each image is a file of its own."""

@@ -128,6 +128,14 @@ def test_what_was_complete_stays_and_another_sweep_is_refused(tmp_path: Path) ->
     assert [p["images_per_s"] for p in again.points] == [5, 9]
 
 
+@pytest.mark.parametrize("name", ["report.html", "sweep.csv", "sweep.png"])
+def test_a_file_of_another_tool_is_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UsageError, match=rf"hydra\.sweep\.dir must be new or hold a sweep, got .* foreign {name}\. Ch"):
+        Sweep(tmp_path, ["seed"], stop_on_oom=False)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"jobs": 3}', '{"jobs": [{}]}'])
 def test_a_file_that_no_sweep_wrote_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)

@@ -61,7 +61,7 @@ def result_in(folder: Path) -> list[str]:
 def remove_result(folder: Path) -> None:
     """Delete the files of a result, and the folder, which holds nothing else."""
     for name in reversed(result_in(folder)):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     remove_empty_folders(folder)
     folder.rmdir()
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from mgpu_ddp.errors import StateError, UsageError, cause_of
 from mgpu_ddp.output.atomic_files import replace_json
+from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.regular_files import map_array, open_regular, read_json
 
 MANIFEST, STATUS = "manifest.json", "status.json"
 PARTS = "predictions"
 ARRAY = "predictions.npy"
-TABLES = (".parquet", ".csv", ".jsonl")
+TABLES = tuple(each.suffix for each in FORMATS.values())
 PART_FILE = rf"{PARTS}/part-(?P<first>[0-9]{{12,}})-[0-9a-z]+(-[0-9]+)?(?P<suffix>{'|'.join(map(re.escape, TABLES))})"
 """The naming rule of parts, relative to the run folder."""
 LARGEST_MANIFEST = 2 << 30
 """One of many ranks that each write their parts grows by hundreds of megabytes an hour."""
-
 
 CHECKSUM = "checksum"
 """The key of the sha256 over all else. Manifests written before there was one lack it."""
@@ -70,7 +70,7 @@ PART_RULES: Rules = {
 }
 MANIFEST_RULES: Rules = {
     "fingerprint": (
-        lambda value: type(value) is dict and f".{value.get('output.format')}" in (*TABLES, ".npy"),
+        lambda value: type(value) is dict and value.get("output.format") in [*FORMATS, "npy"],
         "the keys of a job with its output.format",
     ),
     "start": (_is_count, "a count"),
@@ -257,7 +257,7 @@ def _file_of(part: Part, output_format: str) -> str | None:
     if output_format == "npy":
         return ARRAY
     name = re.fullmatch(PART_FILE, part.file)
-    ok = name is not None and name["suffix"] == f".{output_format}" and int(name["first"]) == part.first
+    ok = name is not None and name["suffix"] == FORMATS[output_format].suffix and int(name["first"]) == part.first
     return part.file if ok else None
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger("mgpu_ddp")
 
 WORK = ("data", "model", "transform", "limit", "shard")
 """Keys that change what there is to do: their rates are no choice between ways to do it."""
+CSV_FILE = "sweep.csv"
 SHORT_S = 1.0
 """A rate measured for less says little."""
 MEASURED = (
@@ -73,7 +74,12 @@ class Sweep:
         try:
             self._rows = {row["job"]: row for row in read_json(folder / SWEEP_FILE)["jobs"]}
         except FileNotFoundError:
-            pass
+            foreign = [name for name in (CSV_FILE, PLOT_FILE, PAGE) if (folder / name).is_file()]
+            if foreign:
+                raise UsageError(
+                    f"hydra.sweep.dir must be new or hold a sweep, got {str(folder)!r} with a foreign {foreign[0]}."
+                    " Choose another."
+                ) from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
                 f"{folder / SWEEP_FILE} is not the file of a sweep ({type(error).__name__}). Choose another"
@@ -208,7 +214,7 @@ class Sweep:
         table.writeheader()
         for row in self._ordered():
             table.writerow(row | row["values"] | {"reused": " ".join(row.get("reused", ()))})
-        replace_bytes(self.folder / "sweep.csv", text.getvalue().encode())
+        replace_bytes(self.folder / CSV_FILE, text.getvalue().encode())
 
     def _draw(self, points: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> None:
         # matplotlib is slow to import.

@@ -40,7 +40,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _matches(pattern: str) -> Callable[[Any], bool]:
-    return lambda value: type(value) is str and re.fullmatch(pattern, value) is not None
+    matches = re.compile(pattern).fullmatch
+    return lambda value: type(value) is str and matches(value) is not None
 
 
 def _is_shard(value: Any) -> bool:
@@ -212,16 +213,16 @@ def _parse(raw: Any) -> Manifest:
     if CHECKSUM in raw and raw[CHECKSUM] != _checksum(raw):
         raise ValueError("it was changed since it was written")
     values = {key: value for key, value in raw.items() if key != CHECKSUM}
-    _check_keys(values, MANIFEST_RULES, Manifest, "")
+    _check_keys(values, MANIFEST_RULES, _required(Manifest), "")
+    required = _required(Part)
     for number, part in enumerate(values["parts"]):
-        _check_keys(part, PART_RULES, Part, f"parts[{number}].")
+        _check_keys(part, PART_RULES, required, f"parts[{number}].")
     manifest = Manifest(**{**values, "parts": [Part(**part) for part in values["parts"]]})
     _check_parts(manifest)
     return manifest
 
 
-def _check_keys(values: dict[str, Any], rules: Rules, of: type[Any], where: str) -> None:
-    required = {each.name for each in fields(of) if each.default is MISSING and each.default_factory is MISSING}
+def _check_keys(values: dict[str, Any], rules: Rules, required: set[str], where: str) -> None:
     if missing := sorted(required - values.keys()):
         raise ValueError(f"it lacks {where}{missing[0]}")
     if unknown := sorted(values.keys() - rules.keys()):
@@ -230,6 +231,10 @@ def _check_keys(values: dict[str, Any], rules: Rules, of: type[Any], where: str)
         holds, rule = rules[key]
         if not holds(value):
             raise ValueError(f"{where}{key} is not {rule}")
+
+
+def _required(of: type[Any]) -> set[str]:
+    return {each.name for each in fields(of) if each.default is MISSING and each.default_factory is MISSING}
 
 
 def _check_parts(manifest: Manifest) -> None:

@@ -296,6 +296,7 @@ class Table:
         Raises:
             WriteError: the file system refused.
         """
+        self._manifest.check_claim(self._run_dir)
         self._reopen()
         for number, part in enumerate(self._manifest.parts):
             within = np.flatnonzero((rows.index >= part.first) & (rows.index < part.stop))

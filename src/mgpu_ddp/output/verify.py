@@ -11,7 +11,7 @@ import numpy as np
 from mgpu_ddp.errors import ProofError, cause_of
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.formats import FORMATS
-from mgpu_ddp.output.layout import files_in
+from mgpu_ddp.output.layout import entries_in
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, TABLES, Manifest, Part
 from mgpu_ddp.output.parts import check_bytes
 from mgpu_ddp.output.regular_files import map_array
@@ -55,7 +55,7 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
             )
     else:
         # What a reader would take for rows; other files are nobody's business.
-        found = {name for name in files_in(run_dir) if name.startswith(f"{PARTS}/") and name.endswith(TABLES)}
+        found = {name for name, _ in entries_in(run_dir) if name.startswith(f"{PARTS}/") and name.endswith(TABLES)}
         if found != listed:
             raise ProofError(f"{PARTS}/ and {MANIFEST} differ in {sorted(found ^ listed)[:3]}. Start the job again.")
     for part in manifest.parts:

@@ -181,18 +181,16 @@ class Manifest:
         """Require that nobody else has claimed the folder since this manifest did.
 
         Raises:
-            StateError: another token stands there, or none.
+            StateError: another token stands there.
+            OSError: the folder holds no manifest any more.
         """
         mine = json.dumps({"token": self.token}, indent=1).removesuffix("\n}").encode()
-        try:
-            with open_regular(run_dir / MANIFEST) as file:
-                found = file.read(len(mine))
-        except OSError:
-            found = b""
+        with open_regular(run_dir / MANIFEST) as file:
+            found = file.read(len(mine))
         if found != mine:
             raise StateError(
-                f"{run_dir} was claimed by another job, or its {MANIFEST} deleted, while this job was at work."
-                " This job ends; start it again once the other has ended."
+                f"{run_dir} was claimed by another job while this one was at work. This one ends; start it again once"
+                " the other has ended."
             )
 
 

@@ -282,7 +282,7 @@ class Table:
                 )
             if not part.has_its_size(self._run_dir):
                 # Another job would have deleted what this one had not listed.
-                self._manifest.check_claim(self._run_dir)
+                self._check_claim()
                 raise WriteError(
                     f"{self._run_dir / part.file} does not have the {part.num_bytes} bytes here that its rank wrote:"
                     " the ranks share no file system. Use output.collect=gather."
@@ -296,7 +296,7 @@ class Table:
         Raises:
             WriteError: the file system refused.
         """
-        self._manifest.check_claim(self._run_dir)
+        self._check_claim()
         self._reopen()
         for number, part in enumerate(self._manifest.parts):
             within = np.flatnonzero((rows.index >= part.first) & (rows.index < part.stop))
@@ -319,9 +319,15 @@ class Table:
         self._list_all()
 
     def _list_all(self) -> None:
-        self._manifest.check_claim(self._run_dir)
+        self._check_claim()
         try:
             self._manifest.write(self._run_dir)
+        except OSError as error:
+            raise write_error(self._run_dir / MANIFEST, error) from error
+
+    def _check_claim(self) -> None:
+        try:
+            self._manifest.check_claim(self._run_dir)
         except OSError as error:
             raise write_error(self._run_dir / MANIFEST, error) from error
 

@@ -277,3 +277,24 @@ def test_a_job_ends_when_another_has_claimed_its_folder(tmp_path: Path) -> None:
     write_parts(second, 20, token="v")
     assert second.finish("complete", SAMPLES.path).missing == 0
     assert status_of(tmp_path)["status"] == "complete"
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(CLASSES + 1, "<f4"), (CLASSES, "<f2")])
+@pytest.mark.parametrize("stop", [20, 25])
+def test_an_array_of_other_columns_is_refused(tmp_path: Path, columns: int, dtype: str, stop: int) -> None:
+    write_parts(claim(tmp_path, "npy"), 8)
+    np.save(tmp_path / "predictions.npy", np.zeros((20, columns), dtype))
+    with pytest.raises(
+        UsageError, match=r"has \d columns of float\d\d instead of 3 of float32\. Delete it and start ag"
+    ):
+        claim(tmp_path, "npy", manifest=wanted("npy", stop=stop))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((20, CLASSES), "<f8"), ((20,), "<f4"), ((20, CLASSES, 1), "<f4")])
+def test_what_is_no_array_of_ours_is_predicted_again(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    write_parts(claim(tmp_path, "npy"), 8)
+    np.save(tmp_path / "predictions.npy", np.zeros(shape, dtype))
+    again = claim(tmp_path, "npy")
+    assert again.claimed.prefix == 0
+    write_parts(again, 20, token="u")
+    assert again.finish("complete", SAMPLES.path).missing == 0

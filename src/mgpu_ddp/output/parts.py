@@ -39,7 +39,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.errors import ProofError, WriteError, cause_of
+from mgpu_ddp.errors import ProofError, UsageError, WriteError, cause_of
 from mgpu_ddp.output.atomic_files import create_file, replace_file
 from mgpu_ddp.output.formats import FORMATS, Format, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
@@ -193,15 +193,22 @@ def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str
 
 
 def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
-    """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there."""
+    """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there.
+
+    Raises:
+        UsageError: the one that is there has other columns.
+    """
     path, rows = folder / ARRAY, manifest.stop - manifest.start
+    dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
     before = map_array(path) if path.exists() else None
+    if before is not None and (before.shape[1], before.dtype) != (num_columns, dtype):
+        found = f"{before.shape[1]} columns of {before.dtype} instead of {num_columns} of {dtype}"
+        raise UsageError(f"{path} has {found}. Delete it and start again.")
     # Rows are written in place, and a file with another name is somebody's copy as well.
     if before is not None and len(before) == rows and path.stat().st_nlink == 1:
         return
 
     def fill(file: BinaryIO) -> None:
-        dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
         write_header(file, dtype, (rows, num_columns))
         file.flush()
         if rows:

@@ -124,7 +124,7 @@ def changes() -> dict[str, Spoil]:
     found = {f"{key}={value!r}"[:40]: setting(key, value) for key, values in KEYS.items() for value in values}
     for key, values in PART_KEYS.items():
         found |= {f"part.{key}={value!r}"[:60]: setting_part(key, value) for value in values}
-    for key in ("fingerprint", "start", "stop", "batch_size"):
+    for key in ("fingerprint", "start", "stop", "batch_size", "parts"):
         found[f"without {key}"] = lambda content, key=key: content.pop(key)  # type: ignore[misc]
     for key in ("file", "first", "rows", "errors", "num_bytes", "sha256"):
         found[f"part without {key}"] = lambda content, key=key: content["parts"][1].pop(key)  # type: ignore[misc]

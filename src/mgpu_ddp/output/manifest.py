@@ -213,9 +213,9 @@ def _parse(raw: Any) -> Manifest:
     values = {key: value for key, value in raw.items() if key != CHECKSUM}
     _check_keys(values, MANIFEST_RULES, _required(Manifest), "")
     required = _required(Part)
-    for number, part in enumerate(values["parts"]):
+    for number, part in enumerate(values.get("parts", [])):
         _check_keys(part, PART_RULES, required, f"parts[{number}].")
-    manifest = Manifest(**{**values, "parts": [Part(**part) for part in values["parts"]]})
+    manifest = Manifest(**{**values, "parts": [Part(**part) for part in values.get("parts", [])]})
     _check_parts(manifest)
     return manifest
 

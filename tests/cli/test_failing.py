@@ -22,6 +22,7 @@ from tests.support.starting import (
     run,
     run_all,
     started,
+    under_nohup,
     wait_until,
     wait_until_gone,
     worker_pids,
@@ -140,6 +141,29 @@ def test_a_signal_preempts_and_the_exit_code_says_so(tmp_path: Path) -> None:
         assert status["status"] == "preempted"
         assert status["counts"]["ok"] == committed_rows(tmp_path / "out") > 0
         assert "Traceback" not in ended.err
+
+
+def test_a_hangup_preempts_as_a_signal_to_terminate_does(tmp_path: Path) -> None:
+    with started(ranks(1, *LONG), tmp_path) as job:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, job)
+        os.kill(job.pid, signal.SIGHUP)
+        ended = finish(job, tmp_path, time.monotonic())
+        assert ended.code == 75, ended.err
+        assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "preempted"
+
+
+def test_under_nohup_a_hangup_ends_nothing_and_a_quit_preempts(tmp_path: Path) -> None:
+    with started(under_nohup(forked_mgpu_infer(*LONG)), tmp_path) as launcher:
+        wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+        # A terminal that closes tells every process.
+        for pid in (launcher.pid, *worker_pids(launcher.pid)):
+            os.kill(pid, signal.SIGHUP)
+        before = committed_rows(tmp_path / "out")
+        wait_until(lambda: committed_rows(tmp_path / "out") > before, launcher)
+        os.kill(launcher.pid, signal.SIGQUIT)
+        ended = finish(launcher, tmp_path, time.monotonic())
+        assert ended.code == 75, ended.err
+        assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "preempted"
 
 
 def test_a_folder_in_use_is_refused_until_its_job_is_dead(tmp_path: Path) -> None:

@@ -30,3 +30,23 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish(monkeypatch: pytest.Monke
     signal.raise_signal(signal.SIGTERM)
     assert stop.signal_name == "SIGTERM"
     assert exits == []
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT"])
+def test_each_signal_that_ends_a_process_is_a_wish(name: str) -> None:
+    stop = StopWish()
+    stop.install()
+    signal.raise_signal(signal.Signals[name])
+    assert stop.signal_name == name
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopWish()
+    stop.install()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.signal_name == "SIGTERM"

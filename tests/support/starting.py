@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Forks:
     """A command as functions for processes that are forked, each with its part of the environment."""
 
     function: Callable[..., Any]
-    arguments: tuple[str, ...]
+    arguments: tuple[Any, ...]
     environs: Sequence[dict[str, str]]
 
 
@@ -85,6 +85,11 @@ def launched(processes: int, *settings: str, options: tuple[str, ...] = ("--stan
 def forked_mgpu_infer(*settings: str) -> Forks:
     """`mgpu_infer(...)` in a forked process; its ranks are started as it always does."""
     return Forks(function=_mgpu_infer, arguments=settings, environs=[{}])
+
+
+def under_nohup(command: Forks) -> Forks:
+    """The command as nohup starts it."""
+    return replace(command, function=_ignoring_hangups, arguments=(command.function, *command.arguments))
 
 
 class World:
@@ -140,6 +145,11 @@ def _mgpu_infer(*settings: str) -> None:
 
     sys.argv = ["mgpu-infer", *settings]
     launch.main()
+
+
+def _ignoring_hangups(function: Callable[..., Any], *arguments: Any) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    function(*arguments)
 
 
 def _torchrun(*command: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgpu_ddp.distributed.signals import die_with_parent
+from mgpu_ddp.distributed.signals import die_with_parent, stop_signals
 
 OUTCOME_FILE = "MGPU_DDP_OUTCOME_FILE"
 """The environment variable that names the file in which rank 0 leaves the outcome of its last job: torchrun itself
@@ -32,7 +32,9 @@ def torchrun(argv: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The store and the rendezvous stay on loopback: whoever reaches them can steer the job.
     options = ["--standalone", "--local-addr=127.0.0.1"]
-    sys.argv = ["torchrun", *options, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *argv]
+    # torchrun passes them on to its workers.
+    handled = ",".join(number.name for number in stop_signals())
+    sys.argv = ["torchrun", *options, f"--signals-to-handle={handled}", *argv]
     runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
 
 

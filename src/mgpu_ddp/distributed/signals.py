@@ -11,9 +11,15 @@ from types import FrameType
 
 from mgpu_ddp.errors import Exit
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 INSIST_AFTER_S = 2.0
 """SLURM delivers one signal twice within a millisecond; only a later second one is meant as a second."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask this process to stop. A hangup that nohup had it ignore is none."""
+    is_hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_hangup_ignored]
 
 
 class StopWish:
@@ -33,7 +39,7 @@ class StopWish:
 
     def install(self) -> None:
         """Take the signals of this process."""
-        for number in STOP_SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:

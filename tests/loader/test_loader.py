@@ -1,11 +1,16 @@
 """Loader workers → batches: padded, in order, with bad samples kept apart."""
 
+import fcntl
+import logging
 import multiprocessing
 import os
 import signal
+import struct
+import termios
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +27,12 @@ from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import StateError
+from mgpu_ddp.loader import worker_pool
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers
 from mgpu_ddp.loader.shared_slots import SharedSlots
-from mgpu_ddp.loader.worker import BatchMaker, Order
+from mgpu_ddp.loader.worker import BatchMaker, Made, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
 from tests.support.choices import resolved
 from tests.support.samples import encoded, photo
@@ -300,6 +307,133 @@ def test_what_a_worker_raises_is_told_with_its_traceback(world: World) -> None:
         pytest.raises(RuntimeError, match=r"(?s)Traceback.*in known_label.*ZeroDivisionError"),
     ):
         list(batches)
+
+
+class Stops(Odd):
+    """Samples of which some stop the process that makes them, the first `times` times."""
+
+    def __init__(self, size: int, stopping: dict[int, int]) -> None:
+        super().__init__(*[None] * size)
+        context = multiprocessing.get_context("fork")
+        self._left = {index: context.Value("i", times) for index, times in stopping.items()}
+
+    def load(
+        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+    ) -> tuple[Pixels, int]:
+        left = self._left.get(index)
+        if left is not None and left.value > 0:
+            left.value -= 1
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().load(index, transform, clock, data)
+
+
+def load_watched(samples: Samples, world: World, *, workers: int) -> tuple[dict[int, int], dict[int, str]]:
+    """Labels and errors of all samples in batches of four, with workers that may hang for a fifth of a second."""
+    number = len(samples)
+    plan = Plan(start=0, stop=number, size=1, batch_size=4, contiguous=False, smallest_rows=number, largest_rows=number)
+    config, choices = LoaderConfig(timeout_s=0.1), resolved(workers=workers)
+    labels: dict[int, int] = {}
+    errors: dict[int, str] = {}
+    with load_batches(samples, ShardSampler(plan, 0), config, choices, world, held=1) as batches:
+        for batch in batches:
+            assert not labels.keys() & set(batch.index.tolist())
+            labels |= zip(batch.index.tolist(), batch.label.tolist(), strict=True)
+            errors |= batch.errors
+            for row, index in enumerate(batch.index.tolist()):
+                assert (batch.pixels[row] == (0 if index in batch.errors else 7)).all()
+    assert list(labels) == list(range(number))
+    return labels, errors
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that replaces workers soon."""
+    monkeypatch.setattr(worker_pool, "MARGIN_S", 0.1)
+    monkeypatch.setattr(worker_pool, "POLL_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_stopped_worker_had_is_made_by_another(
+    world: World, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mgpu_ddp"), "propagate", True)
+    labels, errors = load_watched(Stops(18, {6: 1, 17: 1}), world, workers=workers)
+    assert errors == {}
+    assert labels == {index: index for index in range(18)}
+    assert caplog.records[0].args is not None
+    assert list(caplog.records[0].args)[1:] == ["sample", 6]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_sample_that_hangs_two_workers_is_an_error_row(world: World) -> None:
+    labels, errors = load_watched(Stops(10, {1: 99, 3: 99, 8: 1}), world, workers=2)
+    assert errors == dict.fromkeys((1, 3), "TimeoutError: a loader worker hung for 0.2 s, 2 times")
+    assert labels == {index: index + 100 * (index in errors) for index in range(10)}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_whole_batch_that_hangs_is_made_sample_by_sample(world: World) -> None:
+    class Whole(Stops):
+        def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+            if 5 in indices:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            pixels[: len(indices)] = 7
+            return True
+
+    labels, errors = load_watched(Whole(12, {6: 99}), world, workers=2)
+    assert errors.keys() == {6}
+    assert (labels[0], labels[5], labels[9]) == (-1, 5, -1)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_idle_workers_that_were_stopped_are_replaced() -> None:
+    pool = worker_pool.WorkerPool(
+        BatchMaker(Odd(*[None] * 8), plain(SIZE), SharedSlots(2, 4, (SIZE, SIZE)), LoaderConfig(timeout_s=0.1)), 2, 2
+    )
+    with closing(pool):
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
+        made = list(pool.make(iter([Order(indices=[0, 1, 2, 3]), Order(indices=[4, 5])]), ahead=2, held=1))
+    assert [each.index.tolist() for each in made] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_workers_that_hang_before_they_begin_end_the_job_in_one_line(world: World) -> None:
+    class Stuck(Odd):
+        def expect(self, indices: Sequence[int]) -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with pytest.raises(StateError, match=r"a loader worker hung for 0.2 s 2 times at the same batch"):
+        load_watched(Stuck(*[None] * 4), world, workers=2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_that_was_stopped_amid_its_result_is_replaced(world: World, tmp_path: Path) -> None:
+    """The result is larger than its pipe, whose other end nobody reads until the worker has stopped."""
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
+    samples = folder(tmp_path, {"0.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95)})
+    slots = SharedSlots(1, 1, (SIZE, SIZE), packed=True)
+    maker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=0.1), packed=True)
+    with closing(worker_pool.WorkerPool(maker, 1, 1)) as pool:
+        (before,), made = pool._workers.processes, dict[int, Made]()
+        assert before.pid is not None
+        pool._give(0, Order(indices=[0]))
+        (pipe,) = pool._workers._selector.get_map()
+        deadline = time.monotonic() + 20
+        while bytes_in(pipe) < worker_pool.PIPE_BYTES:
+            assert time.monotonic() < deadline
+        os.kill(before.pid, signal.SIGSTOP)
+        pool._wait_for(0, made)
+        assert made[0].jpegs is not None
+        assert len(made[0].jpegs.spilt[0]) > worker_pool.PIPE_BYTES
+        assert pool._workers.processes[0].pid != before.pid
+
+
+def bytes_in(pipe: int) -> int:
+    """How much can be read from a pipe."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -33,6 +33,10 @@ class Order:
 
     indices: list[int]
     slot: int = 0
+    hung: dict[int, str] = field(default_factory=dict)
+    """Dataset index → reason of samples that are not tried again."""
+    row_by_row: bool = False
+    """Show at which sample it is, rather than fill the slot at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +68,17 @@ class BatchMaker:
         self._packed = packed
 
     @property
+    def timeout_s(self) -> float:
+        """After so long a sample is given up, unless something keeps this from running."""
+        return self._config.timeout_s
+
+    @property
     def looks_ahead(self) -> bool:
         """It is worth telling `make` what comes next, at the price that no other worker takes it."""
         return self._samples.looks_ahead
 
-    def make(self, order: Order, then: Sequence[int] = ()) -> Made:
-        """Fill the slot; `then` is what will be asked for next.
+    def make(self, order: Order, then: Sequence[int] = (), at: Integers | None = None) -> Made:
+        """Fill the slot; `then` is what will be asked for next. At each sample, the number in `at` goes up by one.
 
         Raises:
             StateError: the source is not what was listed, which concerns more than one sample.
@@ -84,19 +93,24 @@ class BatchMaker:
         )
         pixels = self._slots.array(order.slot)
         packer = JpegPacker(self._slots.room(order.slot).numpy()) if self._packed else None
-        if not self._samples.fill(order.indices, self._transform, pixels, made.clock):
-            self._samples.expect([*order.indices, *then])
-            self._fill_row_by_row(made, order, pixels, packer)
+        if order.row_by_row or not self._samples.fill(order.indices, self._transform, pixels, made.clock):
+            self._samples.expect([index for index in (*order.indices, *then) if index not in order.hung])
+            self._fill_row_by_row(made, order, pixels, packer, np.zeros(1, dtype=np.int64) if at is None else at)
         if packer is None:
             pixels[num_rows:] = 0
         jpegs = packer.packed() if packer is not None else None
         return replace(made, jpegs=jpegs, read_bytes=_bytes_read() - read_before)
 
-    def _fill_row_by_row(self, made: Made, order: Order, pixels: Pixels, packer: JpegPacker | None) -> None:
+    def _fill_row_by_row(
+        self, made: Made, order: Order, pixels: Pixels, packer: JpegPacker | None, at: Integers
+    ) -> None:
         samples, limit, started = self._samples, TimeLimit(self._config.timeout_s), time.perf_counter()
         with limit.installed():
             for row, index in enumerate(order.indices):
+                at += 1
                 try:
+                    if index in order.hung:
+                        raise TookTooLongError(order.hung[index])
                     with limit:
                         data = samples.read(index, made.clock) if packer is not None else None
                         header = read_header(data) if data is not None else None

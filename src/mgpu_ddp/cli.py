@@ -27,6 +27,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.session import Session
 from mgpu_ddp.output.folders import check_utf8, make_folder, remove_empty
 from mgpu_ddp.reporting import console
+from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake
 from mgpu_ddp.sweep.isolated import run_isolated
 from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
 
@@ -35,6 +36,7 @@ Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
 
 def main(infer: Infer) -> None:
     """Join the world; rank 0 reads the command and leads through its jobs by `infer`, the other ranks follow."""
+    make_output_safe()
     # A thread that returns from a decoder or a device must not wait 5 ms, the default, for the GIL.
     sys.setswitchinterval(0.0005)
     stop = StopWish()
@@ -42,7 +44,7 @@ def main(infer: Infer) -> None:
     try:
         world = join()
     except UsageError as mistake:
-        print(f"mgpu_ddp: {mistake}", file=sys.stderr)
+        print_mistake(mistake)
         sys.exit(int(Exit.USAGE))
     console.start_logging(world)
     kept = Kept()

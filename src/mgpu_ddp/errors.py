@@ -18,6 +18,9 @@ class MgpuError(Exception):
 
     exit_code = Exit.FAILED
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
+
 
 class UsageError(MgpuError):
     """The user's fault: one line that names the key, the rule, the value and the remedy; no traceback."""
@@ -70,6 +73,11 @@ class ProofError(StateError):
 
 class WriteError(StateError):
     """The output folder could not be written to; what was committed before stays valid."""
+
+
+def printable(text: str) -> str:
+    """The text in one line that no terminal obeys: escape what is not printable, such as controls and newlines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def cause_of(error: Exception) -> str:

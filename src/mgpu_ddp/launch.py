@@ -7,10 +7,12 @@ from pathlib import Path
 
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, num_processes, outcome_in, torchrun
 from mgpu_ddp.errors import Exit, PeerLostError
+from mgpu_ddp.reporting.terminal import make_output_safe
 
 
 def main() -> None:
     """Run `mgpu_ddp.infer` under torchrun on this host: one process per GPU, one where there is none."""
+    make_output_safe()
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
         outcome_file = Path(folder) / "outcome"
         os.environ[OUTCOME_FILE] = str(outcome_file)

@@ -8,7 +8,6 @@ import itertools
 import os
 import secrets
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +25,7 @@ from mgpu_ddp.output.run_folder import remove_unlisted
 from mgpu_ddp.output.verify import prove
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
+from mgpu_ddp.reporting.terminal import print_mistake
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ def merge(run_dir: Path) -> dict[str, Any]:
         rebuild(run_dir)
     except (MgpuError, OSError) as error:
         # The table is proved by now.
-        print(f"mgpu_ddp: report.html was not written: {error}", file=sys.stderr)
+        print_mistake(f"report.html was not written: {error}")
     return merged
 
 

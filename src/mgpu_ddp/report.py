@@ -15,6 +15,7 @@ from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.reporting.class_table import read_classes
 from mgpu_ddp.reporting.page import JobResults, write_page
 from mgpu_ddp.reporting.table_stats import count_rows
+from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake
 from mgpu_ddp.reporting.thumbnails import THUMBNAILS, reopen_samples
 from mgpu_ddp.sweep.page import write_sweep_page
 from mgpu_ddp.sweep.results import SWEEP_FILE
@@ -27,6 +28,7 @@ def main() -> None:
 
 def run_command(act: Callable[[Path], dict[str, Any]]) -> None:
     """Act on the folder that `run=DIR` names and print the result as one JSON line, or the error in one."""
+    make_output_safe()
     try:
         argv = sys.argv[1:]
         key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
@@ -35,10 +37,10 @@ def run_command(act: Callable[[Path], dict[str, Any]]) -> None:
         check_utf8("run", str(Path(value).absolute()))
         print(json.dumps(act(Path(value).absolute())))
     except MgpuError as error:
-        print(f"mgpu_ddp: {error}", file=sys.stderr)
+        print_mistake(error)
         sys.exit(int(error.exit_code))
     except OSError as error:
-        print(f"mgpu_ddp: {error}", file=sys.stderr)
+        print_mistake(error)
         sys.exit(int(Exit.FAILED))
 
 

@@ -121,7 +121,7 @@ class World:
                 raise (
                     UsageError(text)
                     if is_usage
-                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {text}")
+                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {' '.join(text.split())}")
                 )
 
     def raise_alarm(self, job: str, text: str) -> None:

@@ -14,6 +14,7 @@ from mgpu_ddp.inference.pipeline import held_batches
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.reporting import console
+from mgpu_ddp.reporting.terminal import print_lines
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -108,23 +109,21 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print(describe_plan(job, plan, num_classes))
+        print_lines(describe_plan(job, plan, num_classes))
         console.print_summary(summary)
     return summary
 
 
-def describe_plan(job: Job, plan: Plan, num_classes: int) -> str:
+def describe_plan(job: Job, plan: Plan, num_classes: int) -> list[str]:
     rows = plan.stop - plan.start
     number, grows = -(-rows // plan.smallest), plan.smallest != plan.largest
     most, least = ("at most ", "at least ") if grows else ("", "")
     windows = f"{most}{number:,}, of {least}{plan.smallest:,} rows" if number > 1 else f"{number}"
     num_bytes = rows * row_bytes(job.config, num_classes)
-    return "\n".join(
-        [
-            f"run folder     {job.run_dir}",
-            f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
-            f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
-            f"windows        {windows}",
-            f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
-        ]
-    )
+    return [
+        f"run folder     {job.run_dir}",
+        f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
+        f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
+        f"windows        {windows}",
+        f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
+    ]

@@ -37,6 +37,7 @@ from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.output.folders import remove_empty
 from mgpu_ddp.reporting import console
+from mgpu_ddp.reporting.terminal import print_mistake, print_traceback
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -152,7 +153,7 @@ class Session:
     def _tell(self, error: UsageError) -> None:
         """Print a user's mistake once; the other ranks go on only when it is out. Collective."""
         if self.world.rank == 0:
-            print(f"mgpu_ddp: {error}", file=sys.stderr, flush=True)
+            print_mistake(error)
         self.world.exchange("told", None)
 
     @property
@@ -195,7 +196,7 @@ def _log_error(error: BaseException) -> None:
     elif isinstance(error, StateError):
         log.error("%s", error)
     else:
-        traceback.print_exception(error)
+        print_traceback(error)
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -16,6 +16,7 @@ from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
+from mgpu_ddp.reporting.terminal import OneLine, print_lines
 from mgpu_ddp.reporting.text import hours_minutes_seconds, plural
 
 log = logging.getLogger("mgpu_ddp")
@@ -28,7 +29,7 @@ def start_logging(world: World) -> None:
     """Log INFO from rank 0 and warnings from every other rank, all on stderr: stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if world.rank == 0 else f"[rank {world.rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(OneLine(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -48,7 +49,7 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
         handler = logging.FileHandler(run_dir / "logs" / "rank0.log")
     except OSError as error:
         raise write_error(run_dir / "logs", error) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
@@ -148,7 +149,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             )
             batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
-    print("\n".join(lines))
+    print_lines(lines)
     print_summary(summary)
 
 

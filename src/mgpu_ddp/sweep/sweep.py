@@ -18,6 +18,7 @@ from mgpu_ddp.job.autotune import GAIN
 from mgpu_ddp.output.atomic_files import replace_bytes, replace_json
 from mgpu_ddp.output.regular_files import read_json
 from mgpu_ddp.reporting.page import PAGE
+from mgpu_ddp.reporting.terminal import print_lines
 from mgpu_ddp.reporting.text import gibibytes
 from mgpu_ddp.sweep.page import write_sweep_page
 from mgpu_ddp.sweep.results import PLOT_FILE, SWEEP_FILE, as_list, merge_repeats, named, peak_memory
@@ -137,7 +138,7 @@ class Sweep:
         self._status = {int(Exit.COMPLETE): "complete", int(Exit.PREEMPTED): "preempted"}.get(code, "failed")
         self._write()
         self._write_csv()
-        print("\n".join(_table(points, self.swept, chosen)), flush=True)
+        print_lines(_table(points, self.swept, chosen))
         if points:
             self._try(PLOT_FILE, lambda: self._draw(points, chosen))
             self._try(PAGE, lambda: write_sweep_page(self.folder))

@@ -69,11 +69,11 @@ def lead(session: Session, argv: list[str]) -> None:
         if command.folder:
             check_utf8("hydra.sweep.dir" if command.multirun else "output.dir", command.folder)
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
-            session.made = make_folder(Path(command.folder))
+            session.made = [] if command.dry_run else make_folder(Path(command.folder))
         if command.multirun:
             run_sweep(session, command)
         else:
-            run_hydra(command, partial(run_job, session))
+            run_hydra(command, partial(run_job, session, command))
     except BaseException as raised:
         error = raised
         raise
@@ -98,9 +98,9 @@ def run_hydra(command: Command, act: Callable[[DictConfig], Any]) -> None:
         raise UsageError(explain(error)) from None
 
 
-def run_job(session: Session, cfg: DictConfig) -> None:
+def run_job(session: Session, command: Command, cfg: DictConfig) -> None:
     """Run the one job of a command. Rank 0 only."""
-    session.lead(partial(configure, cfg, in_sweep=False))
+    session.lead(partial(configure, cfg, command.folder, in_sweep=False))
 
 
 def run_sweep(session: Session, command: Command) -> None:
@@ -139,7 +139,7 @@ class Points:
             remove_empty([Path(HydraConfig.get().runtime.output_dir)])
 
     def _run_job(self, cfg: DictConfig, point: Point) -> dict[str, Any]:
-        make = partial(configure, cfg, in_sweep=True)
+        make = partial(configure, cfg, HydraConfig.get().runtime.output_dir, in_sweep=True)
         if not self._command.isolated:
             return self._session.lead(make)
         words = point.overrides
@@ -148,14 +148,14 @@ class Points:
         return self._session.lead(make, partial(run_isolated, words, self.sweep.folder, self._session.stop))
 
 
-def configure(cfg: DictConfig, *, in_sweep: bool) -> Job:
-    """Make the job that Hydra composed."""
+def configure(cfg: DictConfig, folder: str, *, in_sweep: bool) -> Job:
+    """Make the job that Hydra composed, in a folder unless another is configured."""
     composed = HydraConfig.get()
     settings = to_config(cfg)
     if in_sweep and settings.runtime.on_oom == "auto":
         settings.runtime.on_oom = "raise"
     overrides = list(composed.overrides.task)
-    run_dir = Path(settings.output.dir or composed.runtime.output_dir).absolute()
+    run_dir = Path(settings.output.dir or folder).absolute()
     check_utf8("output.dir", str(run_dir))
     return Job(
         name=str(composed.job.num) if in_sweep else "0",

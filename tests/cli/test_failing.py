@@ -89,6 +89,36 @@ def test_a_working_folder_whose_name_is_not_utf8_needs_an_output_folder_elsewher
     assert_proved(tmp_path / "out", 20)
 
 
+def test_a_list_that_shrank_is_another_job(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "images", 5)
+    listed = tmp_path / "list.txt"
+    settings = (*SMALL_IMAGES, "data=list", f"data.path={listed}", "data.root=/", "output.dir=out")
+    listed.write_text("".join(f"{path}\n" for path in paths))
+    assert run(ranks(1, *settings), tmp_path).code == 0
+    listed.write_text("".join(f"{path}\n" for path in paths[:3]))
+    ended = run(ranks(1, *settings), tmp_path)
+    assert ended.code == 2, ended.err
+    assert "samples=[0, 5] there, [0, 3] here" in ended.err
+    assert_proved(tmp_path / "out", 5)
+
+
+@pytest.mark.parametrize("transform", ["auto", "imagenet"])
+def test_a_plan_of_missing_data_is_refused_by_every_rank_in_one_line(tmp_path: Path, transform: str) -> None:
+    data = ("data=array", "data.path=/missing.npy", f"transform={transform}")
+    ended = run(ranks(2, *SMALL_IMAGES, *data, "dry_run=true"), tmp_path)
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.splitlines()
+    assert "/missing.npy" in line
+
+
+@pytest.mark.parametrize("key", ["output.dir", "hydra.run.dir"])
+def test_a_plan_needs_no_writable_folder(tmp_path: Path, key: str) -> None:
+    ended = run(ranks(1, *SMALL, "data.size=20", "dry_run=true", f"{key}=/proc/nowhere/at/all"), tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.summary["run_dir"] == "/proc/nowhere/at/all"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
+
+
 def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:
     paths = make_images(tmp_path / "bad", 40)
     sorted(paths)[21].write_bytes(b"broken")

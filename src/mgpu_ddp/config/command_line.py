@@ -5,6 +5,7 @@ files of a config folder that they choose (`options`), and all compose (`compose
 package's words.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,11 +44,15 @@ class Command:
     """Each job gets a launcher of its own."""
     folder: str = ""
     """The run or sweep folder: a restart finds the one that its launch began in."""
+    dry_run: bool = False
+    """Nothing is made, not even the folder."""
 
     @property
     def argv(self) -> list[str]:
         """The arguments for Hydra."""
-        pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quote(self.folder)}"] if self.folder else []
+        # Hydra makes the folder that it is given.
+        folder = os.curdir if self.dry_run else self.folder
+        pinned = [f"hydra.{'sweep' if self.multirun else 'run'}.dir={quote(folder)}"] if self.folder else []
         return [*self.words, *pinned]
 
 
@@ -93,8 +98,7 @@ def _check(argv: Sequence[str]) -> Command:
     task = cfg.copy()
     OmegaConf.set_struct(task, False)
     del task["hydra"]
-    to_config(task)
-    return replace(asked, folder=_folder(cfg, "hydra.run.dir"))
+    return replace(asked, folder=_folder(cfg, "hydra.run.dir"), dry_run=to_config(task).dry_run)
 
 
 def _folder(cfg: DictConfig, key: str) -> str:

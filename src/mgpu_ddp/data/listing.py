@@ -174,7 +174,8 @@ class Listing:
         return -1 if value is None else int(value)
 
     def digest(self, stop: int) -> str:
-        """sha256 over the paths and labels of the first `stop` rows."""
+        """sha256 over the paths and labels of the first `stop` rows, or of as many as there are."""
+        stop = min(stop, len(self))
         paths, labels = self._paths.slice(0, stop), self._labels.slice(0, stop)
         ends = np.frombuffer(paths.buffers()[1], np.int64, stop + 1) if stop else np.zeros(1, np.int64)
         digest = hashlib.sha256(np.diff(ends).tobytes())

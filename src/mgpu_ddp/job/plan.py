@@ -99,7 +99,8 @@ class Planner:
 def dry_run(setup: Setup) -> dict[str, Any]:
     """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
     job, world, num_classes = setup.job, setup.world, setup.model.num_classes
-    length = len(open_samples(job.config, setup.files)) if world.rank == 0 else 0
+    with world.together("open the samples"):
+        length = len(open_samples(job.config, setup.files)) if world.rank == 0 else 0
     start, stop = world.share("samples", dataset_range(job.config, length))
     plan = Planner(config=job.config, resolved=setup.resolved, num_classes=num_classes, world=world).plan(start, stop)
     summary = {

@@ -33,7 +33,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     world.heartbeat.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     keep_pandas_out()
-    decode = decode_of(config, world.device)
+    with world.together("choose the decoder"):
+        decode = decode_of(config, world.device)
     # Before there are threads and workers, which inherit it.
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
@@ -41,6 +42,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     # Before the images are listed, which may take minutes: a model that does not exist is refused within seconds.
     model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
     files = find_listing(config, known_listing(config, folder, world), world)
+    with world.together("choose the transform"):
+        transform = choose_transform(config, model)
     predictors = Predictors(kept=kept, model=model, config=config, world=world, warm=warm)
     setup = Setup(
         job=job,
@@ -56,7 +59,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             workers=num_workers(config, world),
             collect=config.collect,
             batch_size=DEFAULT_BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size),
-            transform=choose_transform(config, model),
+            transform=transform,
         ),
     )
     return setup if config.dry_run else _measured(setup)

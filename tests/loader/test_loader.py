@@ -405,7 +405,7 @@ def test_workers_that_hang_before_they_begin_end_the_job_in_one_line(world: Worl
         def expect(self, indices: Sequence[int]) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    with pytest.raises(StateError, match=r"a loader worker hung for 0.2 s 2 times at the same batch"):
+    with pytest.raises(StateError, match=r"a loader worker hung for 0.2 s 2 times before the first sample of a batch"):
         load_watched(Stuck(*[None] * 4), world, workers=2)
 
 

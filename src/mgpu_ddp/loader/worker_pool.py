@@ -128,7 +128,10 @@ class WorkerPool:
         reason = f"a loader worker hung for {limit_s:g} s"
         log.warning("%s at %s %d: workers are started again", reason, *where)
         if self._hung[where] >= HANGS and row is None:
-            raise StateError(f"{reason} {HANGS} times at the same batch, before its first sample.")
+            raise StateError(
+                f"{reason} {HANGS} times before the first sample of a batch. Start again, with fewer loader.workers or"
+                " a higher loader.timeout_s."
+            )
         if self._hung[where] >= HANGS:
             order = replace(order, hung={**order.hung, where[1]: f"{reason}, {HANGS} times"})
         self._given[number] = replace(order, row_by_row=True)

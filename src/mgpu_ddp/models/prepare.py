@@ -9,6 +9,7 @@ from torch import nn
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, RuntimeConfig
 from mgpu_ddp.distributed.world import World, share_weights
+from mgpu_ddp.models.compile_cache import remove_truncated_libraries
 from mgpu_ddp.models.fusion import FUSED, fold_batch_norms, fuse_activations
 from mgpu_ddp.models.head import embedding_dim, head_of
 from mgpu_ddp.models.model import Model
@@ -50,6 +51,7 @@ def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.
     if config.strategy == "data_parallel":
         module = nn.DataParallel(module)
     if resolved.compile == "on":
+        remove_truncated_libraries()
         # Each shape is a graph of its own, and a sweep brings many. Beyond the limit torch would not compile.
         torch._dynamo.config.recompile_limit = 64
         # Otherwise each process times kernels that add up in other orders, and takes the fastest.

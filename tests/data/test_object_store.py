@@ -22,6 +22,9 @@ from mgpu_ddp.config.schema import (
 )
 from mgpu_ddp.data import object_store, retry
 from mgpu_ddp.data.datasets import open_samples
+from mgpu_ddp.data.files import FileSamples
+from mgpu_ddp.data.list_file import read_list
+from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.read_ahead import ReadAhead
 from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.world import World
@@ -89,6 +92,26 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pyte
         UsageError, match=r"^gs:// needs the package gcsfs\. Install it: pip install 'mgpu-ddp\[cloud\]'\.$"
     ):
         object_store.find("gs://bucket/photos")
+
+
+@pytest.mark.parametrize(("root", "name"), [("/", "gs://bucket/x.jpg"), ("gs://bucket", "x.jpg")])
+def test_a_list_of_urls_needs_its_package_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    (tmp_path / "list.txt").write_text(f"s3://bucket/a.jpg\n{name}\n" if root == "/" else f"{name}\n")
+    with pytest.raises(UsageError, match=r"^gs:// needs the package gcsfs\. Install it: "):
+        read_list(ListConfig(path=str(tmp_path / "list.txt"), root=root))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_package_that_one_node_alone_lacks_ends_the_job_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, world: World, workers: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    samples = FileSamples("gs://bucket", Listing.build([b"x.jpg"]))
+    with pytest.raises(StateError, match=r"^gs:// needs the package gcsfs\. Install it: "):
+        load_all(samples, world, workers=workers)
 
 
 def test_what_goes_over_by_itself_is_asked_for_again(proxy: s3.Proxy, folder: Path) -> None:

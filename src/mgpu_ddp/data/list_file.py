@@ -76,6 +76,13 @@ def _to_paths(column: Any, data: ListConfig) -> Any:
         urls = compute.sum(compute.match_substring_regex(paths, f"^({'|'.join(PROTOCOLS)})://"))
         rule = "URLs in all rows or in none, unless data.root is one"
         require(urls.as_py() in (0, len(paths)), "data.path", rule, f"{urls} of {len(paths)} rows", "Split the list.")
+    for protocol in PROTOCOLS:
+        # Before anything is claimed, and not in a loader worker.
+        if (
+            protocol == protocol_of(data.root or "")
+            or compute.any(compute.starts_with(paths, f"{protocol}://")).as_py()
+        ):
+            object_store.check_package(protocol)
     return paths
 
 

@@ -36,17 +36,12 @@ class _FileSystem:
     """fsspec's file system of one protocol, in the process that asked for it."""
 
     def __init__(self, protocol: str) -> None:
-        package = PROTOCOLS[protocol]
-        try:
-            import fsspec
-            from fsspec.asyn import get_loop
+        check_package(protocol)
+        import fsspec
+        from fsspec.asyn import get_loop
 
-            options = OPTIONS.get(protocol, {}) | {"use_listings_cache": False, "skip_instance_cache": True}
-            self.fs = fsspec.filesystem(protocol, **options)
-        except ImportError:
-            raise UsageError(
-                f"{protocol}:// needs the package {package}. Install it: pip install 'mgpu-ddp[cloud]'."
-            ) from None
+        options = OPTIONS.get(protocol, {}) | {"use_listings_cache": False, "skip_instance_cache": True}
+        self.fs = fsspec.filesystem(protocol, **options)
         if hasattr(self.fs, "retries"):
             # Or its retries would multiply ours.
             self.fs.retries = 1
@@ -78,6 +73,22 @@ class _FileSystem:
 
 _file_systems: dict[tuple[str, int], _FileSystem] = {}
 """By protocol and process: connections do not survive a fork."""
+
+
+def check_package(protocol: str) -> None:
+    """Check that files can be read by this protocol.
+
+    Raises:
+        UsageError: names the package that is missing.
+    """
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(protocol)
+    except ImportError:
+        raise UsageError(
+            f"{protocol}:// needs the package {PROTOCOLS[protocol]}. Install it: pip install 'mgpu-ddp[cloud]'."
+        ) from None
 
 
 def _file_system(url: str) -> _FileSystem:

@@ -20,7 +20,7 @@ from mgpu_ddp.config.schema import LoaderConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.signals import leave_stopping_to_parent
-from mgpu_ddp.errors import StateError
+from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.jpegs import JpegPacker, PackedJpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.preprocess.jpeg_header import Header, read_header
@@ -93,9 +93,13 @@ class BatchMaker:
         )
         pixels = self._slots.array(order.slot)
         packer = JpegPacker(self._slots.room(order.slot).numpy()) if self._packed else None
-        if order.row_by_row or not self._samples.fill(order.indices, self._transform, pixels, made.clock):
-            self._samples.expect([index for index in (*order.indices, *then) if index not in order.hung])
-            self._fill_row_by_row(made, order, pixels, packer, np.zeros(1, dtype=np.int64) if at is None else at)
+        try:
+            if order.row_by_row or not self._samples.fill(order.indices, self._transform, pixels, made.clock):
+                self._samples.expect([index for index in (*order.indices, *then) if index not in order.hung])
+                self._fill_row_by_row(made, order, pixels, packer, np.zeros(1, dtype=np.int64) if at is None else at)
+        except UsageError as error:
+            # What this node alone lacks is no mistake that all ranks could be told of.
+            raise StateError(str(error)) from None
         if packer is None:
             pixels[num_rows:] = 0
         jpegs = packer.packed() if packer is not None else None
@@ -120,7 +124,7 @@ class BatchMaker:
                         else:
                             image, made.label[row] = samples.load(index, self._transform, made.clock, data)
                             copy_pixels(image, pixels[row])
-                except StateError:
+                except (StateError, UsageError):
                     raise
                 except (Exception, TookTooLongError) as error:  # decoders raise all kinds; each bad image is one row
                     pixels[row] = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from mgpu_ddp.config.schema import ArrayConfig, Config, FakeConfig, LoaderConfig
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.row_group_cache import RowGroupCache
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
@@ -328,10 +330,10 @@ class Stops(Odd):
 
 
 def load_watched(samples: Samples, world: World, *, workers: int) -> tuple[dict[int, int], dict[int, str]]:
-    """Labels and errors of all samples in batches of four, with workers that may hang for a fifth of a second."""
+    """Labels and errors of all samples in batches of four, with workers that may hang for half a second."""
     number = len(samples)
     plan = Plan(start=0, stop=number, size=1, batch_size=4, contiguous=False, smallest_rows=number, largest_rows=number)
-    config, choices = LoaderConfig(timeout_s=0.1), resolved(workers=workers)
+    config, choices = LoaderConfig(timeout_s=0.5), resolved(workers=workers)
     labels: dict[int, int] = {}
     errors: dict[int, str] = {}
     with load_batches(samples, ShardSampler(plan, 0), config, choices, world, held=1) as batches:
@@ -368,7 +370,7 @@ def test_what_a_stopped_worker_had_is_made_by_another(
 @pytest.mark.usefixtures("impatient")
 def test_a_sample_that_hangs_two_workers_is_an_error_row(world: World) -> None:
     labels, errors = load_watched(Stops(10, {1: 99, 3: 99, 8: 1}), world, workers=2)
-    assert errors == dict.fromkeys((1, 3), "TimeoutError: a loader worker hung for 0.2 s, 2 times")
+    assert errors == dict.fromkeys((1, 3), "TimeoutError: a loader worker hung for 0.6 s, 2 times")
     assert labels == {index: index + 100 * (index in errors) for index in range(10)}
 
 
@@ -387,9 +389,31 @@ def test_a_whole_batch_that_hangs_is_made_sample_by_sample(world: World) -> None
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_worker_that_hangs_in_a_shared_row_group_costs_no_row(world: World) -> None:
+    class Grouped(Stops):
+        """Samples of one row group, whose first reader stops."""
+
+        cache = RowGroupCache(4096)
+
+        def load(
+            self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        ) -> tuple[Pixels, int]:
+            assert self.cache.get(0, index, self.read_group) == b"%d" % index
+            return Odd.load(self, index, transform, clock, data)
+
+        def read_group(self) -> Any:
+            Stops.load(self, 0, plain(SIZE), lambda *_: None)
+            return pa.array([b"%d" % index for index in range(len(self))])
+
+    labels, errors = load_watched(Grouped(24, {0: 1}), world, workers=3)
+    assert errors == {}
+    assert labels == {index: index for index in range(24)}
+
+
+@pytest.mark.usefixtures("impatient")
 def test_idle_workers_that_were_stopped_are_replaced() -> None:
     pool = worker_pool.WorkerPool(
-        BatchMaker(Odd(*[None] * 8), plain(SIZE), SharedSlots(2, 4, (SIZE, SIZE)), LoaderConfig(timeout_s=0.1)), 2, 2
+        BatchMaker(Odd(*[None] * 8), plain(SIZE), SharedSlots(2, 4, (SIZE, SIZE)), LoaderConfig(timeout_s=0.5)), 2, 2
     )
     with closing(pool):
         for process in multiprocessing.active_children():
@@ -405,7 +429,7 @@ def test_workers_that_hang_before_they_begin_end_the_job_in_one_line(world: Worl
         def expect(self, indices: Sequence[int]) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    with pytest.raises(StateError, match=r"a loader worker hung for 0.2 s 2 times before the first sample of a batch"):
+    with pytest.raises(StateError, match=r"a loader worker hung for 0.6 s 2 times before the first sample of a batch"):
         load_watched(Stuck(*[None] * 4), world, workers=2)
 
 
@@ -415,7 +439,7 @@ def test_a_worker_that_was_stopped_amid_its_result_is_replaced(world: World, tmp
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     samples = folder(tmp_path, {"0.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95)})
     slots = SharedSlots(1, 1, (SIZE, SIZE), packed=True)
-    maker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=0.1), packed=True)
+    maker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=0.5), packed=True)
     with closing(worker_pool.WorkerPool(maker, 1, 1)) as pool:
         (before,), made = pool._workers.processes, dict[int, Made]()
         assert before.pid is not None

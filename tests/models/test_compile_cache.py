@@ -47,8 +47,7 @@ def test_a_whole_library_and_one_being_written_stay(library: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [0, 20_000])
-def test_a_job_compiles_again_what_a_killed_one_left(tmp_path: Path, length: int) -> None:
+def test_a_job_compiles_again_what_a_killed_one_left(tmp_path: Path) -> None:
     settings = (*SMALL, "data.size=8", "loader.workers=0", "runtime.compile=on")
     cache = tmp_path / "cache"
     environs = [{"TORCHINDUCTOR_CACHE_DIR": str(cache)}]
@@ -59,4 +58,4 @@ def test_a_job_compiles_again_what_a_killed_one_left(tmp_path: Path, length: int
         libraries = list(cache.glob("*/*.main.so"))
         assert libraries
         for library in libraries:
-            library.write_bytes(library.read_bytes()[:length])
+            library.write_bytes(b"")

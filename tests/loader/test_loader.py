@@ -4,6 +4,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import struct
 import termios
@@ -446,13 +447,28 @@ def test_a_worker_that_was_stopped_amid_its_result_is_replaced(world: World, tmp
         pool._give(0, Order(indices=[0]))
         (pipe,) = pool._workers._selector.get_map()
         deadline = time.monotonic() + 20
-        while bytes_in(pipe) < worker_pool.PIPE_BYTES:
+        while bytes_in(pipe) < worker_pool.PIPE_BYTES // 2:
             assert time.monotonic() < deadline
         os.kill(before.pid, signal.SIGSTOP)
         pool._wait_for(0, made)
         assert made[0].jpegs is not None
         assert len(made[0].jpegs.spilt[0]) > worker_pool.PIPE_BYTES
         assert pool._workers.processes[0].pid != before.pid
+
+
+def test_what_a_worker_made_before_it_died_is_taken() -> None:
+    pipe, into = os.pipe()
+    results = worker_pool.Results(pipe)
+    data = pickle.dumps((3, "made"))
+    with closing(results):
+        os.write(into, worker_pool.LENGTH.pack(len(data)) + data[:5])
+        assert list(results.read()) == list(results.read()) == []
+        os.write(into, data[5:])
+        os.close(into)
+        reading = results.read()
+        assert next(reading) == (3, "made")
+        with pytest.raises(EOFError):
+            next(reading)
 
 
 def bytes_in(pipe: int) -> int:

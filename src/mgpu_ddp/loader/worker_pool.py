@@ -220,17 +220,20 @@ class Results:
         Raises:
             EOFError: the worker has ended.
         """
+        chunk = None
         with suppress(BlockingIOError):
-            while chunk := os.read(self._file, PIPE_BYTES):
+            while chunk != b"":
+                chunk = os.read(self._file, PIPE_BYTES)
                 self._data += chunk
-            raise EOFError
         while len(self._data) >= LENGTH.size:
             stop = LENGTH.size + LENGTH.unpack_from(self._data)[0]
             if len(self._data) < stop:
-                return
+                break
             result = pickle.loads(memoryview(self._data)[LENGTH.size : stop])
             del self._data[:stop]
             yield result
+        if chunk == b"":
+            raise EOFError
 
     def close(self) -> None:
         os.close(self._file)
@@ -264,5 +267,6 @@ def _work(maker: BatchMaker, orders: Any, into: int, at: Integers) -> None:
             except Exception as error:  # the rank raises it, with the worker's traceback
                 result = RuntimeError("".join(traceback.format_exception(error)))
             data = pickle.dumps((number, result))
-            results.write(LENGTH.pack(len(data)) + data)
+            results.write(LENGTH.pack(len(data)))
+            results.write(data)
             results.flush()

@@ -33,7 +33,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("own_handlers")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
 def test_each_signal_that_ends_a_process_is_a_wish(name: str) -> None:
     stop = StopWish()
     stop.install()

@@ -11,7 +11,7 @@ from types import FrameType
 
 from mgpu_ddp.errors import Exit
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_AFTER_S = 2.0
 """SLURM delivers one signal twice within a millisecond; only a later second one is meant as a second."""
 

@@ -135,8 +135,10 @@ class WorkerPool:
         if self._hung[where] >= HANGS:
             order = replace(order, hung={**order.hung, where[1]: f"{reason}, {HANGS} times"})
         self._given[number] = replace(order, row_by_row=True)
-        self._workers.close()
-        self._workers = Workers(self._maker, len(self._workers.processes))
+        hanging = self._workers
+        self._workers = Workers(self._maker, len(hanging.processes))
+        # Before there are orders for the new ones, whose slots are the same.
+        hanging.close()
         for each in list(self._given.items()):
             self._give(*each)
 

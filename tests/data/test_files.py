@@ -14,6 +14,8 @@ from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 
+WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+
 
 def rows(files: Listing) -> list[tuple[bytes, int]]:
     return [(files.path(i), files.label(i)) for i in range(len(files))]
@@ -83,6 +85,9 @@ def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
         ("infinite.parquet", {"path": ["a"], "label": [float("inf")]}, "holds no class numbers: "),
         ("large.csv", b"path,label\na.jpg,3000000000\n", "holds no class numbers: "),
         ("torn.parquet", b"PAR1", "cannot be read ("),
+        *((f"{kind}.csv", "path,label\na.jpg,1\n".encode(kind), "a text in UTF-8, got ") for kind in WIDE),
+        *((f"{kind}.txt", "a.jpg\nb.jpg\n".encode(kind), "a text in UTF-8, got ") for kind in WIDE),
+        ("latin.csv", "path,größe\na.jpg,1\n".encode("latin-1"), "cannot be read ('utf-8' codec"),
         ("ragged.csv", b"path,label\na.jpg,1\nb.jpg\n", "cannot be read ("),
     ],
 )

@@ -75,6 +75,21 @@ def test_a_missing_or_odd_column_is_one_line(tmp_path: Path, world: World, setti
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.timeout(20)
+def test_a_footer_that_lies_about_its_rows_is_one_line(tmp_path: Path, world: World) -> None:
+    path = parquet_of(tmp_path / "x.parquet", image=[b"x"] * 3)
+    data = path.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    before, footer = data[: -8 - size], data[-8 - size : -8]
+    # After the schema, as field 3 of the file's metadata: 64-bit, zigzag, in groups of seven bits.
+    rows = b"\x16\x06\x19"
+    footer = footer.replace(rows, b"\x16\xfe\xff\xff\xff\xff\x3f\x19", 1)
+    path.write_bytes(before + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(UsageError, match="its row groups have not as many rows as it says") as raised:
+        parquet_samples(path, world)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path, world: World) -> None:
     names = ["image", "image", "key", "key"]
     table = pa.table([pa.array([b"x"]), pa.array([b"y"]), pa.array(["k"]), pa.array(["l"])], names=names)

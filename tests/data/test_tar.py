@@ -161,6 +161,33 @@ def test_a_broken_tar_among_others_is_named_in_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.timeout(20)
+def test_holes_take_no_time(tmp_path: Path, world: World) -> None:
+    path = tar_of(tmp_path / "x.tar", {"a.jpg": b"1"})
+    os.truncate(path, 20 << 30)
+    assert labelled_paths(index_tars(path, world)) == [(b"x.tar/a.jpg", -1)]
+    with path.open("r+b") as file:
+        file.seek(19 << 30)
+        file.write(JPEG)
+    with pytest.raises(UsageError, match="something follows the end of the tar"):
+        index_tars(path, world)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_of_gigabytes_is_refused_in_one_line(tmp_path: Path, world: World, kind: bytes, first: bool) -> None:
+    header = tarfile.TarInfo("a")
+    header.type, header.size = kind, 19 << 30
+    path = tar_of(tmp_path / "x.tar", {"a.jpg": b"1"})
+    before = b"" if first else path.read_bytes()[:1024]
+    path.write_bytes(before + header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 20 << 30)
+    with pytest.raises(UsageError, match=r"x\.tar' .*a header of 20401094656 bytes") as raised:
+        index_tars(path, world)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("members", "settings", "said"),
     [

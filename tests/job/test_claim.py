@@ -99,7 +99,7 @@ def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, wor
     ("settings", "said"),
     [
         ({"name": "resnet19"}, "model.name must be a torchvision classification model"),
-        ({"weights": "gone.pt"}, "model.weights must be an existing file"),
+        ({"weights": "gone.pt"}, "model.weights must be a readable file"),
     ],
 )
 def test_a_model_that_is_not_there_is_told_before_the_images_are_listed(

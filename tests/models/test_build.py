@@ -22,6 +22,7 @@ from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from mgpu_ddp.preprocess import transform
 from tests.support.choices import resolved
+from tests.support.special_files import SPECIAL, special_file
 
 SMALL = "squeezenet1_1"
 
@@ -141,8 +142,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, suffix: str, how: str, wit
         (b"not a checkpoint", "a checkpoint of tensors alone"),
         ([torch.zeros(2)], "a state dict"),
         ({"epoch": 3}, "a state dict"),
+        ({3: torch.zeros(2), "a": torch.zeros(2)}, "a state dict"),
+        ({None: torch.zeros(2)}, "a state dict"),
         (torch.zeros(2), "a state dict"),
-        (None, "an existing file"),
+        (None, "a readable file"),
     ],
 )
 def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path, content: Any, rule: str) -> None:
@@ -156,6 +159,50 @@ def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path, con
     text = str(raised.value)
     assert text.startswith(f"model.weights must be {rule}, got '{path}'")
     assert len(text.splitlines()) == 1
+
+
+ODD: dict[str, Any] = {
+    "sparse": lambda bias: bias.to_sparse(),
+    "quantized": lambda bias: torch.quantize_per_tensor(bias, 0.1, 0, torch.qint8),
+    "meta": lambda bias: bias.to("meta"),
+    "complex": lambda bias: bias + 1j,
+    "conjugate": lambda bias: (bias + 1j).conj(),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_tensor_that_is_no_array_of_real_numbers_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    state = trained().state_dict()
+    state["classifier.1.bias"] = ODD[kind](state["classifier.1.bias"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UsageError) as raised:
+        digest_of(job(weights=tmp_path / "w.pt"))
+    said = "model.weights must be a checkpoint of dense tensors of real numbers, got "
+    assert str(raised.value).startswith(f"{said}'{tmp_path}/w.pt with another at classifier.1.bias'")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_integers_are_no_weights(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    state = trained().state_dict()
+    state["classifier.1.bias"] = torch.ones(5, dtype=dtype)
+    path = tmp_path / f"w{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(UsageError, match=rf"mistyped 1 keys \(classifier\.1\.bias {dtype} for torch\.float32\)"):
+        digest_of(job(weights=path))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_checkpoint_that_is_no_regular_file_is_refused_in_one_line(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = special_file(kind, tmp_path / f"w{suffix}")
+    with pytest.raises(UsageError) as raised:
+        digest_of(job(weights=path))
+    assert (
+        str(raised.value) == f"model.weights must be a readable file, got '{path}' ({SPECIAL[kind]}). Check the path."
+    )
 
 
 def test_a_misfit_names_missing_unexpected_and_misshapen_keys(tmp_path: Path) -> None:

@@ -179,9 +179,14 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
         ("a.json", b'["cat", "dog", "\\udc00"]', "must be printable names"),
         ("a.json", b'{"0": "cat"}', "must be a list of names"),
         ("a.json", b"[1, 2, 3]", "must be a list of names"),
-        ("a.json", b"[" * 100_000, "must be a readable text"),
+        ("a.json", b"[" * 12_000, "must be a readable text"),
         ("a.txt", b"\xff\xfe\x00", "must be a readable text"),
-        ("a.txt", None, "must be an existing file"),
+        ("a.txt", None, "must be a readable file"),
+        (
+            "a.json",
+            b"[" + b"[]," * 5000 + b"[]]",
+            'must be a file of at most 12,288 bytes for 3 classes, got "15,004 in',
+        ),
     ],
 )
 def test_names_that_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

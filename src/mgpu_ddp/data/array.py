@@ -11,6 +11,7 @@ from PIL import Image
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import ArrayConfig
+from mgpu_ddp.data.input_file import open_input, require_input
 from mgpu_ddp.data.listing import no_names
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import StateError, UsageError, cause_of
@@ -28,12 +29,11 @@ def open_array(path: str) -> Pixels:
         UsageError: there is no such array there.
     """
     require(not path.endswith(".npz"), "data.path", "one array in a .npy, which can be mapped", path, SAVE_IMAGES)
-    # Opening a pipe could block forever.
-    require(not os.path.exists(path) or os.path.isfile(path), "data.path", "a regular file", path, SAVE_IMAGES)
     try:
+        require_input(path)
         # Refuses archives of arrays, whatever their name, and arrays of objects, which could run code.
         array: Any = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy raises all kinds for what is broken
         raise UsageError(f"data.path={path!r} cannot be read as a .npy ({cause_of(error)}). {SAVE_IMAGES}") from None
     is_images = array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3])
     is_images = is_images and 0 not in array.shape[1:]
@@ -85,7 +85,7 @@ class ArraySamples(Samples):
         # Slots that another worker has filled are mapped 16 pages per fault by a read, one page per fault by a write.
         into.reshape(-1)[::MAPPED_BYTES].max()
         runs = [(indices.start, into)] if indices.step == 1 else zip(indices, into, strict=True)
-        with open(self._path, "rb", buffering=0) as file:
+        with open_input(self._path) as file:
             same = _state_of(os.fstat(file.fileno())) == self._state
             for first, rows in runs:
                 left: Any = memoryview(rows).cast("B")  # type: ignore[arg-type]

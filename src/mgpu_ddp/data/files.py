@@ -1,6 +1,5 @@
 """Images as files of their own, and the search for them in a folder."""
 
-import errno
 import logging
 import os
 import stat
@@ -10,6 +9,7 @@ from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.config.schema import Config, FolderConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.input_file import open_input
 from mgpu_ddp.data.listing import EXTENSIONS, Listing, is_image, readable
 from mgpu_ddp.errors import UsageError
 
@@ -28,12 +28,8 @@ class FileSamples(EncodedSamples):
         return object_store.start_read(object_store.join(os.fsdecode(self._root), os.fsdecode(self.files.path(index))))
 
     def fetch(self, index: int) -> bytes:
-        # Opening or reading a FIFO or a device may block forever: open without waiting, and read regular files alone.
-        file = os.open(os.path.join(self._root, self.files.path(index)), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(file, "rb", buffering=0) as opened:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            return opened.read()
+        with open_input(os.path.join(self._root, self.files.path(index))) as file:
+            return file.read()
 
 
 def list_folder(config: Config, known: Listing | None) -> Listing:

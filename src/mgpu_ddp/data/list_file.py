@@ -8,6 +8,7 @@ from typing import Any
 from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
 from mgpu_ddp.config.schema import ListConfig
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.listing import Listing, as_labels
 from mgpu_ddp.errors import UsageError, cause_of
 
@@ -16,6 +17,8 @@ log = logging.getLogger("mgpu_ddp")
 NO_DELIMITER = "\x01"
 """Separates the columns of a text that has one: no sane path holds it."""
 BLANK = r"^\s*$"
+HEAD_BYTES = 4096
+"""The beginning of a text, which shows its encoding."""
 NO_LISTS = (".tsv", ".json", ".jsonl", ".arrow", ".feather", ".npy", ".tar", ".gz", ".bz2", ".xz", ".zst", ".zip")
 """Suffixes of files that would be read as one path a line, and are not."""
 
@@ -52,7 +55,7 @@ def _read_table(path: str) -> Any:
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_text)
     try:
         return read(path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UsageError(
             f"data.path={path!r} cannot be read ({cause_of(error)}). Fix it, or name another list."
         ) from None
@@ -89,8 +92,19 @@ def _to_paths(column: Any, data: ListConfig) -> Any:
 def _open(path: str) -> Any:
     import pyarrow as pa
 
+    if protocol_of(path):
+        return pa.PythonFile(object_store.open_file(path), mode="r")
+    require_input(path)
     # Names need not be UTF-8.
-    return pa.PythonFile(object_store.open_file(path), mode="r") if protocol_of(path) else pa.OSFile(os.fsencode(path))
+    return pa.OSFile(os.fsencode(path))
+
+
+def _open_text(path: str) -> Any:
+    """Open a text in UTF-8, or in any other encoding that has no zero bytes."""
+    with _open(path) as file:
+        is_text = b"\0" not in file.read(HEAD_BYTES)
+    require(is_text, "data.path", "a text in UTF-8", f"{path} with zero bytes, as UTF-16 has them", "Convert it.")
+    return _open(path)
 
 
 def _read_text(path: str) -> Any:
@@ -98,7 +112,7 @@ def _read_text(path: str) -> Any:
 
     # A path may hold commas, quotes and bytes that are not UTF-8.
     lines = csv.read_csv(
-        _open(path),
+        _open_text(path),
         read_options=csv.ReadOptions(column_names=["path"], use_threads=False),
         parse_options=csv.ParseOptions(delimiter=NO_DELIMITER, quote_char=False),
         convert_options=_as_bytes({"path": "path"}),
@@ -110,7 +124,7 @@ def _read_csv(path: str) -> Any:
     from pyarrow import csv
 
     read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(_open(path), read, parse) as reader:
+    with csv.open_csv(_open_text(path), read, parse) as reader:
         names = _columns(reader.schema.names)
         if "path" not in names:
             return reader.schema.empty_table()

@@ -12,6 +12,7 @@ from mgpu_ddp.config.schema import Config, ParquetConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
 from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.listing import Archive, Listing, as_labels
 from mgpu_ddp.data.row_group_cache import RowGroupCache, slot_bytes
 from mgpu_ddp.distributed.world import World
@@ -54,6 +55,8 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
         with _open(path) as file:
             leaf = _leaves(file).index(_image_leaf(file.schema_arrow, data.column, path))
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            if sum(group.num_rows for group in groups) != file.metadata.num_rows:
+                raise unreadable(path, ValueError("its row groups have not as many rows as it says"))
             return ArchiveIndex(
                 archive=Archive(
                     path=path,
@@ -64,7 +67,7 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
                 ),
                 rows=pa.record_batch({"path": _keys(file, data, path, name), "label": _labels(file, data, path)}),
             )
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(path, error) from None
 
 
@@ -72,8 +75,12 @@ def _open(path: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Names need not be UTF-8.
-    file = pa.PythonFile(object_store.RemoteFile(path), mode="r") if protocol_of(path) else pa.OSFile(os.fsencode(path))
+    if protocol_of(path):
+        file = pa.PythonFile(object_store.RemoteFile(path), mode="r")
+    else:
+        require_input(path)
+        # Names need not be UTF-8.
+        file = pa.OSFile(os.fsencode(path))
     return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
 
 
@@ -129,8 +136,9 @@ def _keys(file: Any, data: ParquetConfig, path: str, name: str) -> Any:
     import pyarrow as pa
     from pyarrow import compute
 
-    rows = range(file.metadata.num_rows)
-    numbered = pa.array([b"%s/%d" % (os.fsencode(name), row) for row in rows], type=pa.large_binary())
+    rows = pa.array(np.arange(file.metadata.num_rows)).cast(pa.large_string()).cast(pa.large_binary())
+    file_name, slash = (pa.scalar(text, pa.large_binary()) for text in (os.fsencode(name), b"/"))
+    numbered = compute.binary_join_element_wise(file_name, rows, slash)
     if data.key_column is None:
         return numbered
     column = _column(file, data.key_column, "data.key_column", path)

@@ -5,6 +5,7 @@ form a sample, and what follows that dot says what each is. Indexing reads heade
 where those are asked for; nothing is unpickled, and nothing but images is decoded.
 """
 
+import errno
 import io
 import itertools
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -23,12 +24,15 @@ from mgpu_ddp.config.schema import Config, WebDatasetConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
 from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.input_file import open_descriptor, open_input
 from mgpu_ddp.data.listing import Archive, Listing, as_labels, is_image
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import MgpuError, UsageError
 
 LABEL_BYTES = 18
 """A longer text is no label."""
+HEADER_BYTES = 16 << 20
+"""A longer header (a long name, or attributes) is none."""
 NOWHERE = (0, -1)
 """The place of an image whose bytes do not lie in the tar in one piece."""
 NO_BYTES = "a sparse file, or a link to no image of this tar: unpack and pack it again without"
@@ -126,9 +130,20 @@ def _follow_links(links: dict[int, str], places: list[Place], by_name: dict[str,
             places[number] = by_name.get(posixpath.normpath(target), NOWHERE)
 
 
-def _open(path: str) -> io.BufferedReader:
+class HeaderReader(io.BufferedReader):
+    """Reads at most as much at once as a header may hold: how much that is, the header before it says."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _open(path: str) -> HeaderReader:
     try:
-        return object_store.open_file(path) if protocol_of(path) else open(path, "rb")
+        if protocol_of(path):
+            return HeaderReader(object_store.RemoteFile(path), object_store.BUFFER_BYTES)
+        return HeaderReader(open_input(path))
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -188,12 +203,29 @@ def _check_end(file: tarfile.TarFile, path: str) -> None:
         raise _broken(file, path, "it was cut off")
     if last != bytes(tarfile.BLOCKSIZE):
         raise _broken(file, path, "no header")
-    while content := file.fileobj.read(io.DEFAULT_BUFFER_SIZE):
+    for content in _rest(cast(HeaderReader, file.fileobj), file.offset):
         if content.strip(b"\0"):
             raise UsageError(
                 f"data.urls: something follows the end of the tar {path!r} at byte {file.offset:,}. Join tars with"
                 " tar --concatenate, or name each."
             )
+
+
+def _rest(opened: HeaderReader, place: int) -> Iterator[bytes]:
+    """Read on from a place, without the holes of a sparse file, which are zeros."""
+    raw: Any = opened.raw
+    while True:
+        try:
+            raw.seek(place, os.SEEK_DATA if isinstance(raw, io.FileIO) else os.SEEK_SET)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        content = raw.read(object_store.BUFFER_BYTES)
+        if not content:
+            return
+        place = raw.tell()
+        yield content
 
 
 def _broken(file: tarfile.TarFile, path: str, why: str) -> UsageError:
@@ -223,7 +255,7 @@ class TarSamples(EncodedSamples):
         super().__init__(files, self._request if is_remote else None)
         self._stops = np.cumsum([tar.groups[0] for tar in files.archives])
         self._offsets, self._sizes = (files.table[name].chunk(0) for name in ("offset", "size"))
-        self._tars = OpenArchives(files.archives, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
+        self._tars = OpenArchives(files.archives, open_descriptor, os.close)
         self._urls: OpenArchives[str] = OpenArchives(files.archives, str, lambda url: None)
 
     def _find(self, index: int) -> tuple[int, int, int]:

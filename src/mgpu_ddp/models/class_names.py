@@ -1,11 +1,17 @@
 """Names of a model's classes: read from a file, and their digest."""
 
 import hashlib
+import io
 import json
+import os
 from pathlib import Path
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.data.input_file import open_value
+from mgpu_ddp.errors import UsageError, cause_of
+
+NAME_BYTES = 4096
+"""A longer text is no name."""
 
 
 def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
@@ -15,13 +21,17 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
         UsageError: the file cannot be read, or does not hold one name for each class.
     """
     key, remedy = "model.class_names", "Give one name a line, in the order of the model's classes."
-    require(path.is_file(), key, "an existing file", str(path), "Check the path.")
+    with open_value(key, path) as file:
+        num_bytes, most_bytes = os.fstat(file.fileno()).st_size, num_classes * NAME_BYTES
+        rule = f"a file of at most {most_bytes:,} bytes for {num_classes} classes"
+        require(num_bytes <= most_bytes, key, rule, f"{num_bytes:,} in {str(path)!r}", remedy)
+        data = io.BytesIO(file.read())
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(data, "utf-8-sig").read()
         names = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{key} must be a readable text, got {str(path)!r} ({type(error).__name__}). {remedy}"
+            f"{key} must be a readable text in UTF-8, got {str(path)!r} ({cause_of(error)}). {remedy}"
         ) from None
     ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(ok, key, "a list of names", str(path), remedy)

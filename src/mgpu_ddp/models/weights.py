@@ -5,6 +5,7 @@ import hashlib
 import logging
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import ModelConfig
+from mgpu_ddp.data.input_file import open_value
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.model import Model, State
 
@@ -54,6 +56,12 @@ def _misfits(expected: State, given: State) -> str:
     kinds = {
         "missing": [key for key in expected if key not in given and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in given if key not in expected],
+        # Integers would be codes of a quantization that the model does not know.
+        "mistyped": [
+            f"{key} {value.dtype} for {expected[key].dtype}"
+            for key, value in given.items()
+            if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
+        ],
         "misshapen": [
             f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
             for key, value in given.items()
@@ -73,14 +81,16 @@ def read_checkpoint(path: Path) -> State:
     Raises:
         UsageError: there is no such file, or it holds no state dict, or code.
     """
-    require(path.is_file(), "model.weights", "an existing file", str(path), "Check the path.")
+    open_value("model.weights", path).close()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         # weights_only: a pickle that wants to run code is refused. Many training scripts save their command line too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # It warns of kinds of tensors that are refused below.
+            warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         is_foreign = isinstance(error, pickle.UnpicklingError)
@@ -93,9 +103,20 @@ def read_checkpoint(path: Path) -> State:
     for nest in NESTS:
         if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
             loaded = loaded[nest]
-    ok = isinstance(loaded, dict) and all(isinstance(value, torch.Tensor) for value in loaded.values())
+    ok = isinstance(loaded, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    )
     require(ok, "model.weights", "a state dict", str(path), "Save module.state_dict().")
+    odd = next((key for key, value in loaded.items() if not _is_plain(value)), None)
+    rule, remedy = "a checkpoint of dense tensors of real numbers", "Convert it, and save module.state_dict()."
+    require(odd is None, "model.weights", rule, f"{path} with another at {odd}", remedy)
     return dict(loaded)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell a tensor that another can be filled with, number by number."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return is_dense and not tensor.is_meta and not tensor.is_complex()
 
 
 def in_one_line(error: Exception) -> str:

@@ -53,14 +53,14 @@ class SampleError(StateError):
 
 
 class OutOfMemoryError(StateError):
-    """A batch does not fit into memory."""
+    """The value of a key needs more memory than there is."""
 
     @classmethod
-    def of(cls, batch_size: int, error: RuntimeError) -> "OutOfMemoryError":
+    def of(cls, key: str, value: int, error: RuntimeError) -> "OutOfMemoryError":
         """Tell it in one line."""
         # CUDA's message is half a screen long; its first sentence says what was asked for.
         why = str(error).splitlines()[0].partition(". GPU ")[0]
-        return cls(f"batch_size must fit into memory, got {batch_size} ({why}). Lower it.")
+        return cls(f"{key} must fit into memory, got {value} ({why}). Lower it.")
 
 
 class ProtocolError(MgpuError):

@@ -56,6 +56,12 @@ MISTAKES = {
     ("output.dir=foreign",): "output.dir must be empty or hold this job",
     ("output.dir=foreign", "overwrite=true"): "output.dir must be empty or hold this job",
     ("output.dir=.", "model.class_names=classes.json"): "model.class_names must be outside of the files that a job",
+    ("model.name=squeezenet1_1", "transform.size=1"): "transform.size must be a size that squeezenet1_1 takes, got 1 (",
+    (
+        "model.name=squeezenet1_1",
+        "transform.size=9",
+        "dry_run=true",
+    ): "Output size is too small). Try transform.size=224.",
 }
 
 
@@ -117,6 +123,27 @@ def test_a_plan_needs_no_writable_folder(tmp_path: Path, key: str) -> None:
     assert ended.code == 0, ended.err
     assert ended.summary["run_dir"] == "/proc/nowhere/at/all"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
+
+
+TOO_LARGE = {
+    ("batch_size=100000000", "data.size=1000000000"): "batch_size must fit into memory, got 100000000",
+    ("model.num_classes=1000000000000",): "model.num_classes must fit into memory, got 1000000000000",
+    ("data.image_size=[3,1000000,1000000]",): "data.image_size must fit into memory, got [3, 1000000, 1000000]",
+    ("transform.size=1000000",): "transform.size must fit into memory, got 1000000",
+    ("transform.size=1000000", "dry_run=true"): "transform.size must fit into memory, got 1000000",
+}
+
+
+def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(len(TOO_LARGE))]
+    for folder in folders:
+        folder.mkdir()
+    results = run_all([ranks(1, "model.name=squeezenet1_1", *settings) for settings in TOO_LARGE], folders)
+    for ended, folder, line in zip(results, folders, TOO_LARGE.values(), strict=True):
+        assert ended.code == 1, ended.err
+        assert ended.err.count(f" {line}: it takes ") == 1
+        assert "Traceback" not in ended.err
+        assert not (folder / "outputs").exists()
 
 
 def test_a_rank_that_raises_is_the_root_cause(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mgpu_ddp.data import parquet, row_group_cache
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import OutOfMemoryError, UsageError
 from tests.support.loading import load_all
 from tests.support.samples import encoded, photo
 from tests.support.sources import parquet_of, parquet_samples
@@ -76,17 +76,27 @@ def test_a_missing_or_odd_column_is_one_line(tmp_path: Path, world: World, setti
 
 
 @pytest.mark.timeout(20)
-def test_a_footer_that_lies_about_its_rows_is_one_line(tmp_path: Path, world: World) -> None:
+@pytest.mark.parametrize(
+    ("times", "error", "said"),
+    [
+        (1, UsageError, "its row groups have not as many rows as it says"),
+        (-1, OutOfMemoryError, "data.urls must fit into memory, got '"),
+    ],
+    ids=["against itself", "throughout"],
+)
+def test_a_footer_that_lies_about_its_rows_is_one_line(
+    tmp_path: Path, world: World, times: int, error: type[Exception], said: str
+) -> None:
     path = parquet_of(tmp_path / "x.parquet", image=[b"x"] * 3)
     data = path.read_bytes()
     size = int.from_bytes(data[-8:-4], "little")
     before, footer = data[: -8 - size], data[-8 - size : -8]
-    # After the schema, as field 3 of the file's metadata: 64-bit, zigzag, in groups of seven bits.
-    rows = b"\x16\x06\x19"
-    footer = footer.replace(rows, b"\x16\xfe\xff\xff\xff\xff\x3f\x19", 1)
+    # The file's number of rows comes first. 64-bit numbers are zigzag, in groups of seven bits.
+    footer = footer.replace(b"\x16\x06", b"\x16\xfe\xff\xff\xff\xff\x3f", times)
     path.write_bytes(before + footer + len(footer).to_bytes(4, "little") + b"PAR1")
-    with pytest.raises(UsageError, match="its row groups have not as many rows as it says") as raised:
+    with pytest.raises(error) as raised:
         parquet_samples(path, world)
+    assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

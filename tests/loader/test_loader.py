@@ -30,10 +30,10 @@ from mgpu_ddp.data.row_group_cache import RowGroupCache
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import StateError
+from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.loader import worker_pool
 from mgpu_ddp.loader.batch import Batch, as_batch
-from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers
+from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers, plan_slots
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Made, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
@@ -483,6 +483,20 @@ def test_no_samples_give_no_batches(world: World, workers: int) -> None:
     choices = resolved(workers=workers)
     with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=100) as batches:
         assert list(batches) == []
+
+
+def test_slots_are_as_many_as_the_job_uses_and_fit_into_memory(world: World) -> None:
+    def plan(rows: int, **choices: Any) -> int:
+        config = LoaderConfig(prefetch=3)
+        return plan_slots(FakeSamples(FakeConfig()), rows, config, resolved(workers=2, **choices), world, held=4)[0]
+
+    assert [plan(rows) for rows in (0, 9, 1000)] == [1, 3, 10]
+    with pytest.raises(
+        OutOfMemoryError, match=r"^batch_size must fit into memory, got 100000000: it takes .* Lower it"
+    ):
+        plan(10**12, batch_size=10**8)
+    with pytest.raises(OutOfMemoryError, match=r"^transform\.size must fit into memory, got 1000000: it takes "):
+        plan(1, batch_size=1, transform=plain(10**6))
 
 
 def test_auto_workers_are_this_processes_cpus(world: World) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, RuntimeConfig, TransformConfig
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.build import build_model, choose_transform, load_model
+from mgpu_ddp.errors import OutOfMemoryError, UsageError
+from mgpu_ddp.models.build import build_model, choose_transform, load_model, require_head, try_size
 from mgpu_ddp.models.head import head_of
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import prepare
@@ -326,6 +326,47 @@ def test_the_head_turns_features_into_logits(name: str, width: int) -> None:
     given = head.in_channels if isinstance(head, nn.Conv2d) else head.in_features
     made = head.out_channels if isinstance(head, nn.Conv2d) else head.out_features
     assert (given, made) == (width, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", SMALL])
+@pytest.mark.parametrize("fold", [True, False])
+def test_more_classes_than_fit_are_refused_before_they_are_made(name: str, fold: bool) -> None:
+    """The head of a model takes weights and a bias for each class, twice while batch norms are folded."""
+    classes = 10**9
+    config = job(name, num_classes=classes, runtime=RuntimeConfig(fold=fold))
+    needed = classes * (512 + 1) * 4 * (2 if fold else 1)
+    require_head(config, needed)
+    with pytest.raises(OutOfMemoryError, match=r"^model\.num_classes must fit into memory, got 1000000000: it takes "):
+        require_head(config, needed - 1)
+
+
+class Picky(nn.Module):
+    """Takes images of one size alone, as ViTs do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[-2:] == (30, 30), "not the size\nof a ViT"
+        return images
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_with_the_one_that_it_does() -> None:
+    picky = Model(module=Picky(), num_classes=5, origin="", class_names=None, preset=None, input_size=30)
+    for model, size, own, why in (
+        (build_model(job()), 1, 224, "RuntimeError: Calculated padded input size"),
+        (picky, 224, 30, "AssertionError: not the size of a ViT"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            try_size(model, job(), transform.imagenet(size))
+        said = f"transform.size must be a size that squeezenet1_1 takes, got {size} ({why}"
+        assert str(raised.value).startswith(said)
+        assert str(raised.value).endswith(f"). Try transform.size={own}.")
+        assert "\n" not in str(raised.value)
+    try_size(picky, job(), transform.plain(30))
+
+
+def test_sizes_that_a_model_takes_are_kept() -> None:
+    model = build_model(job())
+    for size in (32, 224, 300):
+        try_size(model, job(), transform.plain(size))
 
 
 @pytest.mark.parametrize("name", ["resnet18", SMALL])

@@ -15,6 +15,7 @@ from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.listing import Archive, Listing, as_labels
 from mgpu_ddp.data.row_group_cache import RowGroupCache, slot_bytes
+from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 
@@ -136,7 +137,9 @@ def _keys(file: Any, data: ParquetConfig, path: str, name: str) -> Any:
     import pyarrow as pa
     from pyarrow import compute
 
-    rows = pa.array(np.arange(file.metadata.num_rows)).cast(pa.large_string()).cast(pa.large_binary())
+    count = file.metadata.num_rows
+    require_memory("data.urls", repr(path), count * (len(name) + 20), available_bytes(), "Split the file.")
+    rows = pa.array(np.arange(count)).cast(pa.large_string()).cast(pa.large_binary())
     file_name, slash = (pa.scalar(text, pa.large_binary()) for text in (os.fsencode(name), b"/"))
     numbered = compute.binary_join_element_wise(file_name, rows, slash)
     if data.key_column is None:

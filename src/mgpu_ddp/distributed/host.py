@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from mgpu_ddp.errors import OutOfMemoryError
+
 NVIDIA = Path("/sys/bus/pci/drivers/nvidia")
 FEW = 8
 """One CPU in so many may be left unused: more would cost more than they bring."""
@@ -62,6 +64,22 @@ def reset_peaks() -> None:
     with suppress(OSError):
         # A sandbox may refuse it: then the host's peak is that of the whole process.
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def require_memory(key: str, value: object, num_bytes: int, available: int, remedy: str) -> None:
+    """Refuse the value of a key that takes more memory than there is, before it is tried.
+
+    Raises:
+        OutOfMemoryError: says how much it takes.
+    """
+    if num_bytes > available:
+        there = f"it takes {num_bytes / 2**30:,.1f} GiB of the {available / 2**30:,.1f} GiB there are for this process"
+        raise OutOfMemoryError(f"{key} must fit into memory, got {value}: {there}. {remedy}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def available_bytes() -> int:

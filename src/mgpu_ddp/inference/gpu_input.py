@@ -345,7 +345,7 @@ class Staging:
             made = self._inputs.make([batch for batch, _ in group])
         except torch.OutOfMemoryError as error:
             for batch, future in group:
-                future.set_exception(OutOfMemoryError.of(len(batch.pixels), error))
+                future.set_exception(OutOfMemoryError.of("batch_size", len(batch.pixels), error))
         except BaseException as error:
             for _, future in group:
                 future.set_exception(error)

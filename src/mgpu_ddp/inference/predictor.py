@@ -11,6 +11,7 @@ from torch import nn
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
+from mgpu_ddp.distributed.host import is_out_of_memory
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.inference.cuda_graph import Columns, Replayed
 from mgpu_ddp.inference.gpu_input import GpuInput
@@ -86,7 +87,7 @@ class Predictor:
             if not is_out_of_memory(error):
                 raise
             if len(pixels) == 1 or not self._splits:
-                raise OutOfMemoryError.of(len(pixels), error) from None
+                raise OutOfMemoryError.of("batch_size", len(pixels), error) from None
         return None
 
     def _in_halves(self, pixels: torch.Tensor) -> Columns:
@@ -118,8 +119,3 @@ class Predictor:
             # Values too large for half precision become infinite.
             columns["finite"] &= columns[name].isfinite().all(dim=1)
         return columns
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

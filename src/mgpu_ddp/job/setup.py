@@ -16,8 +16,9 @@ from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.claim import known_listing, place_job
 from mgpu_ddp.job.context import Claim, JobContext, Predictors, Setup
 from mgpu_ddp.job.job import Job
+from mgpu_ddp.job.memory import require_room
 from mgpu_ddp.loader.loader import num_workers
-from mgpu_ddp.models.build import choose_transform, load_model
+from mgpu_ddp.models.build import choose_transform, load_model, try_size
 from mgpu_ddp.models.prepare import precision_of
 from mgpu_ddp.output.no_pandas import keep_pandas_out
 
@@ -27,6 +28,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
 
     Raises:
         UsageError: no such device, model, weights or images, or the run folder is in use.
+        OutOfMemoryError: the model, an image or a batch does not fit into memory.
     """
     kept.begin()
     config = job.config
@@ -62,6 +64,10 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             transform=transform,
         ),
     )
+    with world.together("see whether it fits"):
+        if world.rank == 0:
+            require_room(setup)
+            try_size(model, config, setup.resolved.transform)
     return setup if config.dry_run else _measured(setup)
 
 

@@ -10,10 +10,9 @@ from torch.utils.data import BatchSampler
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import ArrayConfig, Config, LoaderConfig
 from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.distributed.host import available_bytes
+from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.distributed.sharding import ShardSampler
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
@@ -33,6 +32,29 @@ def num_workers(config: Config, world: World) -> int:
     return min(world.share_of_cpus, COPYING_WORKERS) if copies else world.share_of_cpus
 
 
+def plan_slots(
+    samples: Samples, rows: int, config: LoaderConfig, resolved: Resolved, world: World, *, held: int
+) -> tuple[int, Layout | None]:
+    """The number of slots for so many samples, and the layout of images that a GPU resizes, where one does.
+
+    Raises:
+        OutOfMemoryError: there is no memory for them.
+    """
+    batch_size, transform, on_gpu = resolved.batch_size, resolved.transform, world.device.type == "cuda"
+    # A short job uses each slot once.
+    num_slots = max(1, min(resolved.workers * config.prefetch + held, -(-rows // batch_size)))
+    room = available_bytes() // world.local_size
+    raw = _raw_layout(samples, transform, num_slots * batch_size, room) if on_gpu else None
+    if raw is None:
+        num_bytes = math.prod(transform.out_size) * 3
+        # On the CPU the model's input is there as well, in fp32.
+        one = num_bytes if on_gpu else num_bytes * 5
+        require_memory("transform.size", transform.out_size[0], one, room, "Lower it.")
+        remedy = "Lower it, or loader.workers or loader.prefetch, which read batches ahead."
+        require_memory("batch_size", batch_size, num_slots * batch_size * num_bytes, room, remedy)
+    return num_slots, raw
+
+
 @contextmanager
 def load_batches(
     samples: Samples, sampler: ShardSampler, config: LoaderConfig, resolved: Resolved, world: World, *, held: int
@@ -47,20 +69,11 @@ def load_batches(
     """
     batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.decode != "cpu"
     ahead = resolved.workers * config.prefetch
-    # A short job uses each slot once.
-    num_slots = max(1, min(ahead + held, -(-len(sampler) // batch_size)))
-    room = available_bytes() // world.local_size
-    raw = _raw_layout(samples, resolved.transform, num_slots * batch_size, room) if on_gpu else None
+    num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
     size, transform = resolved.transform.out_size, resolved.transform
     if raw is not None:
         size = raw.height, raw.width
         transform = transform.without_geometry(size)
-    needed = num_slots * batch_size * math.prod(size) * 3
-    if needed > room:
-        raise OutOfMemoryError(
-            f"batch_size must fit into memory, got {batch_size} on rank {world.rank} of {world.size}: {num_slots}"
-            f" batches read ahead take {needed / 2**30:,.1f} GiB. Lower it, or loader.workers or loader.prefetch."
-        )
     slots = SharedSlots(num_slots, batch_size, size, planar=raw is not None and raw.planar, packed=packed)
     # Pillow warns above this and refuses twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2

@@ -6,6 +6,7 @@
 # Settings, from the environment:
 PROCESSES=${PROCESSES:-auto}      # processes to start: a number, or auto (one per GPU, one where there is none)
 MAX_RESTARTS=${MAX_RESTARTS:-0}   # how often a crashed job starts again by itself, in the same run folder
+SCRIPT=${SCRIPT:-}                # a script of yours that calls mgpu_ddp.main; default: mgpu_ddp itself
 PYTHON=${PYTHON:-}                # the interpreter mgpu_ddp is installed for; default: python3, then REPO/.venv
 
 set -euo pipefail
@@ -26,7 +27,10 @@ if [ "$PROCESSES" = auto ]; then
     PROCESSES=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
+program=(-m mgpu_ddp.infer)
+[ -z "$SCRIPT" ] || program=("$SCRIPT")
+
 # The store and the rendezvous stay on loopback: anyone who reaches them can steer the job.
 exec "$python" -m torch.distributed.run \
     --standalone --local-addr=127.0.0.1 --nproc_per_node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
-    -m mgpu_ddp.infer "$@"
+    "${program[@]}" "$@"

@@ -18,8 +18,8 @@ FOR_PEERS = {"PeerError", "PeerFailedError", "PeerLostError", "ProtocolError"}
 VALUE = "\N{WHITE SQUARE}"
 """Stands in a message for a part that is known only when it is raised."""
 WHAT_TO_DO = re.compile(
-    r"(add|allow|ask|check|choose|complete|convert|copy|correct|delete|fetch|fix|free|give|install|join|leave|list|lower"
-    r"|make|mount|move|name|number|pip|put|quote|raise|rename|renew|rerun|restore|run|save|see|set|shorten|split|start"
+    r"(add|allow|ask|build|check|choose|complete|convert|copy|correct|delete|fetch|fix|free|give|install|join|leave|list|lower"
+    r"|make|mount|move|name|number|pass|pip|put|quote|raise|rename|renew|rerun|restore|return|run|save|see|set|shorten|split|start"
     rf"|store|try|unpack|use|wait|write)\b|{VALUE}",
     re.IGNORECASE,
 )

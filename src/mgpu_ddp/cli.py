@@ -19,6 +19,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.command_line import Command, check_command
 from mgpu_ddp.config.compose import VERSION_BASE, explain, register
 from mgpu_ddp.config.schema import to_config
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, join
 from mgpu_ddp.errors import Exit, UsageError
@@ -34,7 +35,7 @@ from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
 Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
 
 
-def main(infer: Infer) -> None:
+def main(infer: Infer, script: Script) -> None:
     """Join the world; rank 0 reads the command and leads through its jobs by `infer`, the other ranks follow."""
     make_output_safe()
     # A thread that returns from a decoder or a device must not wait 5 ms, the default, for the GIL.
@@ -48,7 +49,7 @@ def main(infer: Infer) -> None:
         sys.exit(int(Exit.USAGE))
     console.start_logging(world)
     kept = Kept()
-    session = Session(world, stop, kept, lambda job: infer(job, world, stop, kept))
+    session = Session(world, stop, kept, script, lambda job: infer(job, world, stop, kept))
     error: BaseException | None = None
     try:
         if world.rank == 0:
@@ -65,7 +66,7 @@ def lead(session: Session, argv: list[str]) -> None:
     error: BaseException | None = None
     try:
         register()
-        command = check_command(argv)
+        command = check_command(session.script.with_options(argv))
         if command.folder:
             check_utf8("hydra.sweep.dir" if command.multirun else "output.dir", command.folder)
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))
@@ -100,7 +101,7 @@ def run_hydra(command: Command, act: Callable[[DictConfig], Any]) -> None:
 
 def run_job(session: Session, command: Command, cfg: DictConfig) -> None:
     """Run the one job of a command. Rank 0 only."""
-    session.lead(partial(configure, cfg, command.folder, in_sweep=False))
+    session.lead(partial(configure, cfg, session.script, command.folder, in_sweep=False))
 
 
 def run_sweep(session: Session, command: Command) -> None:
@@ -139,16 +140,18 @@ class Points:
             remove_empty([Path(HydraConfig.get().runtime.output_dir)])
 
     def _run_job(self, cfg: DictConfig, point: Point) -> dict[str, Any]:
-        make = partial(configure, cfg, HydraConfig.get().runtime.output_dir, in_sweep=True)
+        session = self._session
+        make = partial(configure, cfg, session.script, HydraConfig.get().runtime.output_dir, in_sweep=True)
         if not self._command.isolated:
-            return self._session.lead(make)
+            return session.lead(make)
         words = point.overrides
         if self._command.config_dir is not None:
             words = [f"--config-dir={self._command.config_dir}", *words]
-        return self._session.lead(make, partial(run_isolated, words, self.sweep.folder, self._session.stop))
+        start = session.script.start
+        return session.lead(make, partial(run_isolated, start, words, self.sweep.folder, session.stop))
 
 
-def configure(cfg: DictConfig, folder: str, *, in_sweep: bool) -> Job:
+def configure(cfg: DictConfig, script: Script, folder: str, *, in_sweep: bool) -> Job:
     """Make the job that Hydra composed, in a folder unless another is configured."""
     composed = HydraConfig.get()
     settings = to_config(cfg)
@@ -163,5 +166,6 @@ def configure(cfg: DictConfig, folder: str, *, in_sweep: bool) -> Job:
         run_dir=run_dir,
         batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),
         in_sweep=in_sweep,
+        script=script,
         hydra_files={"config.yaml": cfg, "hydra.yaml": composed, "overrides.yaml": composed.overrides.task},
     )

@@ -1,6 +1,10 @@
 """The error tree, sorted by whose fault an error is; each class knows the exit code it leaves with."""
 
+import traceback
 from enum import IntEnum
+from pathlib import Path
+
+PACKAGE = str(Path(__file__).parent)
 
 
 class Exit(IntEnum):
@@ -91,3 +95,11 @@ def reason_of(error: BaseException) -> str:
     return (
         text if isinstance(error, MgpuError) and not isinstance(error, PeerError) else f"{type(error).__name__}: {text}"
     )
+
+
+def place_in_code(error: BaseException) -> str:
+    """Name an error that code of the user's raised, with the line of theirs that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and PACKAGE not in frame.filename]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}{where}"

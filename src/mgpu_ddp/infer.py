@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--mu
 from typing import Any
 
 from mgpu_ddp import cli
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.job.agreement import Ending
@@ -45,4 +46,4 @@ def predict_all(context: JobContext) -> Ending:
 
 
 if __name__ == "__main__":
-    cli.main(infer)
+    cli.main(infer, Script())

@@ -5,19 +5,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mgpu_ddp.config.script import THIS_PACKAGE
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, num_processes, outcome_in, torchrun
 from mgpu_ddp.errors import Exit, PeerLostError
 from mgpu_ddp.reporting.terminal import make_output_safe
 
 
 def main() -> None:
-    """Run `mgpu_ddp.infer` under torchrun on this host: one process per GPU, one where there is none."""
+    """Run `mgpu_ddp.infer`, or the script that is named first, under torchrun on this host: one process per GPU."""
+    script, words = list(THIS_PACKAGE), sys.argv[1:]
+    if words and words[0].endswith(".py") and "=" not in words[0]:
+        script, words = words[:1], words[1:]
     make_output_safe()
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
         outcome_file = Path(folder) / "outcome"
         os.environ[OUTCOME_FILE] = str(outcome_file)
         try:
-            torchrun([f"--nproc_per_node={num_processes('auto')}", "-m", "mgpu_ddp.infer", *sys.argv[1:]])
+            torchrun([f"--nproc_per_node={num_processes('auto')}", *script, *words])
             code = int(Exit.COMPLETE)
         except BaseException as error:
             # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.

@@ -142,7 +142,7 @@ def _check_target(run_dir: Path, shard: Shard) -> None:
 def _identity(shard: Shard) -> dict[str, Any]:
     """Keys and values that all shards of a job have in common."""
     identity = {key: value for key, value in shard.manifest.fingerprint.items() if key != "listing"}
-    identity["batch_size"] = shard.manifest.batch_size
+    identity |= {"batch_size": shard.manifest.batch_size, "columns": shard.manifest.columns}
     if (shard.folder / FILE_NAME).exists():
         # The listing itself, because the fingerprint covers its rows only up to the shard's last. By its digest,
         # because its bytes also hold when each tar was changed.
@@ -219,9 +219,9 @@ def _link(source: Path, target: Path) -> None:
 
 def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
     arrays = [map_array(shard.folder / ARRAY) for shard in shards]
-    if len({(array.shape[1], array.dtype) for array in arrays}) > 1:
+    if len({(array.shape[1:], array.dtype) for array in arrays}) > 1:
         raise StateError(f"{ARRAY} differs between the shards in its columns or dtype. Run the shards again.")
-    write_header(file, arrays[0].dtype, (rows, arrays[0].shape[1]))
+    write_header(file, arrays[0].dtype, (rows, *arrays[0].shape[1:]))
     for array in arrays:
         copy_rows(array, file)
 

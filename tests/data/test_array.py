@@ -47,7 +47,7 @@ def test_a_batch_equals_its_images_one_by_one(
 ) -> None:
     array = images(9, 18, 20, 3)
     samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
-    slots = SharedSlots(1, 4, transform.out_size)
+    slots = SharedSlots(1, 4, transform.shape)
     slots.pixels(0)[:] = 99
     worker = BatchMaker(samples, transform, slots, LoaderConfig())
     batch = as_batch(worker.make(Order(slot=0, indices=indices)), slots)
@@ -73,7 +73,7 @@ def test_what_needs_no_resizing_is_copied_at_once(tmp_path: Path) -> None:
 def test_whole_images_are_read_to_where_they_belong(tmp_path: Path, indices: list[int], first: bool) -> None:
     array = images(9, 18, 20, 3)
     samples = ArraySamples(saved(tmp_path / "x.npy", array.transpose(0, 3, 1, 2) if first else array))
-    slots = SharedSlots(1, 4, (18, 20), planar=first)
+    slots = SharedSlots(1, 4, (18, 20, 3), planar=first)
     worker = BatchMaker(samples, imagenet(16).without_geometry((18, 20)), slots, LoaderConfig())
     assert samples._read(range(3), slots.array(0)[:3])
     assert np.array_equal(slots.array(0)[:3], array[:3])
@@ -86,7 +86,7 @@ def test_an_array_that_changes_ends_the_job_in_one_line(tmp_path: Path, change: 
     config = saved(tmp_path / "x.npy", images(9, 18, 20, 3))
     samples, transform = ArraySamples(config), Transform(resize=(18, 20))
     worker, order = (
-        BatchMaker(samples, transform, SharedSlots(1, 4, (18, 20)), LoaderConfig()),
+        BatchMaker(samples, transform, SharedSlots(1, 4, (18, 20, 3)), LoaderConfig()),
         Order(slot=0, indices=[4, 5]),
     )
     worker.make(order)

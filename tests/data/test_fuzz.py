@@ -64,7 +64,7 @@ def test_any_bytes_become_one_row_and_leave_the_neighbours_alone(
     for name, content in (("0.png", good), ("1.png", data), ("2.png", good)):
         (root / name).write_bytes(content)
     samples = FileSamples(str(root), Listing.build([b"0.png", b"1.png", b"2.png"]))
-    slots = SharedSlots(1, 4, (16, 16))
+    slots = SharedSlots(1, 4, (16, 16, 3))
     worker = BatchMaker(samples, transform.imagenet(16), slots, LoaderConfig(timeout_s=10))
     batch = as_batch(worker.make(Order(slot=0, indices=[0, 1, 2])), slots)
     assert set(batch.errors) <= {1}

@@ -46,7 +46,7 @@ def batches(root: Path, orders: Sequence[list[int]]) -> list[Batch]:
     for name, data in files().items():
         (root / name).write_bytes(data)
     samples = FileSamples(str(root), Listing.build(sorted(name.encode() for name in files())))
-    slots = SharedSlots(len(orders), BATCH_SIZE, (SIDE, SIDE), packed=True)
+    slots = SharedSlots(len(orders), BATCH_SIZE, (SIDE, SIDE, 3), packed=True)
     worker = BatchMaker(samples, plain(SIDE), slots, LoaderConfig(), packed=True)
     for slot in range(len(orders)):
         slots.pixels(slot)[:] = 99

@@ -24,7 +24,7 @@ from tests.support.choices import PredictorsOf, setup
 
 ROWS = 1000
 TINY = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * SIDE**2, CLASSES))
-MODEL = Model(module=TINY, num_classes=CLASSES, origin="", class_names=None, preset=None)
+MODEL = Model(module=TINY, num_classes=CLASSES, identity={}, origin="", class_names=None, preset=None)
 
 
 class Hungry(nn.Module):

@@ -164,7 +164,7 @@ def test_a_window_holds_all_that_is_read_ahead_of_it(world: World, device: str) 
     there = replace(world, device=torch.device(device))
     settings = config(loader=LoaderConfig(prefetch=2))
     choices = resolved(workers=3, decode="gpu" if device == "cuda" else "cpu")
-    plan = Planner(config=settings, resolved=choices, num_classes=5, world=there).plan(0, 10**6)
+    plan = Planner(config=settings, resolved=choices, types=(), world=there).plan(0, 10**6)
     assert plan.smallest >= plan.step * (3 * 2 + in_flight(there) + (STAGED if device == "cuda" else 0))
 
 

@@ -59,7 +59,7 @@ def made(
     samples: Samples, indices: list[int], *, batch_size: int = 4, timeout_s: float = 60, packed: bool = False
 ) -> Batch:
     """One batch as a worker makes it in memory that was used before, and as its rank then sees it."""
-    slots = SharedSlots(2, batch_size, (SIZE, SIZE), packed=packed)
+    slots = SharedSlots(2, batch_size, (SIZE, SIZE, 3), packed=packed)
     slots.pixels(1)[:] = 99
     worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=timeout_s), packed=packed)
     return as_batch(worker.make(Order(slot=1, indices=indices)), slots)
@@ -142,7 +142,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
     assert len(large) > 2 << 20
     small = encoded(photo(20, 30), "JPEG")
     samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
-    slots = SharedSlots(1, 2, (SIZE, SIZE), packed=True)
+    slots = SharedSlots(1, 2, (SIZE, SIZE, 3), packed=True)
     worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(), packed=True)
     batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), slots)
     assert batch.jpegs is not None
@@ -153,7 +153,7 @@ def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("limit", [599, 600])
 def test_images_past_the_limit_of_pixels_stay_off_the_gpu(tmp_path: Path, limit: int) -> None:
     samples = folder(tmp_path, {"0.jpg": encoded(photo(20, 30), "JPEG")})
-    slots = SharedSlots(1, 2, (SIZE, SIZE), packed=True)
+    slots = SharedSlots(1, 2, (SIZE, SIZE, 3), packed=True)
     worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(max_pixels=limit), packed=True)
     batch = as_batch(worker.make(Order(slot=0, indices=[0])), slots)
     assert batch.jpegs is not None

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, RuntimeConfig, TransformConfig
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
 from mgpu_ddp.models.build import build_model, choose_transform, load_model, require_head, try_size
 from mgpu_ddp.models.head import head_of
 from mgpu_ddp.models.model import Model
-from mgpu_ddp.models.prepare import prepare
+from mgpu_ddp.models.prepare import prepare, speedups_of
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from mgpu_ddp.preprocess import transform
 from tests.support.choices import resolved
@@ -300,7 +301,7 @@ def test_folding_keeps_the_logits(name: str, world: World) -> None:
     with torch.inference_mode():
         images = torch.randn(2, 3, 64, 64)
         expected = module(images)
-        model = Model(module=module, num_classes=5, origin="", class_names=None, preset=None)
+        model = Model(module=module, num_classes=5, identity={}, origin="", class_names=None, preset=None)
         folded = prepare(model, job(name), resolved(), world)
         assert (folded(images) - expected).abs().max() < 1e-4
     norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -310,7 +311,7 @@ def test_folding_keeps_the_logits(name: str, world: World) -> None:
 
 def test_folding_can_be_switched_off(world: World) -> None:
     config = job("resnet18", runtime=RuntimeConfig(fold=False, channels_last=False))
-    module = prepare(build_model(config), config, resolved(), world)
+    module = prepare(build_model(config), config, resolved(speedups=speedups_of(config)), world)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
     assert not module.training
 
@@ -379,7 +380,7 @@ def test_the_head_is_still_found_after_folding(name: str, world: World) -> None:
 def test_load_model_fills_rank_zero(tmp_path: Path, world: World) -> None:
     module = trained()
     torch.save(module.state_dict(), tmp_path / "w.pt")
-    model = load_model(job(weights=tmp_path / "w.pt"), world)
+    model = load_model(job(weights=tmp_path / "w.pt"), Script(), world)
     assert weights_digest(model.module) == weights_digest(module)
     assert str(tmp_path / "w.pt") in model.origin
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, share_weights
-from mgpu_ddp.errors import PeerFailedError, ProtocolError, UsageError
+from mgpu_ddp.errors import PeerFailedError, UsageError
 from mgpu_ddp.job import autotune
 from mgpu_ddp.job.autotune import choose_compile
 from mgpu_ddp.job.cache import Kept
@@ -59,7 +60,7 @@ def other_weights_on_rank_1(world: World) -> str:
     """Share a module that is wider on one rank."""
     try:
         share_weights(nn.Linear(3, 4 + (world.rank == 1)).requires_grad_(False), world)
-    except ProtocolError as error:
+    except UsageError as error:
         return str(error)
     return "nothing"
 
@@ -94,7 +95,7 @@ def sweep_with_a_failing_rank(world: World) -> list[str]:
             raise ValueError("only here")
         return {"status": "complete", "exit_code": 0, "ran": job.name}
 
-    session = Session(world, StopWish(), Kept(), act)
+    session = Session(world, StopWish(), Kept(), Script(), act)
     if world.rank == 0:
         for name in "012":
             session.lead(lambda name=name: Job(name=name, config=tiny(), run_dir=Path(), in_sweep=True))
@@ -108,7 +109,7 @@ def fails_to_compile_on_rank_1(world: World) -> list[str]:
     """Choose `runtime.compile` by auto and by on where one rank cannot predict with the compiled model."""
     autotune.WORTH_COMPILING = 0
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 12))
-    model = Model(module=module, num_classes=12, origin="", class_names=None, preset=None)
+    model = Model(module=module, num_classes=12, identity={}, origin="", class_names=None, preset=None)
 
     # One that takes no images of this size stands for one that does not compile.
     mine = nn.Sequential(nn.Flatten(), nn.Linear(5, 12)) if world.rank == 1 else module
@@ -245,7 +246,9 @@ def test_weights_and_statistics_come_from_rank_0(end_of: Ends) -> None:
 
 
 def test_a_model_that_differs_between_ranks_is_refused_on_all(end_of: Ends) -> None:
-    assert all("the same parameters on all ranks" in text for text in end_of("other-weights"))
+    assert all(
+        "got bias as float32 (4,) on rank 0 and float32 (5,) on rank 1" in text for text in end_of("other-weights")
+    )
 
 
 def test_a_block_fails_on_all_or_none(end_of: Ends) -> None:

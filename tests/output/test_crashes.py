@@ -192,7 +192,7 @@ def test_a_late_writer_and_a_claim_that_meet_at_any_step_do_not_harm_each_other(
         def claim(home: Path = home) -> None:
             with RunFolder.place(home) as folder:
                 wanted = replace(found, parts=[], world_sizes=[])
-                folder.claim(wanted, files, resume=True, batch_size_given=False, array_columns=None)
+                folder.claim(wanted, files, resume=True, batch_size_given=False, array_shape=None)
 
         meeting = Meeting(home.parent, attic, late_step, claim_step)
         meeting.run(functools.partial(writer.write, rows), claim)

@@ -171,7 +171,7 @@ def test_what_a_worker_leaves_as_it_is_becomes_what_it_would_have_made_of_it(
         assert samples.layout == Layout(height=30, width=22, planar=True)
     left = transform.without_geometry((30, 22))
     # A fake image fits into a slot of either kind.
-    slots = SharedSlots(1, 4, (30, 22), planar=planar)
+    slots = SharedSlots(1, 4, (30, 22, 3), planar=planar)
     worker = BatchMaker(samples, left, slots, LoaderConfig())
     batch = as_batch(worker.make(Order(slot=0, indices=[1, 2, 4])), slots, raw=True)
     assert batch.pixels.shape == (4, 30, 22, 3)

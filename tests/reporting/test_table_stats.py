@@ -41,7 +41,9 @@ def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
     manifest = Manifest(fingerprint=job, start=0, stop=ROWS, batch_size=4)
     columns = CLASSES if how == "npy" else None
     with RunFolder.place(run_dir) as folder:
-        manifest = folder.claim(manifest, None, resume=True, batch_size_given=False, array_columns=columns)
+        manifest = folder.claim(
+            manifest, None, resume=True, batch_size_given=False, array_shape=None if columns is None else (columns,)
+        )
     writer = open_writer(run_dir, how, lambda indices: texts(map(str, indices)), NAMES, "t", 0)
     probs = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
     for first, stop in zip((0, *stops), stops, strict=False):

@@ -123,7 +123,13 @@ def attempt(home: Path, job: Job, token: str, *, first: bool = True, told: Told 
             stop=len(files),
             batch_size=4,
         )
-        manifest = folder.claim(wanted, files, resume=True, batch_size_given=False, array_columns=job.columns)
+        manifest = folder.claim(
+            wanted,
+            files,
+            resume=True,
+            batch_size_given=False,
+            array_shape=None if job.columns is None else (job.columns,),
+        )
         told("claimed", manifest.prefix)
         told("errors", manifest.errors)
         folder.mark_running()

@@ -49,7 +49,9 @@ def claim(
     settings: dict[str, Any] = {"resume": True, "batch_size_given": False}
     with RunFolder.place(run_dir, overwrite=overwrite) as folder:
         columns = CLASSES if how == "npy" else None
-        folder.claim(manifest or wanted(how), None, array_columns=columns, **settings | changes)
+        folder.claim(
+            manifest or wanted(how), None, array_shape=None if columns is None else (columns,), **settings | changes
+        )
     return folder
 
 

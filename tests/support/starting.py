@@ -134,9 +134,10 @@ def infer(*settings: str) -> None:
     """Be `python -m mgpu_ddp.infer`."""
     from mgpu_ddp import cli
     from mgpu_ddp import infer as module
+    from mgpu_ddp.config.script import Script
 
     sys.argv = [module.__file__, *settings]
-    cli.main(module.infer)
+    cli.main(module.infer, Script())
 
 
 def _mgpu_infer(*settings: str) -> None:

@@ -25,6 +25,7 @@ from mgpu_ddp.config.schema import (
     RuntimeConfig,
     TransformConfig,
 )
+from mgpu_ddp.config.script import Script
 from tests.support import forks
 from tests.support.starting import places_in_world
 
@@ -131,7 +132,7 @@ def _rank(cases: list[Case], out: Path) -> None:
         stop = StopWish()
         stop.install()
         kept = Kept()
-        session = Session(world, stop, kept, lambda job, stop=stop, kept=kept: infer(job, world, stop, kept))
+        session = Session(world, stop, kept, Script(), lambda job, stop=stop, kept=kept: infer(job, world, stop, kept))
         disturb = _AtRows(world, case.stop_at[1]) if case.stop_at and case.stop_at[0] == world.rank else None
         if disturb is not None:
             world.heartbeat.progress = {"at": "start"}

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mgpu_ddp.config.checks import MAX_BRACKETS, count_brackets, require, words_of
 from mgpu_ddp.config.keys import Section
 from mgpu_ddp.config.schema import GROUPS, section_of
+from mgpu_ddp.config.script import ITSELF
 from mgpu_ddp.config.values import check_value, keys_in, sections_with
 from mgpu_ddp.errors import UsageError, cause_of
 
@@ -41,8 +42,9 @@ class Options:
             self._own = {group: self._names_in(group) for group in GROUPS}
 
     def names(self, group: str) -> list[str]:
-        """The options of a group, the default first."""
-        return [*GROUPS.get(group, ()), *self._own.get(group, ())]
+        """The options of a group that may be chosen, the default first."""
+        named = [name for name in GROUPS.get(group, ()) if name != ITSELF]
+        return [*named, *self._own.get(group, ())]
 
     def section(self, group: str, name: str) -> type[Section]:
         """The class of an option's keys. One of the user's own is read for it, and made known to Hydra."""

@@ -12,6 +12,7 @@ from mgpu_ddp.config.allowlist import OPEN_GROUPS, OPEN_KEYS, parse
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.options import Options
 from mgpu_ddp.config.schema import GROUPS
+from mgpu_ddp.config.script import ITSELF
 from mgpu_ddp.config.values import check_value, find_key, sections_with
 
 MAX_JOBS = 10_000
@@ -119,6 +120,9 @@ def check_point(point: Sequence[Override], options: Options) -> None:
 
 def _check_option(override: Override, options: Options) -> None:
     group, value = override.key_or_group, str(override.value())
+    if value == ITSELF:
+        # The script has put it there, or the job says that there is none.
+        return
     known = options.names(group)
     remedy = "See --help."
     if group == "model":

@@ -1,8 +1,26 @@
 """The values of everything that may be `auto`: decided once for a job, logged, and kept in its manifest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mgpu_ddp.preprocess.transform import Transform
+from mgpu_ddp.preprocess.transform import AnyTransform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speedups:
+    """How the forward pass is made faster, as far as the module allows it."""
+
+    fold: bool = True
+    """Batch norms are folded into convolutions."""
+    fuse: bool = False
+    """cuDNN applies activations, on a GPU in half precision and channels-last."""
+    autocast: bool = False
+    """Half precision is that of torch.autocast, around weights in fp32."""
+    graphs: bool = True
+    """Small batches may replay a CUDA graph: forward does the same for any data."""
+
+    def __str__(self) -> str:
+        applied = [name for name in ("fold", "fuse", "autocast", "graphs") if getattr(self, name)]
+        return ", ".join(applied) or "nothing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,4 +38,5 @@ class Resolved:
     collect: str
     """gather or shards."""
     batch_size: int
-    transform: Transform
+    transform: AnyTransform
+    speedups: Speedups = field(default_factory=Speedups)

@@ -14,9 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mgpu_ddp.config.checks import protocol_of, require, words_of
 from mgpu_ddp.config.keys import Key, Section, absolute, at_least, each_of, key, keys_of, location, not_empty, one_of
+from mgpu_ddp.config.script import ITSELF
 from mgpu_ddp.errors import UsageError
 
 A_DAY_S = 86_400
+CLASS_NAMES = "A file that names the classes in the model's order: a text of one name a line, or a .json list."
 
 
 class DataConfig(Section):
@@ -145,6 +147,13 @@ class ArrayConfig(DataConfig):
     path: str = key(MISSING, "The .npy, (n, height, width, 3) or (n, 3, height, width).", _mapped)
 
 
+@dataclass(kw_only=True, slots=True)
+class ScriptDataConfig(DataConfig):
+    """The dataset that the script brings."""
+
+    name: str = ITSELF
+
+
 Listed = FolderConfig | ListConfig | WebDatasetConfig | ParquetConfig
 """The data that come as encoded images with names."""
 
@@ -158,7 +167,7 @@ class TransformConfig(Section):
         "plain: Resize((size, size)) and ToTensor, the tutorial's. imagenet: resize to size*256/224, centre crop to"
         " size, normalise. auto: plain for fake data; elsewhere the named weights' own transform, or imagenet, of"
         " which an array whose images have the model's size already gets the normalising alone.",
-        one_of("auto", "plain", "imagenet"),
+        one_of("auto", "plain", "imagenet", ITSELF),
     )
     size: int = key(
         224,
@@ -182,8 +191,7 @@ class ModelConfig(Section):
     num_classes: int = key(1000, "Number of classes of the last layer.", at_least(1))
     class_names: str | None = key(
         None,
-        "A file that names the classes in the model's order: a text of one name a line, or a .json list. null: the"
-        " weights' own names, where they have any.",
+        f"{CLASS_NAMES} null: the weights' own names, where they have any.",
         not_empty("null or a file", "Leave it out for null."),
     )
 
@@ -195,6 +203,16 @@ class TimmConfig(ModelConfig):
         "Any timm model that takes a square image, cropped or squashed, with its own transform; model.weights=DEFAULT"
         " takes its weights from the Hugging Face hub.",
     )
+
+
+@dataclass(kw_only=True, slots=True)
+class ScriptModelConfig(Section):
+    """The model that the script brings."""
+
+    prefix: ClassVar[str] = "model."
+
+    name: str = ITSELF
+    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -437,9 +455,10 @@ GROUPS: dict[str, dict[str, Any]] = {
         "webdataset": WebDatasetConfig,
         "parquet": ParquetConfig,
         "array": ArrayConfig,
+        ITSELF: ScriptDataConfig,
     },
-    "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet")},
-    "model": {"resnet18": ModelConfig, "timm": TimmConfig},
+    "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet", ITSELF)},
+    "model": {"resnet18": ModelConfig, "timm": TimmConfig, ITSELF: ScriptModelConfig},
 }
 """The options of each group, the default first."""
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import ArrayConfig
@@ -15,7 +14,7 @@ from mgpu_ddp.data.input_file import open_input, require_input
 from mgpu_ddp.data.listing import no_names
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import StateError, UsageError, cause_of
-from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform, copy_pixels
+from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Pixels, StageClock, copy_pixels
 
 MAPPED_BYTES = 1 << 16
 """A read fault maps so much of shared memory. Source: fault_around_bytes of Linux."""
@@ -57,7 +56,7 @@ class ArraySamples(Samples):
     def __len__(self) -> int:
         return len(self._images)
 
-    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+    def fill(self, indices: Sequence[int], transform: AnyTransform, pixels: Pixels, clock: StageClock) -> bool:
         """Copy images into the first rows of a batch at once; False if they must be resized one by one.
 
         Raises:
@@ -69,7 +68,7 @@ class ArraySamples(Samples):
         if corner is None or step < 1 or list(indices) != list(evenly):
             return False
         started = time.perf_counter()
-        (top, left), (height, width) = corner, transform.out_size
+        (top, left), (height, width, _) = corner, transform.shape
         if not self._read(evenly, pixels[: len(indices)]):
             chosen = self._images[evenly.start : evenly.stop : step]
             copy_pixels(chosen[:, top : top + height, left : left + width], pixels[: len(indices)])
@@ -98,13 +97,13 @@ class ArraySamples(Samples):
         return True
 
     def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        self, index: int, transform: AnyTransform, clock: StageClock, data: bytes | None = None
     ) -> tuple[Pixels, int]:
         started = time.perf_counter()
-        image = Image.fromarray(np.ascontiguousarray(self._images[index]))
+        image = np.ascontiguousarray(self._images[index])
         was_read = time.perf_counter()
         clock("read", was_read - started)
-        pixels = transform.geometry(image)
+        pixels = transform.of_pixels(image)
         clock("resize", time.perf_counter() - was_read)
         return pixels, -1
 

@@ -14,6 +14,7 @@ from mgpu_ddp.config.schema import (
     FolderConfig,
     ListConfig,
     ParquetConfig,
+    ScriptDataConfig,
     WebDatasetConfig,
 )
 from mgpu_ddp.data import array
@@ -23,6 +24,7 @@ from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.parquet import ParquetSamples, list_parquet
 from mgpu_ddp.data.samples import Samples
+from mgpu_ddp.data.script_dataset import ScriptDataset, open_script_dataset
 from mgpu_ddp.data.tar import TarSamples, list_tars
 from mgpu_ddp.distributed.world import World
 
@@ -62,6 +64,7 @@ SOURCES: dict[type, Source] = {
     WebDatasetConfig: Source(open=lambda data, files: TarSamples(files), find=list_tars),
     ParquetConfig: Source(open=lambda data, files: ParquetSamples(files, data.column), find=list_parquet),
     ArrayConfig: Source(open=lambda data, files: array.ArraySamples(data), identity=array.identity),
+    ScriptDataConfig: Source(open=lambda data, dataset: open_script_dataset(dataset)),
 }
 
 
@@ -77,8 +80,8 @@ def find_listing(config: Config, known: Listing | None, world: World) -> Listing
     return None if find is None else find(config, known, world)
 
 
-def open_samples(config: Config, files: Listing | None) -> Samples:
-    """Open the samples of a dataset, given its listing where it has one."""
+def open_samples(config: Config, files: Listing | ScriptDataset | None) -> Samples:
+    """Open the samples of a dataset, given its listing where it has one, or the script's own."""
     return SOURCES[type(config.data)].open(config.data, files)
 
 

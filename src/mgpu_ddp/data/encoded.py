@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mgpu_ddp.data.listing import Listing, readable
 from mgpu_ddp.data.read_ahead import ReadAhead, Request
 from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, decode
+from mgpu_ddp.preprocess.transform import AnyTransform, Pixels, StageClock, decode
 
 
 class EncodedSamples(Samples):
@@ -46,7 +46,7 @@ class EncodedSamples(Samples):
         return data
 
     def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        self, index: int, transform: AnyTransform, clock: StageClock, data: bytes | None = None
     ) -> tuple[Pixels, int]:
         if data is None:
             data = self.read(index, clock)

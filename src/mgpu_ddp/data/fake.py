@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from mgpu_ddp.config.schema import FakeConfig
 from mgpu_ddp.data.listing import no_names
 from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform
+from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Pixels, StageClock
 
 
 class FakeSamples(Samples):
@@ -31,7 +30,7 @@ class FakeSamples(Samples):
         return self._config.size
 
     def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        self, index: int, transform: AnyTransform, clock: StageClock, data: bytes | None = None
     ) -> tuple[Pixels, int]:
         started = time.perf_counter()
         self._generator.manual_seed(index + self._config.random_offset)
@@ -40,9 +39,8 @@ class FakeSamples(Samples):
         pixels = self._noise.mul_(255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
         generated = time.perf_counter()
         clock("generate", generated - started)
-        if transform.crop is not None or transform.resize != pixels.shape[:2]:
-            pixels = transform.geometry(Image.fromarray(np.ascontiguousarray(pixels)))
-            clock("resize", time.perf_counter() - generated)
+        pixels = transform.of_pixels(pixels)
+        clock("resize", time.perf_counter() - generated)
         return pixels, label
 
     def names(self, indices: npt.NDArray[np.int64]) -> Any:

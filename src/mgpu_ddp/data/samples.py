@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.preprocess.transform import Layout, Pixels, StageClock, Transform
+from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Pixels, StageClock
 
 
 class Samples(ABC):
@@ -26,9 +26,9 @@ class Samples(ABC):
 
     @abstractmethod
     def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        self, index: int, transform: AnyTransform, clock: StageClock, data: bytes | None = None
     ) -> tuple[Pixels, int]:
-        """Load one image as uint8 (height, width, 3) after the transform's geometry, and its label or -1.
+        """Load one image after the transform's geometry, of its shape and dtype, and its label or -1.
 
         `data` is what `read` returned, where the caller has it already.
         """
@@ -37,7 +37,7 @@ class Samples(ABC):
         """Read the encoded image; None from a source of decoded images."""
         return None
 
-    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+    def fill(self, indices: Sequence[int], transform: AnyTransform, pixels: Pixels, clock: StageClock) -> bool:
         """Copy images without labels into the first rows of a batch at once; False to have them loaded one by one."""
         return False
 
@@ -47,6 +47,13 @@ class Samples(ABC):
     def known_label(self, index: int) -> int:
         """The label as far as it is known without reading the image, or -1."""
         return -1
+
+    def take_carried(self, indices: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
+        """Hand over what came along with samples that were loaded: masked arrays (n,), `path` the name of a row.
+
+        Masked where there is nothing, as for a sample that could not be loaded.
+        """
+        return {}
 
     def path(self, index: int) -> str | None:
         """The name that a row carries, or None."""
@@ -70,14 +77,14 @@ class ChosenSamples(Samples):
         return len(self._chosen)
 
     def load(
-        self, index: int, transform: Transform, clock: StageClock, data: bytes | None = None
+        self, index: int, transform: AnyTransform, clock: StageClock, data: bytes | None = None
     ) -> tuple[Pixels, int]:
         return self._samples.load(int(self._chosen[index]), transform, clock, data)
 
     def read(self, index: int, clock: StageClock) -> bytes | None:
         return self._samples.read(int(self._chosen[index]), clock)
 
-    def fill(self, indices: Sequence[int], transform: Transform, pixels: Pixels, clock: StageClock) -> bool:
+    def fill(self, indices: Sequence[int], transform: AnyTransform, pixels: Pixels, clock: StageClock) -> bool:
         return self._samples.fill(self._chosen[list(indices)].tolist(), transform, pixels, clock)
 
     def expect(self, indices: Sequence[int]) -> None:
@@ -85,6 +92,9 @@ class ChosenSamples(Samples):
 
     def known_label(self, index: int) -> int:
         return self._samples.known_label(int(self._chosen[index]))
+
+    def take_carried(self, indices: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
+        return self._samples.take_carried(self._chosen[list(indices)].tolist())
 
     def path(self, index: int) -> str | None:
         return self._samples.path(int(self._chosen[index]))

@@ -202,18 +202,31 @@ def share_weights(module: nn.Module, world: World) -> None:
     uneven shards.
 
     Raises:
-        ProtocolError: the module is not of the same shape on all ranks.
+        UsageError: the module is not of the same shape on all ranks; names the parameter and the rank.
     """
     if world.size == 1:
         return
-    tensors = [tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers())]
-    shapes = repr([(tensor.dtype, tensor.shape) for tensor in tensors])
-    digests = world.exchange("weights", hashlib.sha256(shapes.encode()).hexdigest())
+    tensors = {
+        name: tensor.detach() for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+    }
+    shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    digests = world.exchange("weights", hashlib.sha256(json.dumps(shapes).encode()).hexdigest())
     if len(set(digests)) > 1:
-        raise ProtocolError(
-            "the model does not have the same parameters on all ranks: install the same torchvision on all nodes"
-        )
-    for tensor in tensors:
+        _refuse_different_models(world.exchange("shapes of the weights", shapes))
+    for tensor in tensors.values():
         received = tensor.contiguous()
         dist.broadcast(received, src=0)
         tensor.copy_(received)
+
+
+def _refuse_different_models(everybodys: list[dict[str, str]]) -> None:
+    first = everybodys[0]
+    for rank, shapes in enumerate(everybodys):
+        for name in [*first, *shapes]:
+            mine, other = first.get(name, "nothing").removeprefix("torch."), shapes.get(name, "nothing")
+            if mine != other.removeprefix("torch."):
+                raise UsageError(
+                    f"model must be the same on all ranks, got {name} as {mine} on rank 0 and"
+                    f" {other.removeprefix('torch.')} on rank {rank}. Build it from the same code everywhere."
+                )
+    raise UsageError("model must have its parameters in the same order on all ranks. Build it alike everywhere.")

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-Columns = dict[str, torch.Tensor]
+from mgpu_ddp.inference.outputs import Columns
+
 LARGEST_BATCH = 256
 """With more images, kernels take longer than their launches, and a graph would only hold memory."""
 EAGER_STEPS = 16

@@ -18,12 +18,13 @@ from PIL import Image
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import Config, Listed
+from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import HangError, OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.jpegs import Jpegs
 from mgpu_ddp.loader.worker import row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
-from mgpu_ddp.preprocess.transform import Integers, Pixels, Transform, decode, imagenet
+from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, TensorInput, Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = 1 << 29
 """Pixels that one thread decodes at once, three bytes each, to bound memory."""
@@ -39,8 +40,12 @@ ALIGNMENT = 512
 """Bytes that the memory of a tensor of its own is aligned to."""
 
 
-def decode_of(config: Config, device: torch.device) -> str:
+def decode_of(
+    config: Config, device: torch.device, dataset: ScriptDataset | None = None, own: AnyTransform | None = None
+) -> str:
     """`runtime.decode` with auto decided: gpu where there is one and images come as files. gpu, exact or cpu.
+
+    `dataset` and `own`, a transform, are the script's.
 
     Raises:
         UsageError: the GPU was asked for, and cannot decode.
@@ -48,8 +53,10 @@ def decode_of(config: Config, device: torch.device) -> str:
     wanted, lacks = config.runtime.decode, ""
     if device.type != "cuda":
         lacks = "where there is no CUDA device"
-    elif not isinstance(config.data, Listed):
+    elif not (isinstance(config.data, Listed) or (dataset is not None and dataset.kind.image == "encoded")):
         lacks = "where images do not come as files"
+    elif isinstance(own, TensorInput):
+        lacks = "where the script's transform takes a PIL image"
     elif wanted != "cpu" and library() is None:
         lacks = "without nvJPEG, which torchvision's CUDA wheels bring"
     require(not lacks or wanted in ("auto", "cpu"), "runtime.decode", f"cpu or auto {lacks}", wanted, "Leave it out.")
@@ -158,12 +165,14 @@ class GpuInput:
     """One waits for each of the decoder's lanes, while others prepare the next batches and finish the last ones."""
 
     def __init__(
-        self, transform: Transform, device: torch.device, dtype: torch.dtype, *, channels_last: bool, exact: bool
+        self, transform: AnyTransform, device: torch.device, dtype: torch.dtype, *, channels_last: bool, exact: bool
     ) -> None:
-        self._transform, self._device, self._dtype = transform, device, dtype
+        self._all, self._device, self._dtype = transform, device, dtype
         self._channels_last, self._exact = channels_last, exact
-        self._finish = transform.without_geometry(transform.out_size)
-        """The last step for pixels that a loader's worker has resized: normalising."""
+        if isinstance(transform, Transform):
+            self._transform = transform
+            self._finish = transform.without_geometry(transform.out_size)
+            """The last step for pixels that a loader's worker has resized: normalising."""
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))
@@ -205,6 +214,9 @@ class GpuInput:
         return torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=layout)
 
     def _preprocess(self, batch: Batch) -> torch.Tensor:
+        if isinstance(self._all, TensorInput):
+            tensors = batch.pixels.to(self._device, non_blocking=True)
+            return self._all.normalise(tensors, dtype=self._dtype, channels_last=self._channels_last)
         out = self._empty(len(batch.pixels))
         self._fill(out, batch.pixels, np.arange(len(out)), self._transform if batch.raw else self._finish)
         return out

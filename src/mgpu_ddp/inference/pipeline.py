@@ -1,20 +1,21 @@
 """Batches → rows of this rank, with several batches at work at once. Knows nothing of other ranks."""
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.inference.cuda_graph import Columns
 from mgpu_ddp.inference.gpu_input import GpuInput, Ready, Staging, group_of
+from mgpu_ddp.inference.outputs import FINITE, SPLIT, Columns, OutputsError, on_host
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
+from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.rows import Rows
 
 STAGED = 4
@@ -34,15 +35,29 @@ def held_batches(resolved: Resolved, world: World) -> int:
     return in_flight(world) + (STAGED + 1) * group + 1
 
 
-def predict(batches: Iterable[Batch], predictor: Predictor, clock: Clock, world: World) -> Generator[Rows]:
-    """Predict batches in order, a few at a time."""
+def predict(
+    batches: Iterable[Batch],
+    predictor: Predictor,
+    clock: Clock,
+    world: World,
+    types: Sequence[ColumnType] | None = None,
+) -> Generator[Rows]:
+    """Predict batches in order, a few at a time.
+
+    Raises:
+        OutputsError: the model's outputs for a batch are not of these types.
+    """
     if predictor.inputs is None:
         results = _on_cpu(batches, predictor, clock, world)
     else:
-        results = GpuPipeline(predictor, predictor.inputs, clock, in_flight(world)).run(batches)
+        results = GpuPipeline(predictor, predictor.inputs, clock, world).run(batches)
     with closing(results):
         for batch, columns in results:
-            yield _rows(batch, columns, clock)
+            rows = _rows(batch, columns, clock)
+            if types is not None:
+                with _told_with(batch, world):
+                    _check_types(rows, types)
+            yield rows
 
 
 class GpuPipeline:
@@ -57,8 +72,8 @@ class GpuPipeline:
     runs on the current stream.
     """
 
-    def __init__(self, predictor: Predictor, inputs: GpuInput, clock: Clock, depth: int) -> None:
-        self._predictor, self._clock, self._depth = predictor, clock, depth
+    def __init__(self, predictor: Predictor, inputs: GpuInput, clock: Clock, world: World) -> None:
+        self._predictor, self._clock, self._world, self._depth = predictor, clock, world, in_flight(world)
         self._staging = Staging(inputs)
         self._staged: deque[tuple[Batch, Future[Ready]]] = deque()
         self._flying: deque[tuple[Batch, Ready, Flight]] = deque()
@@ -89,7 +104,7 @@ class GpuPipeline:
         with self._clock.measuring("input_s"):
             ready = self._staging.wait(future)
         self._clock.decode_s += ready.decode_s
-        with self._clock.measuring("predict_s"):
+        with self._clock.measuring("predict_s"), _told_with(batch, self._world):
             self._flying.append((batch, ready, Flight(self._predictor, ready.on_current_stream())))
 
     def land(self) -> tuple[Batch, Columns]:
@@ -131,28 +146,50 @@ def _on_cpu(
         for batch in clock.waiting_for(batches):
             flying.append((batch, threads.submit(predictor, batch.pixels)))
             if len(flying) >= in_flight(world):
-                yield _landed(flying, clock)
+                yield _landed(flying, clock, world)
         while flying:
-            yield _landed(flying, clock)
+            yield _landed(flying, clock, world)
 
 
-def _landed(flying: deque[tuple[Batch, Future[Columns]]], clock: Clock) -> tuple[Batch, Columns]:
+def _landed(flying: deque[tuple[Batch, Future[Columns]]], clock: Clock, world: World) -> tuple[Batch, Columns]:
     """Wait for the results of the oldest batch."""
     batch, future = flying.popleft()
-    with clock.measuring("predict_s"):
+    with clock.measuring("predict_s"), _told_with(batch, world):
         return batch, future.result()
+
+
+@contextmanager
+def _told_with(batch: Batch, world: World) -> Iterator[None]:
+    """Name the batch and the rank in what is said of a model's outputs."""
+    try:
+        yield
+    except OutputsError as error:
+        rows = f"rows {batch.index[0]} to {batch.index[-1]}"
+        raise OutputsError(f"{error} (batch of {rows}, rank {world.rank} of {world.size})") from None
 
 
 def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:
     n = len(batch.index)
-    # Copies, so that rows do not keep the padded buffers alive.
-    columns = {name: np.array(column.numpy()[:n]) for name, column in found.items()}
-    nonfinite = {i: NONFINITE for i in batch.index[~columns.pop("finite")].tolist() if i not in batch.errors}
-    split = frozenset(batch.index[columns.pop("split")].tolist()) if "split" in columns else frozenset()
+    columns: dict[str, Any] = {name: on_host(column, n) for name, column in found.items()}
+    nonfinite = {i: NONFINITE for i in batch.index[~columns.pop(FINITE)].tolist() if i not in batch.errors}
+    split = frozenset(batch.index[columns.pop(SPLIT)].tolist()) if SPLIT in columns else frozenset()
     errors = batch.errors | nonfinite
     clock.batch(n, batch.seconds)
     clock.read_bytes += batch.read_bytes
     clock.errors += len(errors)
     clock.nonfinite += len(nonfinite)
     clock.split_rows += len(split)
-    return Rows(index=batch.index, label=batch.label, columns=columns, errors=errors, split=split)
+    return Rows(
+        index=batch.index, label=batch.label, columns=columns, errors=errors, split=split, carried=batch.carried
+    )
+
+
+def _check_types(rows: Rows, types: Sequence[ColumnType]) -> None:
+    found = [ColumnType.of(name, column) for name, column in rows.columns.items()]
+    if found != [*types]:
+        differing = [each for each in found if each not in types] or [each for each in types if each not in found]
+        before = [each for each in types if each.name in {other.name for other in differing}] or types
+        raise OutputsError(
+            f"the model returned {', '.join(map(str, differing))}, but at the start {', '.join(map(str, before))}:"
+            " every batch must have the same columns, dtypes and shapes"
+        )

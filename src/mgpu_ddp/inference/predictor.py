@@ -13,10 +13,11 @@ from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.distributed.host import is_out_of_memory
 from mgpu_ddp.errors import OutOfMemoryError
-from mgpu_ddp.inference.cuda_graph import Columns, Replayed
+from mgpu_ddp.inference.cuda_graph import Replayed
 from mgpu_ddp.inference.gpu_input import GpuInput
+from mgpu_ddp.inference.outputs import SPLIT, Columns, join, to_columns
 from mgpu_ddp.models.head import head_of
-from mgpu_ddp.models.prepare import DTYPES
+from mgpu_ddp.models.prepare import DTYPES, input_dtype
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -26,10 +27,22 @@ NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
 class Predictor:
     """Normalise, run the model and keep only what the rows need, all on the model's device."""
 
-    def __init__(self, module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> None:
-        runtime, output, transform = config.runtime, config.output, resolved.transform
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        resolved: Resolved,
+        device: torch.device,
+        *,
+        num_classes: int | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """`num_classes` tells the head, whose input is the embedding; `outputs` is applied to what forward returns."""
+        runtime, transform = config.runtime, resolved.transform
         self._module, self._transform, self._device = module, transform, device
-        self._dtype, self._channels_last = DTYPES[resolved.precision], runtime.channels_last
+        self._outputs, self._config = outputs, config.output
+        self._dtype, self._channels_last = input_dtype(resolved), runtime.channels_last
+        self._autocast = DTYPES[resolved.precision] if resolved.speedups.autocast else None
         self.decodes = resolved.decode != "cpu"
         """Batches may come with encoded images."""
         self.inputs = (
@@ -39,15 +52,15 @@ class Predictor:
             if device.type == "cuda"
             else None
         )
-        self._fields, self._topk = set(output.computed), output.topk
-        self._wide_dtype = DTYPES[output.dtype]
         self._splits = runtime.on_oom != "raise"
         # A compiled module launches in its own way, and DataParallel's threads cannot be recorded.
-        graphs = device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp"
-        self._step: Callable[[torch.Tensor], Columns] = Replayed(self._predict) if graphs else self._predict
+        graphs = resolved.speedups.graphs and resolved.compile != "on" and config.strategy == "ddp"
+        self._step: Callable[[torch.Tensor], Columns] = self._predict
+        if graphs and device.type == "cuda":
+            self._step = Replayed(self._predict)
         self._kept = threading.local()
-        if "embedding" in self._fields:
-            head_of(module, config.model.num_classes).register_forward_pre_hook(self._keep_embedding)
+        if "embedding" in config.output.computed and num_classes is not None:
+            head_of(module, num_classes).register_forward_pre_hook(self._keep_embedding)
 
     @staticmethod
     def depends_on(config: Config, resolved: Resolved, device: torch.device) -> Any:
@@ -55,7 +68,7 @@ class Predictor:
         output = config.output
         chosen = replace(config.runtime, precision=resolved.precision, decode=resolved.decode, compile=resolved.compile)
         return [
-            *(config.model, config.seed, chosen, config.strategy, resolved.transform, device),
+            *(config.model, config.seed, chosen, config.strategy, resolved.transform, resolved.speedups, device),
             *(config.data.name, output.format, output.fields, output.topk, output.dtype),
         ]
 
@@ -64,7 +77,7 @@ class Predictor:
         self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
     def __call__(self, pixels: torch.Tensor) -> Columns:
-        """Predict uint8 (batch_size, height, width, 3), or what `GpuInput` made: columns as `Rows` has them.
+        """Predict a batch's pixels, or what `GpuInput` made of them: columns as `Rows` has them.
 
         Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, perhaps more
         than once, for lack of memory.
@@ -76,7 +89,7 @@ class Predictor:
         if columns is None:
             log.warning("a batch of %d did not fit into memory and was split: lower batch_size", len(pixels))
             columns = self._in_halves(pixels)
-            columns["split"] = torch.ones(len(pixels), dtype=torch.bool)
+            columns[SPLIT] = torch.ones(len(pixels), dtype=torch.bool)
         return columns
 
     def _attempt(self, pixels: torch.Tensor) -> Columns | None:
@@ -95,27 +108,14 @@ class Predictor:
             torch.cuda.empty_cache()
         halves = pixels.split(-(-len(pixels) // 2))
         parts = [self._attempt(half) or self._in_halves(half) for half in halves]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return join(parts)
 
     def _predict(self, pixels: torch.Tensor) -> Columns:
         images = pixels
-        if pixels.dtype == torch.uint8:
+        if self.inputs is None or pixels.dtype == torch.uint8:
             images = self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)
-        logits = self._module(images).float()
-        probs = logits.softmax(dim=1)
-        top = probs.topk(min(self._topk, probs.shape[1]), dim=1)
-        columns = {
-            "pred": top.indices[:, 0].int(),
-            "prob": top.values[:, 0],
-            "finite": logits.isfinite().all(dim=1),
-        }
-        if "topk" in self._fields:
-            columns |= {"topk_index": top.indices.int(), "topk_prob": top.values}
-        wide = {"logits": logits, "probs": probs}
-        if "embedding" in self._fields:
-            wide["embedding"] = self._kept.embedding
-        for name in self._fields & wide.keys():
-            columns[name] = wide[name].to(self._wide_dtype)
-            # Values too large for half precision become infinite.
-            columns["finite"] &= columns[name].isfinite().all(dim=1)
-        return columns
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            returned = self._module(images)
+            if self._outputs is not None:
+                returned = self._outputs(returned)
+        return to_columns(returned, len(images), self._config, getattr(self._kept, "embedding", None))

@@ -23,6 +23,8 @@ from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.models.operations import operations
+from mgpu_ddp.output.rows import Rows
+from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -168,19 +170,19 @@ class Trial:
     """Predicts noise, to see whether and how fast this rank does it."""
 
     predictor: Predictor
-    image_size: tuple[int, int]
+    transform: AnyTransform
     world: World
 
     @classmethod
     def of(cls, setup: Setup, resolved: Resolved) -> "Trial":
         """A trial with these choices. Collective: every rank calls this."""
         predictor = setup.predictors.get(resolved)
-        return cls(predictor=predictor, image_size=resolved.transform.out_size, world=setup.world)
+        return cls(predictor=predictor, transform=resolved.transform, world=setup.world)
 
     def failure(self, batch_size: int) -> str | None:
         """Why one batch cannot be predicted, None where it can."""
         try:
-            self._predict_one(self._noise(batch_size))
+            self._predict_one(noise(self.transform, batch_size, self.world.device))
         except OutOfMemoryError:
             # The job itself splits such a batch, or ends (`runtime.on_oom`).
             return None
@@ -197,13 +199,13 @@ class Trial:
         kind = "peak_gpu_bytes" if on_gpu else "peak_host_bytes"
         reset_peaks()
         before = peaks()[kind]
-        batch = self._noise(batch_size)
+        batch = noise(self.transform, batch_size, self.world.device)
         clock = Clock(warm_up=in_flight(self.world), began=time.perf_counter())
         try:
             # The model may have to be compiled for it.
             self._predict_one(batch)
             clock.started = time.perf_counter()
-            self._predict(_repeated(batch, clock), clock)
+            predict_batches(_repeated(batch, clock), self.predictor, self.world, clock)
         except OutOfMemoryError:
             return None, False
         used = peaks()[kind] - before
@@ -212,25 +214,38 @@ class Trial:
         rows, seconds = clock.steady
         return rows / seconds, 2 * used < SHARE_OF_MEMORY * free
 
-    def _noise(self, batch_size: int) -> Batch:
-        shape = (batch_size, *self.image_size, 3)
-        pinned = self.world.device.type == "cuda"
-        return Batch(
-            index=np.arange(batch_size),
-            label=np.zeros(batch_size, dtype=np.int32),
-            pixels=torch.randint(0, 256, shape, dtype=torch.uint8, pin_memory=pinned),
-            jpegs=None,
-            errors={},
-            seconds={},
-        )
-
     def _predict_one(self, batch: Batch) -> None:
-        self._predict([batch], Clock(warm_up=1, began=time.perf_counter()))
+        predict_batches([batch], self.predictor, self.world)
 
-    def _predict(self, batches: Iterable[Batch], clock: Clock) -> None:
-        with closing(predict(batches, self.predictor, clock, self.world)) as predicted:
-            for _ in predicted:
-                pass
+
+def predict_batches(
+    batches: Iterable[Batch], predictor: Predictor, world: World, clock: Clock | None = None
+) -> list[Rows]:
+    """Predict batches as a job would."""
+    clock = clock or Clock(warm_up=1, began=time.perf_counter())
+    with closing(predict(batches, predictor, clock, world)) as predicted:
+        return list(predicted)
+
+
+def noise(transform: AnyTransform, batch_size: int, device: torch.device) -> Batch:
+    """A batch of noise, or of a dataset's sample, moved about."""
+    pinned, shape = device.type == "cuda", (batch_size, *transform.shape)
+    generator = torch.Generator().manual_seed(0)
+    if transform.dtype == torch.uint8:
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    elif isinstance(transform, TensorInput) and transform.example is not None:
+        example = torch.from_numpy(transform.example).float()
+        pixels = torch.stack([example.roll(row, -1) if example.dim() else example for row in range(batch_size)])
+    else:
+        pixels = torch.rand(shape, generator=generator)
+    return Batch(
+        index=np.arange(batch_size),
+        label=np.zeros(batch_size, dtype=np.int32),
+        pixels=pixels.pin_memory() if pinned else pixels,
+        jpegs=None,
+        errors={},
+        seconds={},
+    )
 
 
 def _repeated(batch: Batch, clock: Clock) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,10 +13,11 @@ from omegaconf import OmegaConf
 
 from mgpu_ddp import __version__
 from mgpu_ddp.config.checks import protocol_of, require
-from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed, TimmConfig
+from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed
 from mgpu_ddp.data.datasets import identity, open_samples
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
+from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.distributed import slurm
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
@@ -23,10 +25,9 @@ from mgpu_ddp.job.context import Claim, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.models.class_names import names_digest
-from mgpu_ddp.models.head import embedding_dim
-from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.atomic_files import replace_bytes
+from mgpu_ddp.output.columns import ColumnType, as_json
 from mgpu_ddp.output.layout import check_layout, lies_in_the_way
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.parts import write_error
@@ -40,8 +41,8 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
     return {
         **{f"data.{key}": value for key, value in asdict(config.data).items()},
         "listing": identity(config),
-        **{f"transform.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(resolved.transform).items()},
-        "model.name": ("timm/" if isinstance(config.model, TimmConfig) else "") + config.model.name,
+        **{f"transform.{key}": value for key, value in resolved.transform.described().items()},
+        **model.identity,
         "model.num_classes": model.num_classes,
         "model.weights": weights_digest(model.module),
         "model.class_names": names_digest(model.class_names) if config.model.class_names else None,
@@ -60,13 +61,9 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
     }
 
 
-def array_columns(config: Config, model: Model) -> int | None:
-    """The width of `predictions.npy`, where that is the format."""
-    if config.output.format != "npy":
-        return None
-    return (
-        model.num_classes if config.output.array_field == "logits" else embedding_dim(model.module, model.num_classes)
-    )
+def array_shape(config: Config, types: Sequence[ColumnType]) -> tuple[int, ...] | None:
+    """The shape of a row of `predictions.npy`, where that is the format."""
+    return types[-1].shape if config.output.format == "npy" else None
 
 
 def place_job(job: Job, world: World) -> RunFolder:
@@ -149,7 +146,7 @@ def _claim(setup: Setup) -> Manifest:
         # A restarted attempt finds what the dead one of the same launch has left.
         resume=job.config.resume or world.attempt > 0,
         batch_size_given=job.batch_size_given,
-        array_columns=array_columns(job.config, setup.model),
+        array_shape=array_shape(job.config, setup.types),
     )
     if job.config.overwrite:
         # Only now: an attempt that died earlier has overwritten nothing.
@@ -176,10 +173,17 @@ def _fresh_manifest(setup: Setup) -> Manifest:
         versions=versions(),
         slurm_job=slurm.job_id(),
         shard=config.shard,
+        columns=as_json([*carried_types(files), *setup.types]),
     )
     if files is not None:
         manifest.fingerprint["listing"] = files.digest(stop)
     return manifest
+
+
+def carried_types(files: object) -> list[ColumnType]:
+    """The columns that samples carry."""
+    carried = files.kind.carried if isinstance(files, ScriptDataset) else {}
+    return [ColumnType(name=name, dtype=dtype) for name, dtype in carried.items() if name != "path"]
 
 
 def _write_hydra_files(job: Job, folder: RunFolder) -> None:
@@ -192,7 +196,7 @@ def _write_hydra_files(job: Job, folder: RunFolder) -> None:
 def _open_claimed_samples(setup: Setup) -> Samples:
     """The samples as the folder's own listing has them."""
     config, world, data = setup.job.config, setup.world, setup.job.config.data
-    files = Listing.open(setup.folder.path / FILE_NAME) if isinstance(data, Listed) else None
+    files = Listing.open(setup.folder.path / FILE_NAME) if isinstance(data, Listed) else setup.files
     samples = open_samples(config, files)
     if isinstance(data, FolderConfig) and not protocol_of(data.root) and not os.path.isdir(data.root):
         raise UsageError(

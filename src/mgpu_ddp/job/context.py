@@ -7,6 +7,7 @@ from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.samples import Samples
+from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
@@ -15,6 +16,7 @@ from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import prepare
+from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.run_folder import RunFolder
 
 
@@ -31,12 +33,13 @@ class Predictors:
 
     def get(self, resolved: Resolved, *, keep_model: bool = True) -> Predictor:
         """A predictor. Collective: every rank calls this. Without `keep_model` it may use up the model's module."""
+        model, config, device = self.model, self.config, self.world.device
 
         def make() -> Predictor:
-            module = prepare(self.model, self.config, resolved, self.world, keep=keep_model)
-            return Predictor(module, self.config, resolved, self.world.device)
+            module = prepare(model, config, resolved, self.world, keep=keep_model)
+            return Predictor(module, config, resolved, device, num_classes=model.num_classes, outputs=model.outputs)
 
-        key = Predictor.depends_on(self.config, resolved, self.world.device)
+        key = Predictor.depends_on(config, resolved, device)
         predictor = self.kept.get("predictor", key, make)
         if self.warm is not None:
             # Before a graph is recorded, which another thread's work would spoil, and before the loader forks: a
@@ -53,11 +56,15 @@ class Setup:
     world: World
     """With the device."""
     model: Model
-    files: Listing | None
-    """On rank 0, where the data have a listing."""
+    files: Listing | ScriptDataset | None
+    """On rank 0 the listing, where the data have one; on all ranks the script's dataset."""
     folder: RunFolder
     resolved: Resolved
     predictors: Predictors
+    types: tuple[ColumnType, ...] = ()
+    """The columns that become of the model's outputs."""
+    bitwise: bool = True
+    """Rows keep their bits whatever their neighbours are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +97,8 @@ class JobContext:
     claim: Claim
     predictor: Predictor
     clock: Clock
+    types: tuple[ColumnType, ...]
+    bitwise: bool
 
     @property
     def config(self) -> Config:

@@ -1,10 +1,11 @@
 """One job, and the order by which rank 0 has the other ranks run it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mgpu_ddp.config.schema import Config, pack, unpack
+from mgpu_ddp.config.script import Script
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +19,8 @@ class Job:
     batch_size_given: bool = True
     in_sweep: bool = False
     """Other jobs may come before and after it."""
+    script: Script = field(default_factory=Script)
+    """The script's own functions, which every rank has."""
     hydra_files: dict[str, Any] | None = None
     """The content of RUN/.hydra, by file name. On rank 0."""
 
@@ -32,6 +35,6 @@ class Job:
         }
 
     @classmethod
-    def ordered(cls, order: dict[str, Any]) -> "Job":
+    def ordered(cls, order: dict[str, Any], script: Script) -> "Job":
         """The job that rank 0 asks for."""
-        return cls(**order | {"config": unpack(order["config"]), "run_dir": Path(order["run_dir"])})
+        return cls(**order | {"config": unpack(order["config"]), "run_dir": Path(order["run_dir"])}, script=script)

@@ -39,5 +39,5 @@ def require_room(setup: Setup) -> None:
         total, itemsize = torch.cuda.mem_get_info(world.device)[1], DTYPES[resolved.precision].itemsize
         model_bytes = sum(parameter.numel() for parameter in setup.model.module.parameters()) * itemsize
         require_memory("model.name", config.model.name, model_bytes, total, "Choose a smaller model, or fewer classes.")
-        pixels = batch_size * 3 * math.prod(resolved.transform.out_size)
-        require_memory("batch_size", batch_size, pixels * itemsize, total, "Lower it, or transform.size.")
+        numbers = batch_size * math.prod(resolved.transform.shape)
+        require_memory("batch_size", batch_size, numbers * itemsize, total, "Lower it, or transform.size.")

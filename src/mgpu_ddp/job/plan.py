@@ -1,6 +1,7 @@
 """Which windows a job has, and what `dry_run` prints of them."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from mgpu_ddp.errors import Exit
 from mgpu_ddp.inference.pipeline import held_batches
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.job import Job
+from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.reporting import console
 from mgpu_ddp.reporting.terminal import print_lines
 
@@ -24,8 +26,6 @@ WARNED_FACTOR = 8
 """A warning is due where what all ranks read ahead makes windows of more than so many times `WINDOW_BYTES`."""
 STRETCH_BYTES = 8 << 20
 """Size of the rows that one rank writes itself in one window."""
-EMBEDDING_DIM = 2048
-"""Assumed where the width of an embedding only sizes buffers."""
 
 
 def dataset_range(config: Config, length: int) -> tuple[int, int]:
@@ -40,12 +40,9 @@ def batch_size_of(config: Config, batch_size: int, length: int) -> int:
     return max(1, min(batch_size, length, length if config.limit is None else config.limit))
 
 
-def row_bytes(config: Config, num_classes: int) -> int:
+def row_bytes(types: Sequence[ColumnType]) -> int:
     """About how many bytes one row takes on its way."""
-    fields = config.output.fields
-    logits = "logits" in fields or (config.output.format == "npy" and "embedding" not in fields)
-    numbers = num_classes * (logits + ("probs" in fields)) + EMBEDDING_DIM * ("embedding" in fields)
-    return 64 + (2 if config.output.dtype == "fp16" else 4) * numbers + 8 * config.output.topk
+    return 64 + sum(each.num_bytes for each in types)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +51,8 @@ class Planner:
 
     config: Config
     resolved: Resolved
-    num_classes: int
+    types: tuple[ColumnType, ...]
+    """The columns of a row."""
     world: World
 
     def plan(self, start: int, stop: int) -> Plan:
@@ -86,7 +84,7 @@ class Planner:
         ahead = resolved.workers * config.loader.prefetch + 1 + held_batches(resolved, world)
         smallest = max(world.exchange("batches read ahead", ahead)) * world.size * resolved.batch_size
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
-        largest = budget // row_bytes(config, self.num_classes)
+        largest = budget // row_bytes(self.types)
         if not contiguous and smallest > WARNED_FACTOR * largest:
             log.warning(
                 "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
@@ -98,11 +96,11 @@ class Planner:
 
 def dry_run(setup: Setup) -> dict[str, Any]:
     """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
-    job, world, num_classes = setup.job, setup.world, setup.model.num_classes
+    job, world, types = setup.job, setup.world, setup.types
     with world.together("open the samples"):
         length = len(open_samples(job.config, setup.files)) if world.rank == 0 else 0
     start, stop = world.share("samples", dataset_range(job.config, length))
-    plan = Planner(config=job.config, resolved=setup.resolved, num_classes=num_classes, world=world).plan(start, stop)
+    plan = Planner(config=job.config, resolved=setup.resolved, types=types, world=world).plan(start, stop)
     summary = {
         "status": "planned",
         "exit_code": int(Exit.COMPLETE),
@@ -110,17 +108,17 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print_lines(describe_plan(job, plan, num_classes))
+        print_lines(describe_plan(job, plan, types))
         console.print_summary(summary)
     return summary
 
 
-def describe_plan(job: Job, plan: Plan, num_classes: int) -> list[str]:
+def describe_plan(job: Job, plan: Plan, types: Sequence[ColumnType]) -> list[str]:
     rows = plan.stop - plan.start
     number, grows = -(-rows // plan.smallest), plan.smallest != plan.largest
     most, least = ("at most ", "at least ") if grows else ("", "")
     windows = f"{most}{number:,}, of {least}{plan.smallest:,} rows" if number > 1 else f"{number}"
-    num_bytes = rows * row_bytes(job.config, num_classes)
+    num_bytes = rows * row_bytes(types)
     return [
         f"run folder     {job.run_dir}",
         f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",

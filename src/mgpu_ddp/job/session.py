@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.host import peaks
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE
 from mgpu_ddp.distributed.signals import StopWish
@@ -47,8 +48,10 @@ LINGER_S = 3.0
 class Session:
     """Runs jobs, remembers how they ended, and leaves the process with the exit code that follows."""
 
-    def __init__(self, world: World, stop: StopWish, kept: Kept, act: Callable[[Job], dict[str, Any]]) -> None:
-        self.world, self.stop = world, stop
+    def __init__(
+        self, world: World, stop: StopWish, kept: Kept, script: Script, act: Callable[[Job], dict[str, Any]]
+    ) -> None:
+        self.world, self.stop, self.script = world, stop, script
         self._kept = kept
         self.outcomes: list[dict[str, Any]] = []
         self.made: list[Path] = []
@@ -84,7 +87,7 @@ class Session:
         while True:
             order = self.world.share("next job", None)
             if "job" in order:
-                self.run_job(Job.ordered(order["job"]))
+                self.run_job(Job.ordered(order["job"], self.script))
             elif "refused" in order:
                 self._refuse(UsageError(order["refused"]))
             elif order["usage"] is not None:

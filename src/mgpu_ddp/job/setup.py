@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import find_listing
+from mgpu_ddp.data.script_dataset import bring_dataset
 from mgpu_ddp.distributed import host
 from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.gpu_input import decode_of, warm_up
+from mgpu_ddp.inference.outputs import types_of_classes
 from mgpu_ddp.inference.pipeline import in_flight
 from mgpu_ddp.job.autotune import DEFAULT_BATCH_SIZE, choose_compile, find_batch_size
 from mgpu_ddp.job.cache import Kept
@@ -17,9 +20,14 @@ from mgpu_ddp.job.claim import known_listing, place_job
 from mgpu_ddp.job.context import Claim, JobContext, Predictors, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.memory import require_room
+from mgpu_ddp.job.try_model import check_neighbours, try_model
 from mgpu_ddp.loader.loader import num_workers
 from mgpu_ddp.models.build import choose_transform, load_model, try_size
-from mgpu_ddp.models.prepare import precision_of
+from mgpu_ddp.models.head import embedding_dim
+from mgpu_ddp.models.model import Model
+from mgpu_ddp.models.prepare import precision_of, speedups_of
+from mgpu_ddp.models.script_transform import script_transform
+from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.no_pandas import keep_pandas_out
 
 
@@ -35,25 +43,27 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     world.heartbeat.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     keep_pandas_out()
+    dataset = bring_dataset(job.script, world)
     with world.together("choose the decoder"):
-        decode = decode_of(config, world.device)
+        own_transform = script_transform(job.script, dataset, config.transform.name)
+        decode = decode_of(config, world.device, dataset, own_transform)
     # Before there are threads and workers, which inherit it.
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
     folder = place_job(job, world)
     # Before the images are listed, which may take minutes: a model that does not exist is refused within seconds.
-    model = kept.get("model", [config.model, config.seed, config.output.computed], lambda: load_model(config, world))
-    files = find_listing(config, known_listing(config, folder, world), world)
+    depends_on = [config.model, config.seed, config.output.computed]
+    model = kept.get("model", depends_on, lambda: load_model(config, job.script, world))
+    files = dataset or find_listing(config, known_listing(config, folder, world), world)
     with world.together("choose the transform"):
-        transform = choose_transform(config, model)
-    predictors = Predictors(kept=kept, model=model, config=config, world=world, warm=warm)
+        transform = choose_transform(config, model, own_transform)
     setup = Setup(
         job=job,
         world=world,
         model=model,
         files=files,
         folder=folder,
-        predictors=predictors,
+        predictors=Predictors(kept=kept, model=model, config=config, world=world, warm=warm),
         resolved=Resolved(
             precision=precision_of(config.runtime, world.device),
             decode=decode,
@@ -62,19 +72,29 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             collect=config.collect,
             batch_size=DEFAULT_BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size),
             transform=transform,
+            speedups=speedups_of(config),
         ),
     )
     with world.together("see whether it fits"):
         if world.rank == 0:
             require_room(setup)
             try_size(model, config, setup.resolved.transform)
+    setup = try_model(setup) if model.is_tried else replace(setup, types=types_of(model, config))
     return setup if config.dry_run else _measured(setup)
+
+
+def types_of(model: Model, config: Config) -> tuple[ColumnType, ...]:
+    """The columns of a model that is known to return logits."""
+    assert model.num_classes is not None
+    width = embedding_dim(model.module, model.num_classes) if "embedding" in config.output.computed else 0
+    return types_of_classes(config.output, model.num_classes, width)
 
 
 def _measured(setup: Setup) -> Setup:
     """Decide what takes a run of the model: `compile`, then `batch_size`. Collective: every rank calls this."""
     setup = replace(setup, resolved=replace(setup.resolved, compile=choose_compile(setup)))
-    return replace(setup, resolved=replace(setup.resolved, batch_size=find_batch_size(setup)))
+    setup = replace(setup, resolved=replace(setup.resolved, batch_size=find_batch_size(setup)))
+    return check_neighbours(setup) if setup.model.is_tried else setup
 
 
 def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
@@ -91,4 +111,6 @@ def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
         claim=claim,
         predictor=predictor,
         clock=Clock(warm_up=in_flight(setup.world), began=kept.began, reused=tuple(kept.reused)),
+        types=setup.types,
+        bitwise=setup.bitwise,
     )

@@ -1,6 +1,7 @@
 """The work that is left of a job: its tasks, their windows, and the collector that takes their rows."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,8 +49,7 @@ class Task:
 def tasks(context: JobContext) -> Iterator[Task]:
     """The samples without a row, then those to retry. Collective: every rank walks it to its end or leaves it."""
     config, claim, world = context.config, context.claim, context.world
-    num_classes = context.model.num_classes
-    planner = Planner(config=config, resolved=context.resolved, num_classes=num_classes, world=world)
+    planner = Planner(config=config, resolved=context.resolved, types=context.types, world=world)
     yield Task(
         name="rows",
         plan=planner.plan(claim.prefix, claim.stop),
@@ -109,9 +109,9 @@ def _open_sink(context: JobContext, task: Task) -> Sink:
 
 def _log_task(context: JobContext, task: Task) -> None:
     resolved, model = context.resolved, context.model
-    height, width = resolved.transform.out_size
+    sample_bytes = math.prod(resolved.transform.shape) * 4
     model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    console.log_plan(context.world, resolved, model_bytes, resolved.batch_size * 3 * height * width * 4)
+    console.log_plan(context.world, resolved, model_bytes, resolved.batch_size * sample_bytes)
     log.info(
         "%s; batch_size %d; %s of %s %s to do",
         model.origin,
@@ -155,7 +155,7 @@ def predict_task(context: JobContext, task: Task, collector: Collector) -> None:
     sampler = ShardSampler(task.plan, world.rank)
     held = held_batches(resolved, world)
     loaded = load_batches(task.samples, sampler, context.config.loader, resolved, world, held=held)
-    with loaded as batches, closing(predict(batches, context.predictor, clock, world)) as predicted:
+    with loaded as batches, closing(predict(batches, context.predictor, clock, world, context.types)) as predicted:
         for rows in predicted:
             refuse_bad_samples(rows, context.config, task.samples)
             collector.add(rows)

@@ -1,6 +1,6 @@
 """A padded batch, as the loader hands it to its rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,10 @@ from mgpu_ddp.preprocess.transform import Integers
 class Batch:
     """n samples on their way to the model.
 
-    `pixels`: uint8 (batch_size, height, width, 3), in memory without gaps; rows of bad samples are zeros, rows past n
-    too unless there are `jpegs`, and rows of those hold nothing of meaning. `index`: int64 (n,). `label`: int32 (n,).
-    `errors`: dataset index → reason. `seconds`: worker time per stage. `pixels` and `jpegs` lie in memory that is used
-    again: they hold until `held` batches later.
+    `pixels`: uint8 (batch_size, height, width, 3), or float32 (batch_size, ...) that is model input already, in memory
+    without gaps; rows of bad samples are zeros, rows past n too unless there are `jpegs`, and rows of those hold
+    nothing of meaning. `index`: int64 (n,). `label`: int32 (n,). `errors`: dataset index → reason. `seconds`: worker
+    time per stage. `pixels` and `jpegs` lie in memory that is used again: they hold until `held` batches later.
     """
 
     index: Integers
@@ -33,6 +33,8 @@ class Batch:
     """`pixels` are as the source has them: the transform's geometry is still to come."""
     read_bytes: int = 0
     """All that its worker read in the meantime."""
+    carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    """What came with the samples, see `Rows`."""
 
 
 def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False) -> Batch:
@@ -46,4 +48,5 @@ def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False) -> Batch:
         seconds=made.seconds,
         raw=raw,
         read_bytes=made.read_bytes,
+        carried=made.carried,
     )

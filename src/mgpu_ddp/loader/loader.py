@@ -17,7 +17,7 @@ from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.loader.worker_pool import WorkerPool
-from mgpu_ddp.preprocess.transform import Layout, Transform
+from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Transform
 
 COPYING_WORKERS = 4
 """Enough workers where they only copy images to a GPU: they fill the memory bus."""
@@ -46,10 +46,11 @@ def plan_slots(
     room = available_bytes() // world.local_size
     raw = _raw_layout(samples, transform, num_slots * batch_size, room) if on_gpu else None
     if raw is None:
-        num_bytes = math.prod(transform.out_size) * 3
+        numbers = math.prod(transform.shape)
+        num_bytes = numbers * transform.dtype.itemsize
         # On the CPU the model's input is there as well, in fp32.
-        one = num_bytes if on_gpu else num_bytes * 5
-        require_memory("transform.size", transform.out_size[0], one, room, "Lower it.")
+        one = num_bytes if on_gpu else num_bytes + numbers * 4
+        require_memory("transform.size", transform.shape[0], one, room, "Lower it.")
         remedy = "Lower it, or loader.workers or loader.prefetch, which read batches ahead."
         require_memory("batch_size", batch_size, num_slots * batch_size * num_bytes, room, remedy)
     return num_slots, raw
@@ -70,11 +71,10 @@ def load_batches(
     batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.decode != "cpu"
     ahead = resolved.workers * config.prefetch
     num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
-    size, transform = resolved.transform.out_size, resolved.transform
-    if raw is not None:
-        size = raw.height, raw.width
-        transform = transform.without_geometry(size)
-    slots = SharedSlots(num_slots, batch_size, size, planar=raw is not None and raw.planar, packed=packed)
+    transform, planar = resolved.transform, raw is not None and raw.planar
+    if raw is not None and isinstance(transform, Transform):
+        transform = transform.without_geometry((raw.height, raw.width))
+    slots = SharedSlots(num_slots, batch_size, transform.shape, dtype=transform.dtype, planar=planar, packed=packed)
     # Pillow warns above this and refuses twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     maker = BatchMaker(samples, transform, slots, config, packed=packed)
@@ -85,7 +85,7 @@ def load_batches(
         yield (as_batch(made, slots, raw=raw is not None) for made in pool.make(orders, ahead=ahead, held=held))
 
 
-def _raw_layout(samples: Samples, transform: Transform, num_images: int, room: int) -> Layout | None:
+def _raw_layout(samples: Samples, transform: AnyTransform, num_images: int, room: int) -> Layout | None:
     """The layout of images that workers copy as they are for the GPU to resize; None where workers resize.
 
     `num_images` of them must fit into half of `room`, in bytes.

@@ -20,23 +20,26 @@ PINNING_THREADS = 4
 
 
 class SharedSlots:
-    """Slots of one batch each: its pixels, uint8 (batch_size, height, width, 3), and room for encoded images.
+    """Slots of one batch each: its pixels (batch_size, *shape) of `dtype`, and room for encoded images.
 
-    Where `planar`, the channels of an image lie apart in memory. There is room for encoded images only where `packed`.
+    Where `planar`, the channels of an image, (height, width, 3), lie apart in memory. There is room for encoded images
+    only where `packed`.
     """
 
     def __init__(
         self,
         count: int,
         batch_size: int,
-        size: tuple[int, int],
+        shape: tuple[int, ...],
         *,
+        dtype: torch.dtype = torch.uint8,
         planar: bool = False,
         packed: bool = False,
     ) -> None:
-        self._shape = (batch_size, 3, *size) if planar else (batch_size, *size, 3)
-        self._planar = planar
-        self._pixel_bytes = _whole_pages(int(np.prod(self._shape)))
+        self._shape = (batch_size, shape[-1], *shape[:-1]) if planar else (batch_size, *shape)
+        self._planar, self._dtype = planar, dtype
+        self._view_bytes = int(np.prod(self._shape)) * dtype.itemsize
+        self._pixel_bytes = _whole_pages(self._view_bytes)
         self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
         self._slot_bytes = self._pixel_bytes + self._room
         self._memory = torch.frombuffer(shared_memory.allocate(count * self._slot_bytes), dtype=torch.uint8)
@@ -70,7 +73,7 @@ class SharedSlots:
 
     def _view(self, slot: int) -> torch.Tensor:
         first = slot * self._slot_bytes
-        stored = self._memory[first : first + int(np.prod(self._shape))].view(self._shape)
+        stored = self._memory[first : first + self._view_bytes].view(self._dtype).view(self._shape)
         return stored.permute(0, 2, 3, 1) if self._planar else stored
 
     def room(self, slot: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.jpegs import JpegPacker, PackedJpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.preprocess.jpeg_header import Header, read_header
-from mgpu_ddp.preprocess.transform import Integers, Pixels, Transform, copy_pixels
+from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, copy_pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,7 @@ class Made:
     seconds: dict[str, float]
     jpegs: PackedJpegs | None = None
     read_bytes: int = 0
+    carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
     def clock(self, stage: str, spent_s: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
@@ -62,7 +63,13 @@ class BatchMaker:
     """
 
     def __init__(
-        self, samples: Samples, transform: Transform, slots: SharedSlots, config: LoaderConfig, *, packed: bool = False
+        self,
+        samples: Samples,
+        transform: AnyTransform,
+        slots: SharedSlots,
+        config: LoaderConfig,
+        *,
+        packed: bool = False,
     ) -> None:
         self._samples, self._transform, self._slots, self._config = samples, transform, slots, config
         self._packed = packed
@@ -103,7 +110,8 @@ class BatchMaker:
         if packer is None:
             pixels[num_rows:] = 0
         jpegs = packer.packed() if packer is not None else None
-        return replace(made, jpegs=jpegs, read_bytes=_bytes_read() - read_before)
+        carried = self._samples.take_carried(order.indices)
+        return replace(made, jpegs=jpegs, read_bytes=_bytes_read() - read_before, carried=carried)
 
     def _fill_row_by_row(
         self, made: Made, order: Order, pixels: Pixels, packer: JpegPacker | None, at: Integers

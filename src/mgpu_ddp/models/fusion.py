@@ -18,8 +18,6 @@ ADDS = (operator.add, operator.iadd, torch.add)
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it."""
-    from torch.fx.proxy import TraceError
-
     with warnings.catch_warnings():
         # Some releases of torch deprecate an import of this module's own.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -27,13 +25,14 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
     try:
         folded: nn.Module = fuse(module)
-    except (TraceError, TypeError):
-        # Control flow depends on data. Such models have few batch norms, and only speed is lost.
+    except Exception:
+        # Control flow depends on data (a TraceError, or whatever forward raises for a proxy of a tensor). Such models
+        # have few batch norms, and only speed is lost.
         return module
     return folded
 
 
-def fuse_activations(module: nn.Module, head: nn.Module) -> nn.Module:
+def fuse_activations(module: nn.Module, head: nn.Module | None) -> nn.Module:
     """Let cuDNN's convolutions apply the ReLU after them, and the addition between the two. CUDA, half precision.
 
     The head stays a module of its own, so that its input can be read.
@@ -65,7 +64,7 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_function" and node.target in RELUS
 
 
-def _is_convolution(node: fx.Node, modules: dict[str, nn.Module], head: nn.Module) -> bool:
+def _is_convolution(node: fx.Node, modules: dict[str, nn.Module], head: nn.Module | None) -> bool:
     if node.op != "call_module":
         return False
     layer = modules[str(node.target)]

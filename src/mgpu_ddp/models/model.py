@@ -18,7 +18,10 @@ class Model:
 
     module: nn.Module
     """On the CPU; random until `load_weights` fills it."""
-    num_classes: int
+    num_classes: int | None
+    """Width of the logits; None where forward returns other columns, or is yet to be tried."""
+    identity: dict[str, Any]
+    """Tells it from other models in the manifest, its weights and classes apart."""
     origin: str
     """Where the weights come from, for the log."""
     class_names: tuple[str, ...] | None
@@ -28,6 +31,10 @@ class Model:
     """Gets the weights that `model.weights` names; None where it is null or a path."""
     input_size: int | None = None
     """Side of the images that it takes, in pixels, where it may take no others."""
+    outputs: Callable[[Any], Any] | None = None
+    """Applied to what forward returns."""
+    is_tried: bool = False
+    """Its columns, and how it may be made faster, are found by trying it: nothing else is known of its forward."""
 
 
 def did_you_mean(name: str, names: Sequence[str], otherwise: str) -> str:

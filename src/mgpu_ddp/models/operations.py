@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mgpu_ddp.preprocess.transform import Transform
+from mgpu_ddp.preprocess.transform import AnyTransform, Transform
 
 
-def operations(module: nn.Module, transform: Transform) -> int:
+def operations(module: nn.Module, transform: AnyTransform) -> int:
     """Floating-point operations of one image's forward pass, in convolutions and matrix products.
 
     A multiplication and the addition after it are two. Attention that torch has fused is left out.
@@ -18,8 +18,9 @@ def operations(module: nn.Module, transform: Transform) -> int:
     # Imports Triton, for which jobs on GPUs need not wait here.
     from torch.utils.flop_counter import flop_registry
 
+    shape = (3, *transform.out_size) if isinstance(transform, Transform) else transform.shape
     with _Operations(flop_registry) as counted, torch.no_grad():
-        module.eval()(torch.zeros(1, 3, *transform.out_size))
+        module.eval()(torch.zeros(1, *shape))
     return int(counted.total)
 
 

@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import nn
 
-from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.config.resolved import Resolved, Speedups
 from mgpu_ddp.config.schema import Config, RuntimeConfig
 from mgpu_ddp.distributed.world import World, share_weights
 from mgpu_ddp.models.compile_cache import remove_truncated_libraries
@@ -22,28 +22,45 @@ def precision_of(config: RuntimeConfig, device: torch.device) -> str:
     return ("fp16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
 
 
+def input_dtype(resolved: Resolved) -> torch.dtype:
+    """The dtype of model input."""
+    return torch.float32 if resolved.speedups.autocast else DTYPES[resolved.precision]
+
+
 def prepare(model: Model, config: Config, resolved: Resolved, world: World, *, keep: bool = False) -> nn.Module:
     """Share, fold, move and compile the module. Collective: every rank calls this.
 
-    Returns a module that maps (batch_size, 3, height, width) on `world.device` to logits (batch_size, classes). With
+    Returns a module that maps model input of `batch_size` samples on `world.device` to what forward returns. With
     `keep` it is a copy, and the model can be prepared again.
     """
     with world.together("prepare the model"):
         module = model.module.eval().requires_grad_(False)
         share_weights(module, world)
-        return _place(copy.deepcopy(module) if keep else module, config, resolved, world.device)
+        module = copy_of(module) if keep else module
+        return place(module, config, resolved, world.device, model.num_classes)
 
 
-def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> nn.Module:
-    if config.runtime.fold:
-        module = _fold(module, config, resolved, device)
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing, or the module itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(module)
+    except Exception:
+        return module
+
+
+def place(
+    module: nn.Module, config: Config, resolved: Resolved, device: torch.device, num_classes: int | None
+) -> nn.Module:
+    """Fold and fuse as far as was resolved, move to the device, and compile where asked for."""
+    if resolved.speedups.fold:
+        module = _fold(module, config, resolved, device, num_classes)
     if device.type == "cuda" and resolved.compile != "on" and config.strategy == "ddp":
         from mgpu_ddp.models.max_pool_kernel import replace_max_pools
 
         replace_max_pools(module)
-    _set_backends(resolved.precision, deterministic=config.runtime.deterministic)
+    set_backends(resolved.precision, deterministic=config.runtime.deterministic)
     layout = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
-    module = module.to(device=device, dtype=DTYPES[resolved.precision])
+    module = module.to(device=device, dtype=input_dtype(resolved))
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         # A tensor of more dimensions (a constant that tracing has found) has no such layout.
         if tensor.dim() == 4:
@@ -60,24 +77,29 @@ def _place(module: nn.Module, config: Config, resolved: Resolved, device: torch.
     return module
 
 
-def _fold(module: nn.Module, config: Config, resolved: Resolved, device: torch.device) -> nn.Module:
+def speedups_of(config: Config) -> Speedups:
+    """How a named model is made faster: what tests hold to be safe for its family."""
+    runtime = config.runtime
+    may_fuse = config.model.name.startswith(FUSED) or not runtime.deterministic
+    return Speedups(fold=runtime.fold, fuse=runtime.fold and may_fuse)
+
+
+def _fold(
+    module: nn.Module, config: Config, resolved: Resolved, device: torch.device, num_classes: int | None
+) -> nn.Module:
     """Fold batch norms, and fuse activations where cuDNN can and may."""
-    classes, runtime = config.model.num_classes, config.runtime
     folded = fold_batch_norms(module)
     # Tracing may dissolve the head, and embeddings are its input.
-    if embedding_dim(folded, classes) == embedding_dim(module, classes):
+    if num_classes is None or embedding_dim(folded, num_classes) == embedding_dim(module, num_classes):
         module = folded
-    if (
-        device.type == "cuda"
-        and resolved.precision in ("fp16", "bf16")
-        and runtime.channels_last
-        and (config.model.name.startswith(FUSED) or not runtime.deterministic)
-    ):
-        module = fuse_activations(module, head_of(module, classes))
+    can_fuse = device.type == "cuda" and resolved.precision in ("fp16", "bf16") and config.runtime.channels_last
+    if resolved.speedups.fuse and can_fuse:
+        head = head_of(module, num_classes) if num_classes is not None else None
+        module = fuse_activations(module, head)
     return module
 
 
-def _set_backends(precision: str, *, deterministic: bool) -> None:
+def set_backends(precision: str, *, deterministic: bool) -> None:
     """Set how this process computes; always, because one process may run jobs of several precisions."""
     # Where cuDNN chooses kernels by timing them, bitwise equality between processes is gone.
     torch.backends.cudnn.benchmark = not deterministic

@@ -40,6 +40,7 @@ def build_timm(config: Config, wanted: TimmConfig) -> Model:
     return Model(
         module=module,
         num_classes=wanted.num_classes,
+        identity={"model.name": f"timm/{wanted.name}"},
         origin=f"timm {wanted.name}, {source}",
         class_names=_class_names(module.pretrained_cfg) if weights == "DEFAULT" else None,
         preset=preset,

@@ -40,7 +40,14 @@ def _without_named_weights(wanted: ModelConfig, seed: int) -> Model:
     origin = f"{wanted.name}, weights from {wanted.weights}"
     if wanted.weights is None:
         origin = f"{wanted.name}, random weights from seed {seed} (model.weights=DEFAULT loads trained ones)"
-    return Model(module=module, num_classes=wanted.num_classes, origin=origin, class_names=None, preset=None)
+    return Model(
+        module=module,
+        num_classes=wanted.num_classes,
+        identity={"model.name": wanted.name},
+        origin=origin,
+        class_names=None,
+        preset=None,
+    )
 
 
 def _with_named_weights(wanted: ModelConfig, name: str) -> Model:
@@ -60,6 +67,7 @@ def _with_named_weights(wanted: ModelConfig, name: str) -> Model:
     return Model(
         module=torchvision.models.get_model(wanted.name, weights=None, num_classes=len(categories), **extra),
         num_classes=len(categories),
+        identity={"model.name": wanted.name},
         origin=f"{wanted.name}, weights {chosen.name}",
         class_names=categories,
         preset=chosen.transforms(),

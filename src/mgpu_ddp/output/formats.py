@@ -1,23 +1,28 @@
 """Rows ↔ the bytes of a part, in each format of tables.
 
-A table has the columns `index` int64, `path` string, `label` int32, `pred` int32, `prob` float32, `pred_name`
-string, then `topk_index` and `topk_prob` as lists, then `logits`, `probs`, `embedding` as fixed-size lists
-where asked for, then `error` string. Prediction columns of an error row are null. CSV holds lists as JSON
-text; JSONL holds one object a line.
+A table has the columns `index` int64, `path` string, `label` int32, what samples carry, then the model's, then `error`
+string. A classifier's are `pred` int32, `prob` float32, `pred_name` string, `topk_index` and `topk_prob` as lists, and
+`logits`, `probs`, `embedding` as fixed-size lists where asked for. Of other models a scalar is a column of its dtype, a
+tensor a fixed-size list (its shape, of more than one dimension, stands in the field's metadata), and what differs in
+length from row to row a list. The model's columns are null in an error row. CSV holds lists as JSON text; JSONL holds
+one object a line.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.output.rows import Column, Rows
+from mgpu_ddp.output.columns import Column, Ragged, Values
+from mgpu_ddp.output.rows import Rows
 
 TEXT_CHUNK = 4096
 """Rows that are turned into text at once, to bound memory."""
+VARIABLE = ("topk_index", "topk_prob")
+"""Columns of one length that are lists of any length in the table, which readers of it rely on."""
 REPEATING = ["label", "pred", "pred_name", "topk_index.list.element", "error"]
 """Columns worth a dictionary in Parquet: one of names or probabilities takes time and makes the file larger."""
 
@@ -27,37 +32,75 @@ def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
     import pyarrow as pa
 
     failed = rows.failed if rows.errors else None
-    pred = rows.columns["pred"]
-    classes = pa.array(list(class_names) if class_names else [None], type=pa.string())
-    picked = np.where(failed, 0, pred) if failed is not None else pred
+    carried = {name: _carried(column) for name, column in rows.carried.items()}
     columns = {
         "index": pa.array(rows.index),
-        "path": names,
+        "path": carried.pop("path", names),
         "label": pa.array(rows.label, mask=rows.label < 0),
-        "pred": pa.array(pred, mask=failed),
-        "prob": pa.array(rows.columns["prob"], mask=failed),
-        "pred_name": classes.take(pa.array(picked, mask=failed)) if class_names else pa.nulls(len(rows), pa.string()),
+        **carried,
     }
-    for name in ("topk_index", "topk_prob"):
-        if name in rows.columns:
-            columns[name] = _lists(rows.columns[name], failed)
-    for name in ("logits", "probs", "embedding"):
-        if name in rows.columns:
-            values = rows.columns[name]
-            mask = pa.array(failed) if failed is not None else None
-            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1], mask=mask)
+    for name, column in rows.columns.items():
+        columns[name] = _array(name, column, failed)
+        if name == "prob":
+            columns["pred_name"] = _class_names(rows.columns["pred"], class_names, failed)
     columns["error"] = pa.nulls(len(rows), pa.string())
     if rows.errors:
         columns["error"] = pa.array([rows.errors.get(i) for i in rows.index.tolist()], type=pa.string())
-    return pa.table(columns)
+    fields = [
+        pa.field(name, column.type, metadata=_shape_of(rows.columns.get(name))) for name, column in columns.items()
+    ]
+    return pa.table(columns, schema=pa.schema(fields))
 
 
-def _lists(values: Column, failed: npt.NDArray[np.bool_] | None) -> Any:
+def _carried(column: Any) -> Any:
     import pyarrow as pa
 
-    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1])
+    kind = pa.string() if column.dtype == object else None
+    return pa.array(column.data, type=kind, mask=np.ma.getmaskarray(column))
+
+
+def _class_names(pred: Any, class_names: Sequence[str] | None, failed: npt.NDArray[np.bool_] | None) -> Any:
+    import pyarrow as pa
+
+    if not class_names:
+        return pa.nulls(len(pred), pa.string())
+    picked = np.where(failed, 0, pred) if failed is not None else pred
+    return pa.array(list(class_names), type=pa.string()).take(pa.array(picked, mask=failed))
+
+
+def _array(name: str, column: Column, failed: npt.NDArray[np.bool_] | None) -> Any:
+    """A column as an Arrow array, null where a row failed."""
+    import pyarrow as pa
+
     mask = pa.array(failed) if failed is not None else None
-    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)), mask=mask)
+    if isinstance(column, Ragged):
+        return pa.ListArray.from_arrays(pa.array(column.offsets.astype(np.int32)), _entries(column.values), mask=mask)
+    if name in VARIABLE:
+        offsets = pa.array(np.arange(len(column) + 1, dtype=np.int32) * column.shape[1])
+        return pa.ListArray.from_arrays(offsets, pa.array(column.reshape(-1)), mask=mask)
+    if column.ndim == 1:
+        return pa.array(column, mask=failed)
+    return pa.FixedSizeListArray.from_arrays(_flat(column), int(np.prod(column.shape[1:])), mask=mask)
+
+
+def _entries(values: Values) -> Any:
+    import pyarrow as pa
+
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(_flat(values), int(np.prod(values.shape[1:])))
+
+
+def _flat(values: Values) -> Any:
+    import pyarrow as pa
+
+    return pa.array(np.ascontiguousarray(values).reshape(-1))
+
+
+def _shape_of(column: Column | None) -> dict[str, str] | None:
+    """The metadata of a column whose rows or entries have more than one dimension, which Arrow's lists flatten."""
+    values = column.values if isinstance(column, Ragged) else column
+    return {"shape": json.dumps(values.shape[1:])} if values is not None and values.ndim > 2 else None
 
 
 class Parquet:
@@ -131,7 +174,7 @@ class JsonLines:
         import pyarrow as pa
 
         # Arrow's reader of JSON knows lists of any length only.
-        loose = [(f.name, pa.list_(f.type.value_type) if _is_list(f.type) else f.type) for f in schema]
+        loose = [(field.name, _loose(field.type)) for field in schema]
         return self._read(path, pa.schema(loose)).cast(schema)
 
     def columns(self, path: Path, names: list[str]) -> Any:
@@ -161,11 +204,20 @@ def _narrow(names: list[str]) -> Any:
     return pa.schema([(name, types[name]) for name in names])
 
 
+def _loose(kind: Any) -> Any:
+    """The type with lists of any length in the place of those of one length."""
+    import pyarrow as pa
+
+    return pa.list_(_loose(kind.value_type)) if _is_list(kind) else kind
+
+
 def _parsed(texts: Any, kind: Any) -> Any:
     """Lists of numbers that are written as JSON."""
     import pyarrow as pa
     from pyarrow import compute
 
+    if _is_list(kind.value_type) or compute.any(compute.equal(texts, "[]")).as_py():
+        return pa.array([None if text is None else json.loads(text) for text in texts.to_pylist()], type=kind)
     lists = compute.split_pattern(compute.utf8_slice_codeunits(texts.combine_chunks(), 1, -1), ", ")
     numbers = compute.if_else(compute.equal(lists.values, "null"), None, lists.values).cast(kind.value_type)
     return pa.ListArray.from_arrays(lists.offsets, numbers, mask=texts.combine_chunks().is_null()).cast(kind)
@@ -183,7 +235,7 @@ def _csv_column(column: Any) -> Any:
     if _is_list(column.type):
         return pa.array([None if v is None else json.dumps(v) for v in _values(column)], type=pa.string())
     # As float64, the shortest text of a float32 stays as short.
-    return pa.array(_values(column), type=pa.float64()) if column.type == pa.float32() else column
+    return pa.array(_values(column), type=pa.float64()) if pa.types.is_floating(column.type) else column
 
 
 Format = Parquet | Csv | JsonLines
@@ -196,16 +248,29 @@ def _chunks(table: Any) -> Iterator[Any]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Python values whose text is the shortest that reads back as the same float32; NaN and Inf become None."""
+    """Python values whose text is the shortest that reads back as the same number; NaN and Inf become None."""
     import pyarrow as pa
 
-    flat = column.type.value_type if hasattr(column.type, "value_type") else column.type
-    if flat != pa.float32():
-        return list(column.to_pylist())
-    if flat is column.type or flat == column.type:
-        return [None if v is None else _short(v) for v in column.to_pylist()]
-    return [None if row is None else [_short(v) for v in row] for row in column.to_pylist()]
+    kind = column.type
+    while _is_list(kind):
+        kind = kind.value_type
+    values: list[Any] = column.to_pylist()
+    if not pa.types.is_floating(kind):
+        return values
+    return _each(values, _short if kind == pa.float32() else _finite)
+
+
+def _each(values: list[Any], text_of: Callable[[float], float | None]) -> list[Any]:
+    """Apply a function to all numbers in nested lists."""
+    return [
+        None if value is None else _each(value, text_of) if isinstance(value, list) else text_of(value)
+        for value in values
+    ]
 
 
 def _short(value: float) -> float | None:
     return float(str(np.float32(value))) if np.isfinite(value) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -56,6 +56,16 @@ def _map_of(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> C
     return lambda value: type(value) is dict and all(is_key(k) and is_value(v) for k, v in value.items())
 
 
+def _is_column(value: Any) -> bool:
+    is_kind = _matches("bool|object|u?int(8|16|32|64)|float(16|32|64)")
+    return (
+        type(value) is dict
+        and value.keys() == {"name", "dtype", "shape", "ragged"}
+        and (_is_text(value["name"]) and is_kind(value["dtype"]))
+        and (_list_of(_is_count)(value["shape"]) and type(value["ragged"]) is bool)
+    )
+
+
 Rules = dict[str, tuple[Callable[[Any], bool], str]]
 """The rule of each key of a JSON object, as a function and in words."""
 
@@ -84,6 +94,7 @@ MANIFEST_RULES: Rules = {
     "token": (_matches("[0-9a-z]*"), "letters and digits"),
     "slurm_job": (_is_text, "a text"),
     "shard": (lambda value: value is None or _is_shard(value), "i/n or null"),
+    "columns": (_list_of(_is_column), "a list of columns"),
 }
 
 
@@ -140,6 +151,8 @@ class Manifest:
     """The SLURM job that began it, where one did."""
     shard: str | None = None
     """i/n, where it is one of n independent jobs."""
+    columns: list[dict[str, Any]] = field(default_factory=list)
+    """The columns that samples carry and that become of the model's outputs, as `ColumnType` has them."""
 
     @property
     def prefix(self) -> int:
@@ -154,6 +167,11 @@ class Manifest:
     def output_format(self) -> str:
         """`output.format` of the job."""
         return str(self.fingerprint["output.format"])
+
+    @property
+    def has_classes(self) -> bool:
+        """True where the model returns logits, and rows name classes."""
+        return self.fingerprint["model.num_classes"] is not None
 
     @classmethod
     def read(cls, run_dir: Path) -> "Manifest | None":

@@ -30,6 +30,7 @@ Lustre and GPFS do; object stores do not.
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +42,7 @@ import numpy.typing as npt
 
 from mgpu_ddp.errors import ProofError, UsageError, WriteError, cause_of
 from mgpu_ddp.output.atomic_files import create_file, replace_file
+from mgpu_ddp.output.columns import Ragged
 from mgpu_ddp.output.formats import FORMATS, Format, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
 from mgpu_ddp.output.regular_files import map_array, open_regular
@@ -125,7 +127,7 @@ class TableWriter:
 
 
 class ArrayWriter:
-    """Writes logits or embeddings into `predictions.npy`, float32 or float16 (samples, d), NaN rows for errors."""
+    """Writes the one column into `predictions.npy`, float32 or float16 (samples, ...), NaN rows for errors."""
 
     def __init__(self, run_dir: Path, start: int) -> None:
         self._path, self._start = run_dir / ARRAY, start
@@ -138,7 +140,7 @@ class ArrayWriter:
             first=int(rows.index[0]),
             rows=len(rows),
             errors=len(rows.errors),
-            num_bytes=len(rows) * self._array.shape[1] * self._array.itemsize,
+            num_bytes=len(rows) * int(np.prod(self._array.shape[1:])) * self._array.itemsize,
             sha256="",
             split_rows=len(rows.split),
             reasons={str(i): reason for i, reason in rows.errors.items()},
@@ -156,8 +158,10 @@ class ArrayWriter:
         return replace(part, sha256=array_digest(self._array, part, self._start))
 
     def _put(self, rows: Rows) -> None:
-        name = "embedding" if "embedding" in rows.columns else "logits"
-        values = rows.columns[name].astype(self._array.dtype, copy=True)
+        # A classifier's pred and prob come before.
+        *_, column = rows.columns.values()
+        assert not isinstance(column, Ragged)
+        values = column.astype(self._array.dtype, copy=True)
         values[rows.failed] = np.nan
         try:
             self._array[rows.index - self._start] = values
@@ -192,7 +196,7 @@ def array_digest(array: npt.NDArray[np.floating], part: Part, start: int) -> str
     return hashlib.sha256(rows.data).hexdigest()
 
 
-def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
+def allocate_array(folder: Path, manifest: Manifest, shape: tuple[int, ...]) -> None:
     """Make `predictions.npy`, or a longer one that begins with the rows of the one that is there.
 
     Raises:
@@ -201,26 +205,26 @@ def allocate_array(folder: Path, manifest: Manifest, num_columns: int) -> None:
     path, rows = folder / ARRAY, manifest.stop - manifest.start
     dtype = np.dtype("<f2" if manifest.fingerprint.get("output.dtype") == "fp16" else "<f4")
     before = map_array(path) if path.exists() else None
-    if before is not None and (before.shape[1], before.dtype) != (num_columns, dtype):
-        found = f"{before.shape[1]} columns of {before.dtype} instead of {num_columns} of {dtype}"
+    if before is not None and (before.shape[1:], before.dtype) != (shape, dtype):
+        found = f"rows of {before.shape[1:]} {before.dtype} instead of {shape} {dtype}"
         raise UsageError(f"{path} has {found}. Delete it and start again.")
     # Rows are written in place, and a file with another name is somebody's copy as well.
     if before is not None and len(before) == rows and path.stat().st_nlink == 1:
         return
 
     def fill(file: BinaryIO) -> None:
-        write_header(file, dtype, (rows, num_columns))
+        write_header(file, dtype, (rows, *shape))
         file.flush()
         if rows:
             # Claim the space now: a full disk should say so at the start.
-            os.posix_fallocate(file.fileno(), file.tell(), rows * num_columns * dtype.itemsize)
+            os.posix_fallocate(file.fileno(), file.tell(), rows * math.prod(shape) * dtype.itemsize)
         if before is not None:
             copy_rows(before, file)
 
     replace_file(path, fill)
 
 
-def write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+def write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     """Begin a `.npy`: its rows follow."""
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.errors import ProofError, UsageError, reason_of
 from mgpu_ddp.output.atomic_files import TEMPORARY, replace_bytes, sync_folder
+from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.folders import add_folders, hold_folder, holding, unwritable
 from mgpu_ddp.output.layout import NEXT, check_layout, check_unclaimed, remove_result, result_in
 from mgpu_ddp.output.manifest import ARRAY, PARTS, STATUS, Manifest, Part, write_status
@@ -27,6 +28,15 @@ from mgpu_ddp.output.replace import is_half_replaced, put_in_place
 from mgpu_ddp.output.verify import Proof, prove, write_errors
 
 log = logging.getLogger("mgpu_ddp")
+
+
+class Numbered(Protocol):
+    """What says which index is which sample."""
+
+    def digest(self, stop: int) -> str:
+        """Tell the samples before `stop` from those of another dataset."""
+        ...
+
 
 Status = Literal["complete", "preempted", "failed"]
 
@@ -98,15 +108,15 @@ class RunFolder:
     def claim(
         self,
         wanted: Manifest,
-        files: Listing | None,
+        files: Numbered | None,
         *,
         resume: bool,
         batch_size_given: bool,
-        array_columns: int | None,
+        array_shape: tuple[int, ...] | None,
     ) -> Manifest:
         """Make the folder this job's, before any rank writes. Returns the manifest that holds from now on.
 
-        `wanted` is the manifest of a fresh start; `array_columns` the number of columns where the output is one array.
+        `wanted` is the manifest of a fresh start; `array_shape` that of a row where the output is one array.
 
         Raises:
             UsageError: the folder holds another job, is in use, or cannot be written to.
@@ -118,13 +128,13 @@ class RunFolder:
         manifest = wanted if found is None else self._continued(wanted, found, batch_size_given=batch_size_given)
         manifest.token = secrets.token_hex(3)
         try:
-            self._make_ours(manifest, found, files, array_columns)
+            self._make_ours(manifest, found, files, array_shape)
         except OSError as error:
             raise unwritable(self.path, error) from None
         self.manifest = manifest
         return manifest
 
-    def _find_same_job(self, wanted: Manifest, files: Listing | None, *, resume: bool) -> Manifest | None:
+    def _find_same_job(self, wanted: Manifest, files: Numbered | None, *, resume: bool) -> Manifest | None:
         """The manifest of this same job that the folder holds, None for a fresh start. Touches nothing.
 
         The same job may have more samples than before at its end, never fewer.
@@ -145,6 +155,8 @@ class RunFolder:
                 " Set overwrite=true or choose another."
             )
         mine, theirs = dict(wanted.fingerprint), dict(found.fingerprint)
+        if found.columns and wanted.columns != found.columns:
+            mine["columns"], theirs["columns"] = _words(wanted.columns), _words(found.columns)
         if files is not None:
             mine["listing"] = files.digest(found.stop)
         if found.start != wanted.start or found.stop > wanted.stop:
@@ -172,7 +184,7 @@ class RunFolder:
         return manifest
 
     def _make_ours(
-        self, manifest: Manifest, found: Manifest | None, files: Listing | None, array_columns: int | None
+        self, manifest: Manifest, found: Manifest | None, files: Numbered | None, array_shape: tuple[int, ...] | None
     ) -> None:
         if self.starts_over and self.path.exists():
             remove_result(self.path)
@@ -181,17 +193,17 @@ class RunFolder:
             # Before anything changes that a reader may trust as long as the status says complete.
             write_status(self.path, "running", manifest)
         grown = found is None or found.stop != manifest.stop
-        if files is not None and (grown or files.refreshed):
+        if isinstance(files, Listing) and (grown or files.refreshed):
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
             replace_bytes(self.path / FILE_NAME, files.buffer)
         manifest.write(self.path)
         remove_unlisted(self.path, manifest)
         if not manifest.parts:
             (self.path / ARRAY).unlink(missing_ok=True)
-        if array_columns is None:
+        if array_shape is None:
             (self.path / PARTS).mkdir(exist_ok=True)
         else:
-            allocate_array(self.path, manifest, array_columns)
+            allocate_array(self.path, manifest, array_shape)
             blank_errors(self.path, manifest)
 
     def mark_running(self) -> None:
@@ -263,6 +275,10 @@ class RunFolder:
                 write_status(self.path, "failed", manifest, reason)
         except (OSError, UsageError) as error:
             log.error("%s could not be marked as failed: %s", self.path / STATUS, error)
+
+
+def _words(columns: list[dict[str, Any]]) -> str:
+    return ", ".join(str(ColumnType.read(values)) for values in columns)
 
 
 def _slurm_job_of(folder: Path) -> str:

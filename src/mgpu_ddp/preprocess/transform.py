@@ -7,8 +7,8 @@ Scaling and normalising run on the model's device, on whole batches.
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,14 @@ class Transform:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    dtype: ClassVar[torch.dtype] = torch.uint8
+    """Of an image after `geometry`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, 3) of an image after `geometry`."""
+        return (*self.out_size, 3)
+
     @property
     def out_size(self) -> tuple[int, int]:
         """(height, width) of the model input, in pixels."""
@@ -86,6 +94,16 @@ class Transform:
         if self.crop is not None:
             image = tvf.center_crop(image, [self.crop, self.crop])
         return np.asarray(image, dtype=np.uint8)
+
+    def of_pixels(self, pixels: Pixels) -> Pixels:
+        """The same for a decoded image, uint8 (height, width, 3), which stays as it is where it may."""
+        if self.crop is None and self.resize == pixels.shape[:2]:
+            return pixels
+        return self.geometry(Image.fromarray(np.ascontiguousarray(pixels)))
+
+    def described(self) -> dict[str, Any]:
+        """As JSON values, for the manifest."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def cut(self, height: int, width: int) -> tuple[int, int] | None:
         """The output's (top, left) in an image of this size that needs no resizing; None for any other."""
@@ -115,9 +133,69 @@ class Transform:
         return images.to(dtype).contiguous(memory_format=layout)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInput:
+    """Model input that the loader's workers make: by a function of the user's, or as a dataset yields it.
+
+    `shape` is that of one sample, float32.
+    """
+
+    shape: tuple[int, ...]
+    function: Callable[[Image.Image], torch.Tensor] | None = None
+    """An upright RGB image → float Tensor (3, height, width)."""
+    example: Pixels | None = field(default=None, compare=False, repr=False)
+    """A sample of the dataset, to try the model with."""
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def geometry(self, image: Image.Image) -> Pixels:
+        """Apply the function: float32 of `shape`.
+
+        Raises:
+            ValueError: it returned something else.
+        """
+        assert self.function is not None
+        return self.checked(self.function(image), "transform")
+
+    def checked(self, value: Any, what: str) -> Pixels:
+        """A float tensor as float32 of `shape`.
+
+        Raises:
+            ValueError: it is something else; begins with `what`.
+        """
+        ok = isinstance(value, torch.Tensor) and value.is_floating_point() and tuple(value.shape) == self.shape
+        if not ok:
+            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"{what} gave {found.removeprefix('torch.')}, not a float Tensor {self.shape} as at first")
+        made: Pixels = value.detach().to(torch.float32).numpy()
+        return made
+
+    def of_pixels(self, pixels: Pixels) -> Pixels:
+        return self.geometry(Image.fromarray(np.ascontiguousarray(pixels)))
+
+    def cut(self, _height: int, _width: int) -> None:
+        """No image is model input by being cut."""
+
+    def may_resize(self, _width: int, _height: int) -> bool:
+        return False
+
+    def described(self) -> dict[str, Any]:
+        name = f"{self.function.__module__}.{self.function.__qualname__}" if self.function else None
+        return {"name": "script", "function": name, "shape": list(self.shape)}
+
+    def normalise(self, tensors: torch.Tensor, *, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+        """Bring float32 (n, ...) to the model's dtype and layout, on its device."""
+        if tensors.dim() != 4 or not channels_last:
+            return tensors.to(dtype)
+        return tensors.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+AnyTransform = Transform | TensorInput
+
+
 def copy_pixels(pixels: Pixels, into: Pixels) -> None:
     """Copy uint8 (..., height, width, 3); planar images plane by plane, which takes numpy a third of the time."""
-    if pixels.strides[-1] == 1:
+    if pixels.strides[-1] == pixels.itemsize:
         into[:] = pixels
     else:
         for channel in range(pixels.shape[-1]):

@@ -23,6 +23,7 @@ class ClassTable:
     """The classes of a model beside the labels of a dataset."""
 
     num_classes: int
+    """0 for a model that returns columns of its own."""
     names: tuple[str, ...] | None
     """The model's class names."""
     label_names: tuple[str, ...] | None
@@ -84,7 +85,7 @@ def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | Non
         numbers = Listing.open(run_dir / FILE_NAME).classes()
         label_names = tuple(readable(name) for name in sorted(numbers, key=lambda name: numbers[name]))
         num_labels = len(label_names)
-    num_classes = int(job["model.num_classes"])
+    num_classes = int(job["model.num_classes"] or 0)
     return ClassTable(num_classes=num_classes, names=names, label_names=label_names, num_labels=num_labels)
 
 

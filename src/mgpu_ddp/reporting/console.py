@@ -121,8 +121,9 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
     ok, missing = (f"{summary[name]:,} {name}" for name in ("ok", "missing"))
     errors, duplicates = (plural(summary[f"{noun}s"], noun) for noun in ("error", "duplicate"))
     shape = ", ".join(str(n) for n in summary["predictions"])
+    found = ", ".join(summary.get("columns", ())) or f"predictions ({shape})"
     lines = [
-        f"predictions ({shape})  {summary['status']}  {summary['run_dir']}",
+        f"{found}  {summary['status']}  {summary['run_dir']}",
         f"{plural(summary['samples'], 'sample')}: {ok}, {errors}, {missing}, {duplicates}",
     ]
     accuracy = summary["accuracy"]
@@ -160,6 +161,8 @@ def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _warnings(summary: dict[str, Any]) -> Iterator[str]:
+    if not summary.get("bitwise", True):
+        yield "rows depend on their batch: the last bits may differ at another number of ranks or after a resume"
     if summary["nonfinite"]:
         yield f"WARNING: {plural(summary['nonfinite'], 'row')} with NaN or Inf in the outputs, recorded as errors"
     if summary["split_rows"]:

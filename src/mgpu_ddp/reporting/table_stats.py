@@ -24,14 +24,15 @@ Numbers = npt.NDArray[np.int64]
 class RowBlock:
     """Columns of consecutive rows, as far as they are counted.
 
-    `index`, `label`, `pred`: int64 (n,), -1 where null. `prob`: float32 (n,), NaN where null. `best`: the classes of
-    the highest scores, (n, k), or None.
+    `index`, `label`, `pred`: int64 (n,), -1 where null. `prob`: float32 (n,), NaN where null. `failed`: bool (n,).
+    `best`: the classes of the highest scores, (n, k), or None.
     """
 
     index: Numbers
     label: Numbers
     pred: Numbers
     prob: npt.NDArray[np.float32]
+    failed: npt.NDArray[np.bool_]
     best: npt.NDArray[Any] | None
 
 
@@ -43,8 +44,9 @@ class PickedRow:
     label: int
     """-1 without one."""
     pred: int
-    """-1 in an error row."""
+    """-1 in an error row, and where the model names no classes."""
     prob: float
+    failed: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,7 +132,7 @@ def _has_best(job: dict[str, Any], num_classes: int) -> bool:
     """True where rows name their best five classes, or all where there are fewer."""
     if job["output.format"] == "npy" and job["output.fields"] != ["embedding"]:
         return True
-    return "topk" in job["output.fields"] and job["output.topk"] >= min(TOP, num_classes)
+    return num_classes > 0 and "topk" in job["output.fields"] and job["output.topk"] >= min(TOP, num_classes)
 
 
 def _pick(block: RowBlock, wanted: npt.NDArray[Any]) -> Iterator[PickedRow]:
@@ -140,6 +142,7 @@ def _pick(block: RowBlock, wanted: npt.NDArray[Any]) -> Iterator[PickedRow]:
             label=int(block.label[place]),
             pred=int(block.pred[place]),
             prob=float(block.prob[place]),
+            failed=bool(block.failed[place]),
         )
 
 
@@ -166,14 +169,19 @@ def _read(run_dir: Path, manifest: Manifest, part: Part, samples: Samples | None
     if part.file == ARRAY:
         yield from _read_array(run_dir, manifest, part, samples, best=best)
         return
-    names = ["index", "label", "pred", "prob", *(["topk_index"] if best else [])]
+    names = ["index", "label", "error"]
+    if manifest.has_classes:
+        names += ["pred", "prob", *(["topk_index"] if best else [])]
     table = FORMATS[manifest.output_format].columns(run_dir / part.file, names)
-    pred = _numbers(table["pred"])
+    pred, prob = np.full(table.num_rows, -1), np.full(table.num_rows, np.nan, dtype=np.float32)
+    if manifest.has_classes:
+        pred, prob = _numbers(table["pred"]), table["prob"].fill_null(float("nan")).to_numpy()
     yield RowBlock(
         index=_numbers(table["index"]),
         label=_numbers(table["label"]),
         pred=pred,
-        prob=table["prob"].fill_null(float("nan")).to_numpy(),
+        prob=prob,
+        failed=table["error"].is_valid().to_numpy(),
         best=_best(table["topk_index"].combine_chunks(), pred) if best else None,
     )
 
@@ -200,15 +208,16 @@ def _read_array(
     for first in range(part.first, part.stop, ARRAY_ROWS):
         stop = min(first + ARRAY_ROWS, part.stop)
         index = np.arange(first, stop)
-        logits = np.array(array[first - manifest.start : stop - manifest.start], dtype=np.float32)
+        bad = np.isin(index, failed)
         label = [-1 if samples is None else samples.known_label(i) for i in index.tolist()]
         labels = np.array(label, dtype=np.int64)
-        if manifest.fingerprint["output.fields"] == ["embedding"]:
+        if not manifest.has_classes or manifest.fingerprint["output.fields"] == ["embedding"]:
             # Embeddings name no classes.
             unknown = np.full(len(index), np.nan, dtype=np.float32)
-            yield RowBlock(index=index, label=labels, pred=np.full(len(index), -1), prob=unknown, best=None)
+            nothing = np.full(len(index), -1)
+            yield RowBlock(index=index, label=labels, pred=nothing, prob=unknown, failed=bad, best=None)
             continue
-        bad = np.isin(index, failed)
+        logits = np.array(array[first - manifest.start : stop - manifest.start], dtype=np.float32)
         pred = logits.argmax(axis=1)
         top = logits[np.arange(len(index)), pred]
         reach = min(TOP, logits.shape[1])
@@ -219,5 +228,6 @@ def _read_array(
             label=labels,
             pred=np.where(bad, -1, pred),
             prob=1 / np.exp(logits - top[:, None]).sum(axis=1),
+            failed=bad,
             best=order,
         )

@@ -48,7 +48,7 @@ def samples_shown(
     transform = _transform_of(manifest)
     shown = []
     for row in stats.picked:
-        failed, thumbnail = row.pred < 0, None
+        failed, thumbnail = row.failed, None
         if samples is not None and transform is not None and not failed and time.monotonic() < deadline:
             thumbnail = _thumbnail(samples, transform, row.index)
         shown.append(
@@ -56,7 +56,7 @@ def samples_shown(
                 "name": (samples.path(row.index) if samples is not None else None) or f"sample {row.index}",
                 "thumbnail": thumbnail,
                 "failed": failed,
-                "class_name": classes.name(row.pred),
+                "class_name": classes.name(row.pred) if row.pred >= 0 else None,
                 "prob": row.prob,
                 "label": classes.label_name(row.label) if row.label >= 0 else None,
             }

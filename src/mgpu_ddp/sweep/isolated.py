@@ -21,8 +21,10 @@ from mgpu_ddp.reporting import console
 POLL_S = 0.2
 
 
-def run_isolated(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
+def run_isolated(program: Sequence[str], overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
     """Run the job that Hydra has composed in processes of its own and return its outcome.
+
+    `program` are the arguments of the interpreter that start this program.
 
     The ranks log into SWEEP/logs/<job>; this terminal shows the output of rank 0.
 
@@ -34,7 +36,7 @@ def run_isolated(overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> d
     # In the sweep's folder, because the job may run on another host.
     outcome_file = logs / "outcome.json"
     start = (_torchrun if composed.launcher.kind == "torchrun" else _srun)(composed.launcher, logs)
-    command = [*start, "-m", "mgpu_ddp.infer", *job_words(overrides, composed.runtime.output_dir)]
+    command = [*start, *program, *job_words(overrides, composed.runtime.output_dir)]
     logs.mkdir(parents=True, exist_ok=True)
     outcome_file.unlink(missing_ok=True)
     # stdout is for results, which this process prints.

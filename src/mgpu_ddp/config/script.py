@@ -1,0 +1,48 @@
+"""What a script of the user's brings to its jobs: functions that build its model, transform and dataset."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mgpu_ddp.config.checks import require
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ITSELF = "script"
+"""The option of the groups `model`, `transform` and `data` that stands for what the script brings."""
+THIS_PACKAGE = ("-m", "mgpu_ddp.infer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """Functions of the user's, each None where the configuration says it instead."""
+
+    model: "Callable[[], nn.Module] | None" = None
+    transform: Callable[[], Any] | None = None
+    """Gives `(PIL.Image) -> Tensor (3, H, W)`, or a classification preset of torchvision's."""
+    dataset: Callable[[], Any] | None = None
+    """Gives a map-style Dataset."""
+    outputs: Callable[[Any], Any] | None = None
+    """What forward returned → a Tensor of logits, a dict of Tensors, or a list of dicts of Tensors."""
+    version: str = ""
+    start: tuple[str, ...] = THIS_PACKAGE
+    """Arguments of the interpreter that start the script again, in processes of its own."""
+
+    def with_options(self, argv: Sequence[str]) -> list[str]:
+        """The command line with the options that stand for what the script brings.
+
+        Raises:
+            UsageError: it chooses another option for one of these.
+        """
+        words = list(argv)
+        for group, brought in (("model", self.model), ("transform", self.transform), ("data", self.dataset)):
+            chosen = [word for word in argv if word.lstrip("+").startswith(f"{group}=")]
+            if brought is None:
+                continue
+            for word in chosen:
+                ok = word == f"{group}={ITSELF}"
+                require(ok, group, f"left out where the script brings its {group}", word, "Leave it out.")
+            if not chosen:
+                words.append(f"{group}={ITSELF}")
+        return words

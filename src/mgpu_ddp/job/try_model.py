@@ -1,0 +1,230 @@
+"""Tries a model of which nothing is known: the columns of its outputs, and what may make its forward faster.
+
+On rank 0 alone, with noise or a sample of the dataset, before the run folder is claimed; all ranks hear the result.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from mgpu_ddp.config.resolved import Resolved, Speedups
+from mgpu_ddp.errors import OutOfMemoryError, UsageError, place_in_code
+from mgpu_ddp.inference.outputs import OutputsError
+from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.job.autotune import noise, predict_batches
+from mgpu_ddp.job.context import Setup
+from mgpu_ddp.models.build import name_classes
+from mgpu_ddp.models.fusion import fold_batch_norms
+from mgpu_ddp.models.prepare import copy_of, place
+from mgpu_ddp.output.columns import ColumnType, Ragged, as_json
+from mgpu_ddp.output.rows import Rows
+
+log = logging.getLogger("mgpu_ddp")
+
+BATCH = 2
+"""Images that the columns are found with."""
+CLOSE = 1e-3
+"""Folding may move outputs by so much of their largest value."""
+NOTHING = Speedups(fold=False, graphs=False)
+
+
+def try_model(setup: Setup) -> Setup:
+    """Find the columns, the precision and the speedups. Collective: every rank calls this.
+
+    Raises:
+        UsageError: forward raises, or returns what is no columns.
+    """
+    world, mine = setup.world, dict[str, Any]()
+    with world.together("try the model"):
+        if world.rank == 0:
+            mine = Trials(setup).run()
+    found = world.share("what the model is", mine)
+    types = tuple(ColumnType.read(values) for values in found["types"])
+    model = name_classes(replace(setup.model, num_classes=found["num_classes"]), setup.job.config, world)
+    config = setup.job.config
+    is_scalar = all(not each.shape and not each.ragged for each in types)
+    collect = setup.resolved.collect
+    if model.num_classes is None and config.output.collect == "auto":
+        collect = "gather" if is_scalar and config.output.format != "npy" else "shards"
+    resolved = replace(
+        setup.resolved, precision=found["precision"], speedups=Speedups(**found["speedups"]), collect=collect
+    )
+    log.info("%s: %s, %s; returns %s", model.origin, resolved.precision, resolved.speedups, ", ".join(map(str, types)))
+    predictors = replace(setup.predictors, model=model)
+    return replace(setup, model=model, predictors=predictors, types=types, resolved=resolved)
+
+
+class Trials:
+    """Runs copies of the module in one way after the other. Rank 0 only."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._config, self._device = setup, setup.job.config, setup.world.device
+        self._batch = noise(setup.resolved.transform, BATCH, self._device)
+        self._num_classes: int | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Everything that is found, as JSON values."""
+        # 1) As it is, which tells the columns.
+        plain = replace(self._setup.resolved, speedups=NOTHING, precision="fp32")
+        try:
+            reference = self._rows(plain, outputs_only=True)
+        except (OutOfMemoryError, UsageError):
+            raise
+        except OutputsError as error:
+            raise UsageError(f"model: {error}. Return one of these, from forward or from outputs=.") from None
+        except Exception as error:
+            shape = tuple(self._batch.pixels.shape)
+            why = place_in_code(error)
+            raise UsageError(f"model: forward raised {why} for a batch of {shape}. Fix it and start again.") from error
+        types = [ColumnType.of(name, column) for name, column in reference.columns.items()]
+        self._check_columns(types)
+        # 2) With what makes it faster, as far as it still says the same.
+        speedups = self._traced(plain, reference)
+        precision = self._setup.resolved.precision
+        if precision not in ("fp32", "tf32"):
+            precision, speedups = self._halved(precision, speedups, reference, is_ragged=any(t.ragged for t in types))
+        final = replace(plain, precision=precision, speedups=speedups)
+        types = [ColumnType.of(name, column) for name, column in self._rows(final).columns.items()]
+        return {
+            "types": as_json(types),
+            "num_classes": self._num_classes,
+            "precision": precision,
+            "speedups": asdict(speedups),
+        }
+
+    def _rows(self, resolved: Resolved, *, outputs_only: bool = False) -> Rows:
+        """Predict the batch with a copy of the module; `outputs_only` leaves out what the head must be known for."""
+        model = self._setup.model
+        module = place(copy_of(model.module.eval().requires_grad_(False)), self._config, resolved, self._device, None)
+        config = self._config
+        if outputs_only:
+            config = replace(config, output=replace(config.output, fields=["logits"]))
+        predictor = Predictor(
+            module, config, resolved, self._device, num_classes=self._num_classes, outputs=model.outputs
+        )
+        (rows,) = predict_batches([self._batch], predictor, self._setup.world)
+        return rows
+
+    def _check_columns(self, types: Sequence[ColumnType]) -> None:
+        names = [each.name for each in types]
+        output = self._config.output
+        if names[:2] == ["pred", "prob"]:
+            self._num_classes = types[-1].shape[0]
+            return
+        if output.fields != ["topk"]:
+            raise UsageError(
+                f"output.fields must be left out where the model returns columns of its own, got {output.fields!r}."
+                " Leave it out."
+            )
+        carried = getattr(self._setup.files, "kind", None)
+        for name in names:
+            if carried is not None and name in carried.carried:
+                raise UsageError(f"the dataset carries {name!r}, which the model returns as well. Rename one of them.")
+        if output.format == "npy" and (len(types) > 1 or types[0].ragged or not types[0].dtype.startswith("float")):
+            raise UsageError(
+                "output.format=npy must have one Tensor of floats of fixed shape, got"
+                f" {', '.join(map(str, types))}. Choose parquet, or return one of them."
+            )
+
+    def _traced(self, plain: Resolved, reference: Rows) -> Speedups:
+        """Fold and fuse what can be traced, if that says the same as before."""
+        module = copy_of(self._setup.model.module.eval())
+        is_copied = module is not self._setup.model.module
+        if not (self._config.runtime.fold and is_copied and isinstance(fold_batch_norms(module), fx.GraphModule)):
+            return NOTHING
+        folded = replace(plain, speedups=Speedups(fold=True, graphs=True))
+        try:
+            found = self._rows(folded, outputs_only=True)
+        except Exception as error:
+            log.info("the model is not folded: %s", place_in_code(error))
+            return NOTHING
+        if not _close(found, reference):
+            log.info("the model is not folded: its outputs would differ")
+            return NOTHING
+        return Speedups(fold=True, fuse=True, graphs=True)
+
+    def _halved(self, precision: str, speedups: Speedups, reference: Rows, *, is_ragged: bool) -> tuple[str, Speedups]:
+        """Half precision: of the weights where forward takes that, else by autocast, else none."""
+        casts = speedups, replace(speedups, autocast=True, fuse=False, graphs=False)
+        why = ""
+        # Coordinates need more digits than half precision has; autocast keeps what is computed from them in fp32.
+        for ways in casts[is_ragged:]:
+            try:
+                found = self._rows(replace(self._setup.resolved, precision=precision, speedups=ways))
+            except Exception as error:
+                why = why or place_in_code(error)
+                continue
+            if _finite_rows(found) >= _finite_rows(reference):
+                return precision, ways
+            why = why or "outputs are not finite"
+        if self._config.runtime.precision != "auto":
+            raise UsageError(f"runtime.precision must be fp32 for this model, got {precision!r} ({why}). Leave it out.")
+        log.warning("the model runs in fp32, because in %s it does not: %s", precision, why)
+        return "fp32", replace(speedups, fuse=False)
+
+
+def _finite_rows(rows: Rows) -> int:
+    return len(rows) - len(rows.errors)
+
+
+def _values(rows: Rows) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name, column in rows.columns.items():
+        columns[name] = column.values if isinstance(column, Ragged) else column
+        columns[f"{name}, entries"] = column.lengths if isinstance(column, Ragged) else len(column)
+    return columns
+
+
+def _close(rows: Rows, reference: Rows) -> bool:
+    """Compare outputs; whole numbers, such as classes that are nearly as likely, may differ."""
+    found, expected = _values(rows), _values(reference)
+    if found.keys() != expected.keys():
+        return False
+    for name, value in expected.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            continue
+        if found[name].shape != value.shape:
+            return False
+        largest = np.abs(value[np.isfinite(value)]).max(initial=1e-6)
+        if not np.allclose(found[name], value, rtol=CLOSE, atol=CLOSE * largest, equal_nan=True):
+            return False
+    return True
+
+
+def check_neighbours(setup: Setup) -> Setup:
+    """Find out whether a row keeps its bits whatever stands beside it in a batch. Collective: every rank calls this.
+
+    Where it does not only with fused activations, these are left out.
+    """
+    setup, bitwise = _with_neighbours(setup)
+    if not bitwise and setup.resolved.speedups.fuse and setup.job.config.runtime.deterministic:
+        ways = replace(setup.resolved.speedups, fuse=False)
+        setup, bitwise = _with_neighbours(replace(setup, resolved=replace(setup.resolved, speedups=ways)))
+    if not bitwise:
+        log.warning("rows of this model depend on their batch: another number of ranks may change their last bits")
+    return replace(setup, bitwise=bitwise)
+
+
+def _with_neighbours(setup: Setup) -> tuple[Setup, bool]:
+    predictor, world, size = setup.predictors.get(setup.resolved), setup.world, setup.resolved.batch_size
+    kept = True
+    with world.together("try the model with other neighbours"):
+        if world.rank == 0:
+            batch = noise(setup.resolved.transform, size, world.device)
+            other = replace(batch, pixels=batch.pixels.clone())
+            half = -(-size // 2)
+            other.pixels[half:] = 0
+            first, second = predict_batches([batch, other], predictor, world)
+            mine, others = (rows.take(np.arange(half)) for rows in (first, second))
+            kept = all(_same_bits(mine.columns[name], others.columns[name]) for name in mine.columns)
+    return setup, bool(world.share("rows keep their bits", kept))
+
+
+def _same_bits(mine: Any, other: Any) -> bool:
+    if isinstance(mine, Ragged):
+        return bool(np.array_equal(mine.lengths, other.lengths)) and _same_bits(mine.values, other.values)
+    return bool(mine.shape == other.shape and mine.tobytes() == other.tobytes())

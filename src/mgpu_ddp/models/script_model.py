@@ -1,0 +1,51 @@
+"""The module that the user's script builds."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgpu_ddp.config.script import Script
+from mgpu_ddp.errors import UsageError, place_in_code
+from mgpu_ddp.models.model import Model
+
+
+def build_script_model(script: Script, seed: int) -> Model:
+    """Call the script's function.
+
+    Raises:
+        UsageError: it raises, or returns no module.
+    """
+    if script.model is None:
+        raise UsageError(
+            "model must be one that is built here, got 'script'. Pass model= to mgpu_ddp.main in a script."
+        )
+    torch.manual_seed(seed)
+    try:
+        module = script.model()
+    except Exception as error:
+        raise UsageError(f"model: the function raised {place_in_code(error)}. Fix it and start again.") from error
+    if inspect.isclass(module) or not isinstance(module, nn.Module):
+        raise UsageError(
+            f"model must be a function that returns an nn.Module, got {module!r:.100} from it. Return one."
+        )
+    return Model(
+        module=module,
+        num_classes=None,
+        identity={
+            "model.name": f"script/{name_of(type(module))}",
+            "model.outputs": name_of(script.outputs) if script.outputs is not None else None,
+            "model.version": script.version,
+        },
+        origin=f"{name_of(type(module))} of the script",
+        class_names=None,
+        preset=None,
+        outputs=script.outputs,
+        is_tried=True,
+    )
+
+
+def name_of(thing: Any) -> str:
+    """A class or function by its qualified name."""
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -1,10 +1,12 @@
 """The error tree, sorted by whose fault an error is; each class knows the exit code it leaves with."""
 
+import sysconfig
 import traceback
 from enum import IntEnum
 from pathlib import Path
 
-PACKAGE = str(Path(__file__).parent)
+NOT_THE_USERS = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen")
+"""In the file names of code that is not the user's own."""
 
 
 class Exit(IntEnum):
@@ -100,6 +102,6 @@ def reason_of(error: BaseException) -> str:
 def place_in_code(error: BaseException) -> str:
     """Name an error that code of the user's raised, with the line of theirs that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and PACKAGE not in frame.filename]
+    own = [frame for frame in frames if not any(place in frame.filename for place in NOT_THE_USERS)]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}{where}"

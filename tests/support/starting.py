@@ -6,6 +6,7 @@ take `ranks`, or `launched`, which is torchrun itself in a fork.
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -77,6 +78,12 @@ def ranks(size: int, *settings: str) -> Forks:
     return Forks(function=infer, arguments=settings, environs=[{}] if size == 1 else places_in_world(size))
 
 
+def script_ranks(size: int, script: Path, *settings: str, **environ: str) -> Forks:
+    """The ranks of torchrun with a script of the user's, without a launcher."""
+    environs = [{}] if size == 1 else places_in_world(size)
+    return Forks(function=be_script, arguments=(str(script), *settings), environs=[e | environ for e in environs])
+
+
 def launched(processes: int, *settings: str, options: tuple[str, ...] = ("--standalone",)) -> Forks:
     """`torchrun(processes, ...)` in a forked process; its ranks are started as it always does."""
     return Forks(function=_torchrun, arguments=tuple(torchrun(processes, *settings, options=options)), environs=[{}])
@@ -138,6 +145,12 @@ def infer(*settings: str) -> None:
 
     sys.argv = [module.__file__, *settings]
     cli.main(module.infer, Script())
+
+
+def be_script(*words: str) -> None:
+    """Be `python SCRIPT ...`."""
+    sys.argv = [*words]
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _mgpu_infer(*settings: str) -> None:

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
 
 ITSELF = "script"
 """The option of the groups `model`, `transform` and `data` that stands for what the script brings."""
+KEPT = ("model.class_names",)
+"""Keys of these groups that say something of what the script brings."""
 THIS_PACKAGE = ("-m", "mgpu_ddp.infer")
+
+
+def name_of(thing: Any) -> str:
+    """A class or function by its qualified name; an object by its own description, where that tells it from others."""
+    if hasattr(thing, "__qualname__"):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    described = " ".join(repr(thing).split())
+    return f"{type(thing).__module__}.{type(thing).__qualname__}" if " at 0x" in described else described
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +47,12 @@ class Script:
         """
         words = list(argv)
         for group, brought in (("model", self.model), ("transform", self.transform), ("data", self.dataset)):
-            chosen = [word for word in argv if word.lstrip("+").startswith(f"{group}=")]
             if brought is None:
                 continue
-            for word in chosen:
-                ok = word == f"{group}={ITSELF}"
-                require(ok, group, f"left out where the script brings its {group}", word, "Leave it out.")
-            if not chosen:
+            for word in argv:
+                key = word.lstrip("+").partition("=")[0]
+                is_groups = key.partition(".")[0] == group and word != f"{group}={ITSELF}" and key not in KEPT
+                require(not is_groups, key, f"left out where the script brings its {group}", word, "Leave it out.")
+            if f"{group}={ITSELF}" not in argv:
                 words.append(f"{group}={ITSELF}")
         return words

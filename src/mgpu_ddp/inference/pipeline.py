@@ -165,7 +165,7 @@ def _told_with(batch: Batch, world: World) -> Iterator[None]:
         yield
     except OutputsError as error:
         rows = f"rows {batch.index[0]} to {batch.index[-1]}"
-        raise OutputsError(f"{error} (batch of {rows}, rank {world.rank} of {world.size})") from None
+        raise OutputsError(f"{error} (batch of {rows}, rank {world.rank} of {world.size})") from error
 
 
 def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:

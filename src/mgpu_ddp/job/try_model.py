@@ -22,6 +22,7 @@ from mgpu_ddp.models.fusion import fold_batch_norms
 from mgpu_ddp.models.prepare import copy_of, place
 from mgpu_ddp.output.columns import ColumnType, Ragged, as_json
 from mgpu_ddp.output.rows import Rows
+from mgpu_ddp.preprocess.transform import Transform
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -75,9 +76,12 @@ class Trials:
         except (OutOfMemoryError, UsageError):
             raise
         except OutputsError as error:
-            raise UsageError(f"model: {error}. Return one of these, from forward or from outputs=.") from None
+            # Without the batch and the rank.
+            raise UsageError(f"model: {error.__cause__}. Return one of these, from forward or from outputs=.") from None
         except Exception as error:
-            shape = tuple(self._batch.pixels.shape)
+            transform = self._setup.resolved.transform
+            size = (3, *transform.out_size) if isinstance(transform, Transform) else transform.shape
+            shape = (BATCH, *size)
             why = place_in_code(error)
             raise UsageError(f"model: forward raised {why} for a batch of {shape}. Fix it and start again.") from error
         types = [ColumnType.of(name, column) for name, column in reference.columns.items()]

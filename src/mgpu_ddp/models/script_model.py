@@ -1,12 +1,11 @@
 """The module that the user's script builds."""
 
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
 
-from mgpu_ddp.config.script import Script
+from mgpu_ddp.config.script import Script, name_of
 from mgpu_ddp.errors import UsageError, place_in_code
 from mgpu_ddp.models.model import Model
 
@@ -44,8 +43,3 @@ def build_script_model(script: Script, seed: int) -> Model:
         outputs=script.outputs,
         is_tried=True,
     )
-
-
-def name_of(thing: Any) -> str:
-    """A class or function by its qualified name."""
-    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.script import ITSELF, Script
+from mgpu_ddp.config.script import ITSELF, Script, name_of
 from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import UsageError, place_in_code
 from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, from_weights
@@ -42,7 +42,7 @@ def script_transform(script: Script, dataset: ScriptDataset | None, wanted: str)
         return from_weights(found, found.crop_size[0])
     rule = "a function that returns a transform: a function of an image, or a torchvision preset"
     require(callable(found), "transform", rule, type(found).__name__, "Return one.")
-    return TensorInput(shape=shape_of(found), function=found)
+    return TensorInput(shape=shape_of(found), function=found, name=name_of(found))
 
 
 def shape_of(transform: Callable[[Image.Image], Any]) -> tuple[int, ...]:
@@ -61,6 +61,7 @@ def shape_of(transform: Callable[[Image.Image], Any]) -> tuple[int, ...]:
             raise UsageError(f"transform raised {why} for an image of {pixels}. Fix it and start again.") from error
         is_input = isinstance(made, torch.Tensor) and made.is_floating_point() and made.dim() == 3
         found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
+        found = found.removeprefix("torch.")
         remedy = "End it with ToTensor(), or v2.ToImage() and v2.ToDtype(torch.float32, scale=True)."
         require(is_input, "transform", "a function that returns a float Tensor (3, H, W)", found, remedy)
         shapes.append(tuple(made.shape))

@@ -137,10 +137,11 @@ class Transform:
 class TensorInput:
     """Model input that the loader's workers make: by a function of the user's, or as a dataset yields it.
 
-    `shape` is that of one sample, float32.
+    `shape` is that of one sample, float32. `name` tells one function from another in the manifest.
     """
 
     shape: tuple[int, ...]
+    name: str | None = None
     function: Callable[[Image.Image], torch.Tensor] | None = None
     """An upright RGB image → float Tensor (3, height, width)."""
     example: Pixels | None = field(default=None, compare=False, repr=False)
@@ -180,8 +181,7 @@ class TensorInput:
         return False
 
     def described(self) -> dict[str, Any]:
-        name = f"{self.function.__module__}.{self.function.__qualname__}" if self.function else None
-        return {"name": "script", "function": name, "shape": list(self.shape)}
+        return {"name": "script", "function": self.name, "shape": list(self.shape)}
 
     def normalise(self, tensors: torch.Tensor, *, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
         """Bring float32 (n, ...) to the model's dtype and layout, on its device."""

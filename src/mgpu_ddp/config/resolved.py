@@ -18,8 +18,12 @@ class Speedups:
     graphs: bool = True
     """Small batches may replay a CUDA graph: forward does the same for any data."""
 
+    streams: int = 1
+    """So many batches run side by side on a GPU: one whose forward waits for the GPU now and then leaves it idle."""
+
     def __str__(self) -> str:
         applied = [name for name in ("fold", "fuse", "autocast", "graphs") if getattr(self, name)]
+        applied += [f"{self.streams} streams"] if self.streams > 1 else []
         return ", ".join(applied) or "nothing"
 
 

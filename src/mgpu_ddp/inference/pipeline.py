@@ -1,9 +1,10 @@
 """Batches → rows of this rank, with several batches at work at once. Knows nothing of other ranks."""
 
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ STAGED = 4
 """Groups of batches whose input is made on a GPU while the model runs the batch before."""
 
 
-def in_flight(world: World) -> int:
+def in_flight(world: World, streams: int = 1) -> int:
     """How many batches the device has before the first one's result is awaited, so that it never runs dry."""
-    return 2 if world.device.type == "cuda" else world.share_of_cpus + 1
+    return streams + 1 if world.device.type == "cuda" else world.share_of_cpus + 1
 
 
 def held_batches(resolved: Resolved, world: World) -> int:
@@ -32,7 +33,7 @@ def held_batches(resolved: Resolved, world: World) -> int:
     if world.device.type != "cuda":
         return in_flight(world) + 1
     group = 1 if resolved.decode == "cpu" else group_of(resolved.batch_size)
-    return in_flight(world) + (STAGED + 1) * group + 1
+    return in_flight(world, resolved.speedups.streams) + (STAGED + 1) * group + 1
 
 
 def predict(
@@ -68,18 +69,20 @@ class GpuPipeline:
                    wait_s           input_s            predict_s    the clock that runs
                            STAGED groups      `depth`               the most batches between two stages
 
-    All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`, the model
-    runs on the current stream.
+    All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`. The model
+    runs on the current stream, or, where its forward waits for the GPU, in threads with a stream each.
     """
 
     def __init__(self, predictor: Predictor, inputs: GpuInput, clock: Clock, world: World) -> None:
-        self._predictor, self._clock, self._world, self._depth = predictor, clock, world, in_flight(world)
+        self._predictor, self._clock, self._world = predictor, clock, world
+        self._depth = in_flight(world, predictor.streams)
         self._staging = Staging(inputs)
         self._staged: deque[tuple[Batch, Future[Ready]]] = deque()
-        self._flying: deque[tuple[Batch, Ready, Flight]] = deque()
+        self._flying: deque[tuple[Batch, Ready, Flight | Future[Flight]]] = deque()
+        self._threads = ThreadPoolExecutor(predictor.streams) if predictor.streams > 1 else None
 
     def run(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, Columns]]:
-        with closing(self._staging):
+        with self._threads or nullcontext(), closing(self._staging):
             for batch in self._clock.waiting_for(batches):
                 self.stage(batch)
                 group = 1 if batch.jpegs is None else group_of(len(batch.pixels))
@@ -105,31 +108,55 @@ class GpuPipeline:
             ready = self._staging.wait(future)
         self._clock.decode_s += ready.decode_s
         with self._clock.measuring("predict_s"), _told_with(batch, self._world):
-            self._flying.append((batch, ready, Flight(self._predictor, ready.on_current_stream())))
+            if self._threads is None:
+                self._flying.append((batch, ready, Flight(self._predictor, ready)))
+            else:
+                self._flying.append((batch, ready, self._threads.submit(self._fly, ready)))
+
+    def _fly(self, ready: Ready) -> "Flight":
+        with torch.cuda.device(self._world.device), torch.cuda.stream(stream_of_thread()):
+            flight = Flight(self._predictor, ready)
+            flight.wait()
+        return flight
 
     def land(self) -> tuple[Batch, Columns]:
         """Wait for the results of the oldest batch in flight."""
         # Its input is kept until now: memory given back earlier could not be used again before the model is done.
         batch, _, flight = self._flying.popleft()
-        with self._clock.measuring("predict_s"):
-            columns, busy_s = flight.land()
+        with self._clock.measuring("predict_s"), _told_with(batch, self._world):
+            columns, busy_s = (flight if isinstance(flight, Flight) else flight.result()).land()
         self._clock.gpu_s += busy_s
         return batch, columns
+
+
+_of_thread = threading.local()
+
+
+def stream_of_thread() -> torch.cuda.Stream:
+    """A stream of the current device that this thread has for itself."""
+    if not hasattr(_of_thread, "stream"):
+        _of_thread.stream = torch.cuda.Stream()
+    stream: torch.cuda.Stream = _of_thread.stream
+    return stream
 
 
 class Flight:
     """A batch on its way through the model and back to the host."""
 
-    def __init__(self, predictor: Predictor, images: torch.Tensor) -> None:
+    def __init__(self, predictor: Predictor, ready: Ready) -> None:
+        images = ready.on_current_stream()
         # Blocking: waiting would otherwise take a core from the loader's workers.
         self._began, self._ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._began.record()
         self._columns = {name: c.to("cpu", non_blocking=True) for name, c in predictor(images).items()}
         self._ended.record()
 
+    def wait(self) -> None:
+        self._ended.synchronize()
+
     def land(self) -> tuple[Columns, float]:
         """Wait for the results: on the host, with the seconds that the GPU spent on them."""
-        self._ended.synchronize()
+        self.wait()
         return self._columns, self._began.elapsed_time(self._ended) / 1e3
 
 

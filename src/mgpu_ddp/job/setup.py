@@ -99,7 +99,7 @@ def _measured(setup: Setup) -> Setup:
 
 def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
     """Make the predictor and start the clock. Collective: every rank calls this."""
-    kept = setup.predictors.kept
+    kept, streams = setup.predictors.kept, setup.resolved.speedups.streams
     predictor = setup.predictors.get(setup.resolved, keep_model=setup.job.in_sweep)
     return JobContext(
         job=setup.job,
@@ -110,7 +110,7 @@ def begin(setup: Setup, claim: Claim, stop: StopWish) -> JobContext:
         folder=setup.folder,
         claim=claim,
         predictor=predictor,
-        clock=Clock(warm_up=in_flight(setup.world), began=kept.began, reused=tuple(kept.reused)),
+        clock=Clock(warm_up=in_flight(setup.world, streams), began=kept.began, reused=tuple(kept.reused)),
         types=setup.types,
         bitwise=setup.bitwise,
     )

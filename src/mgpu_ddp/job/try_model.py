@@ -4,11 +4,12 @@ On rank 0 alone, with noise or a sample of the dataset, before the run folder is
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from mgpu_ddp.config.resolved import Resolved, Speedups
@@ -28,9 +29,14 @@ log = logging.getLogger("mgpu_ddp")
 
 BATCH = 2
 """Images that the columns are found with."""
-CLOSE = 1e-3
-"""Folding may move outputs by so much of their largest value."""
+FULL, HALF = 1e-3, 5e-2
+"""Folding, and half precision, may move outputs by so much of their largest value."""
+IN_FULL = ("fp32", "tf32")
 NOTHING = Speedups(fold=False, graphs=False)
+STREAMS = 3
+"""Of a model with control flow that depends on data, which waits for the GPU."""
+SHARE_OF_MEMORY = 0.6
+"""Batches side by side may take so much of the GPU's memory."""
 
 
 def try_model(setup: Setup) -> Setup:
@@ -70,9 +76,22 @@ class Trials:
     def run(self) -> dict[str, Any]:
         """Everything that is found, as JSON values."""
         # 1) As it is, which tells the columns.
+        reference = self._reference()
+        types = [ColumnType.of(name, column) for name, column in reference.columns.items()]
+        self._check_columns(types)
+        # 2) The fastest way in which it still says the same.
+        precision, speedups, rows = self._fastest(reference, is_ragged=any(each.ragged for each in types))
+        return {
+            "types": as_json([ColumnType.of(name, column) for name, column in rows.columns.items()]),
+            "num_classes": self._num_classes,
+            "precision": precision,
+            "speedups": asdict(speedups),
+        }
+
+    def _reference(self) -> Rows:
         plain = replace(self._setup.resolved, speedups=NOTHING, precision="fp32")
         try:
-            reference = self._rows(plain, outputs_only=True)
+            return self._rows(plain, outputs_only=True)
         except (OutOfMemoryError, UsageError):
             raise
         except OutputsError as error:
@@ -81,24 +100,58 @@ class Trials:
         except Exception as error:
             transform = self._setup.resolved.transform
             size = (3, *transform.out_size) if isinstance(transform, Transform) else transform.shape
-            shape = (BATCH, *size)
             why = place_in_code(error)
-            raise UsageError(f"model: forward raised {why} for a batch of {shape}. Fix it and start again.") from error
-        types = [ColumnType.of(name, column) for name, column in reference.columns.items()]
-        self._check_columns(types)
-        # 2) With what makes it faster, as far as it still says the same.
-        speedups = self._traced(plain, reference)
+            raise UsageError(
+                f"model: forward raised {why} for a batch of {(BATCH, *size)}. Fix it and start again."
+            ) from error
+
+    def _fastest(self, reference: Rows, *, is_ragged: bool) -> tuple[str, Speedups, Rows]:
+        """The first way in which the outputs stay what they are: precision, speedups and the rows."""
+        wanted, why = self._setup.resolved.precision, ""
+        for precision, speedups in self._ways(is_ragged=is_ragged):
+            try:
+                rows = self._rows(replace(self._setup.resolved, precision=precision, speedups=speedups))
+            except OutOfMemoryError:
+                raise
+            except Exception as error:
+                why = why or place_in_code(error)
+                continue
+            is_plain = precision in IN_FULL and speedups == NOTHING
+            if is_plain or self._says_the_same(rows, reference, FULL if precision in IN_FULL else HALF):
+                if precision != wanted:
+                    log.warning("the model runs in %s, because in %s it does not: %s", precision, wanted, why)
+                return precision, speedups, rows
+            why = why or "its outputs would be others"
+        raise UsageError(f"runtime.precision must be fp32 for this model, got {wanted!r} ({why}). Leave it out.")
+
+    def _ways(self, *, is_ragged: bool) -> Iterator[tuple[str, Speedups]]:
         precision = self._setup.resolved.precision
-        if precision not in ("fp32", "tf32"):
-            precision, speedups = self._halved(precision, speedups, reference, is_ragged=any(t.ragged for t in types))
-        final = replace(plain, precision=precision, speedups=speedups)
-        types = [ColumnType.of(name, column) for name, column in self._rows(final).columns.items()]
-        return {
-            "types": as_json(types),
-            "num_classes": self._num_classes,
-            "precision": precision,
-            "speedups": asdict(speedups),
-        }
+        module = copy_of(self._setup.model.module.eval())
+        is_copied = module is not self._setup.model.module
+        if self._config.runtime.fold and is_copied and isinstance(fold_batch_norms(module), fx.GraphModule):
+            yield precision, Speedups(fold=True, fuse=True)
+        # Coordinates need more digits than half precision has: autocast keeps what is computed from them in fp32.
+        if precision in IN_FULL or (is_copied and not is_ragged):
+            yield precision, NOTHING
+        if precision not in IN_FULL:
+            yield precision, replace(NOTHING, autocast=True)
+            if self._config.runtime.precision == "auto":
+                yield "fp32", NOTHING
+
+    def _says_the_same(self, rows: Rows, reference: Rows, tolerance: float) -> bool:
+        """Compare outputs; whole numbers (of classes that are nearly as likely) and numbers of boxes may differ."""
+        if len(rows.errors) > len(reference.errors):
+            return False
+        for name, value in reference.columns.items():
+            found = rows.columns.get(name)
+            if found is None or isinstance(found, Ragged) or isinstance(value, Ragged) or value.dtype.kind != "f":
+                continue
+            largest = np.abs(value[np.isfinite(value)]).max(initial=1e-6)
+            if found.shape != value.shape or not np.allclose(
+                found, value, rtol=0, atol=tolerance * largest, equal_nan=True
+            ):
+                return False
+        return True
 
     def _rows(self, resolved: Resolved, *, outputs_only: bool = False) -> Rows:
         """Predict the batch with a copy of the module; `outputs_only` leaves out what the head must be known for."""
@@ -134,80 +187,21 @@ class Trials:
                 f" {', '.join(map(str, types))}. Choose parquet, or return one of them."
             )
 
-    def _traced(self, plain: Resolved, reference: Rows) -> Speedups:
-        """Fold and fuse what can be traced, if that says the same as before."""
-        module = copy_of(self._setup.model.module.eval())
-        is_copied = module is not self._setup.model.module
-        if not (self._config.runtime.fold and is_copied and isinstance(fold_batch_norms(module), fx.GraphModule)):
-            return NOTHING
-        folded = replace(plain, speedups=Speedups(fold=True, graphs=True))
-        try:
-            found = self._rows(folded, outputs_only=True)
-        except Exception as error:
-            log.info("the model is not folded: %s", place_in_code(error))
-            return NOTHING
-        if not _close(found, reference):
-            log.info("the model is not folded: its outputs would differ")
-            return NOTHING
-        return Speedups(fold=True, fuse=True, graphs=True)
-
-    def _halved(self, precision: str, speedups: Speedups, reference: Rows, *, is_ragged: bool) -> tuple[str, Speedups]:
-        """Half precision: of the weights where forward takes that, else by autocast, else none."""
-        casts = speedups, replace(speedups, autocast=True, fuse=False, graphs=False)
-        why = ""
-        # Coordinates need more digits than half precision has; autocast keeps what is computed from them in fp32.
-        for ways in casts[is_ragged:]:
-            try:
-                found = self._rows(replace(self._setup.resolved, precision=precision, speedups=ways))
-            except Exception as error:
-                why = why or place_in_code(error)
-                continue
-            if _finite_rows(found) >= _finite_rows(reference):
-                return precision, ways
-            why = why or "outputs are not finite"
-        if self._config.runtime.precision != "auto":
-            raise UsageError(f"runtime.precision must be fp32 for this model, got {precision!r} ({why}). Leave it out.")
-        log.warning("the model runs in fp32, because in %s it does not: %s", precision, why)
-        return "fp32", replace(speedups, fuse=False)
-
-
-def _finite_rows(rows: Rows) -> int:
-    return len(rows) - len(rows.errors)
-
-
-def _values(rows: Rows) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, column in rows.columns.items():
-        columns[name] = column.values if isinstance(column, Ragged) else column
-        columns[f"{name}, entries"] = column.lengths if isinstance(column, Ragged) else len(column)
-    return columns
-
-
-def _close(rows: Rows, reference: Rows) -> bool:
-    """Compare outputs; whole numbers, such as classes that are nearly as likely, may differ."""
-    found, expected = _values(rows), _values(reference)
-    if found.keys() != expected.keys():
-        return False
-    for name, value in expected.items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            continue
-        if found[name].shape != value.shape:
-            return False
-        largest = np.abs(value[np.isfinite(value)]).max(initial=1e-6)
-        if not np.allclose(found[name], value, rtol=CLOSE, atol=CLOSE * largest, equal_nan=True):
-            return False
-    return True
-
 
 def check_neighbours(setup: Setup) -> Setup:
     """Find out whether a row keeps its bits whatever stands beside it in a batch. Collective: every rank calls this.
 
     Where it does not only with fused activations, these are left out.
     """
+    if setup.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.world.device)
     setup, bitwise = _with_neighbours(setup)
     if not bitwise and setup.resolved.speedups.fuse and setup.job.config.runtime.deterministic:
         ways = replace(setup.resolved.speedups, fuse=False)
         setup, bitwise = _with_neighbours(replace(setup, resolved=replace(setup.resolved, speedups=ways)))
+    if not setup.resolved.speedups.graphs:
+        ways = replace(setup.resolved.speedups, streams=_streams(setup))
+        setup = replace(setup, resolved=replace(setup.resolved, speedups=ways))
     if not bitwise:
         log.warning("rows of this model depend on their batch: another number of ranks may change their last bits")
     return replace(setup, bitwise=bitwise)
@@ -226,6 +220,17 @@ def _with_neighbours(setup: Setup) -> tuple[Setup, bool]:
             mine, others = (rows.take(np.arange(half)) for rows in (first, second))
             kept = all(_same_bits(mine.columns[name], others.columns[name]) for name in mine.columns)
     return setup, bool(world.share("rows keep their bits", kept))
+
+
+def _streams(setup: Setup) -> int:
+    """How many batches may run side by side, by the memory that one of them has taken. Collective."""
+    world, number = setup.world, 1
+    waits = world.device.type == "cuda" and setup.job.config.strategy == "ddp" and setup.resolved.compile != "on"
+    if waits and world.rank == 0:
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        room = int(SHARE_OF_MEMORY * total // max(1, torch.cuda.max_memory_allocated(world.device)))
+        number = max(1, min(STREAMS, room))
+    return int(world.share("streams", number))
 
 
 def _same_bits(mine: Any, other: Any) -> bool:

@@ -64,7 +64,8 @@ class RankMetrics:
     """Inside the GPU's JPEG decoder, in the threads that make model input."""
     predict_s: float
     gpu_busy_share: float | None
-    """The share of the loop's time in which the GPU ran the model or copied its results. None on the CPU."""
+    """The share of the loop's time in which the GPU ran the model or copied its results; 1 where several batches did so
+    side by side. None on the CPU."""
     peers_s: float
     """Waiting for the windows of all ranks."""
     gather_s: float
@@ -101,7 +102,7 @@ def measure(world: World, clock: Clock) -> RankMetrics:
         "steady_s": steady_s,
         "startup_s": clock.first_at - clock.began if clock.rows else wall_s,
         "wall_s": wall_s,
-        "gpu_busy_share": clock.gpu_s / loop_s if on_gpu and clock.rows else None,
+        "gpu_busy_share": min(1.0, clock.gpu_s / loop_s) if on_gpu and clock.rows else None,
         "host": os.uname().nodename,
         "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
         "pace": [[round(at_s, 3), rows] for at_s, rows in pace],

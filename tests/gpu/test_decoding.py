@@ -39,6 +39,7 @@ from mgpu_ddp.errors import HangError
 from mgpu_ddp.inference import gpu_input
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.gpu_input import GpuInput, Staging, decoder_of
+from mgpu_ddp.inference.outputs import SPLIT
 from mgpu_ddp.inference.pipeline import held_batches, predict
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.loader.batch import Batch
@@ -230,7 +231,7 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
     predictor = Predictor(module, config, resolved(transform=imagenet(224)), world.device)
     images = torch.randn(128, 3, 224, 224, device=world.device).contiguous(memory_format=torch.channels_last)
     whole = predictor(images)
-    assert "split" not in whole
+    assert SPLIT not in whole
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(world.device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (600 << 20)) / total)
@@ -238,5 +239,5 @@ def test_a_batch_that_does_not_fit_on_the_gpu_is_split(world: World) -> None:
         split = predictor(images)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert split["split"].all()
+    assert split[SPLIT].all()
     assert torch.allclose(split["topk_prob"], whole["topk_prob"], atol=1e-5)

@@ -11,6 +11,7 @@ from mgpu_ddp.config.schema import Config, FakeConfig, ModelConfig, OutputConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError
 from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.outputs import FINITE
 from mgpu_ddp.inference.pipeline import predict
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
@@ -96,4 +97,4 @@ def test_outputs_that_are_no_numbers_become_error_rows(world: World, poison: flo
     assert len(sick) == 1
     assert rows.errors == {1: "broken", sick[0]: NONFINITE}
     assert (clock.errors, clock.nonfinite) == (2, 1)
-    assert "finite" not in rows.columns
+    assert FINITE not in rows.columns

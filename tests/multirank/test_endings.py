@@ -58,8 +58,17 @@ def weights_shared(world: World) -> dict[str, Any]:
 
 def other_weights_on_rank_1(world: World) -> str:
     """Share a module that is wider on one rank."""
+    return refused(nn.Linear(3, 4 + (world.rank == 1)), world)
+
+
+def other_layers_on_rank_1(world: World) -> str:
+    """Share a module whose weights are alike on all ranks, but not what it computes."""
+    return refused(nn.Sequential(nn.Linear(3, 4), [nn.ReLU, nn.GELU][world.rank == 1]()), world)
+
+
+def refused(module: nn.Module, world: World) -> str:
     try:
-        share_weights(nn.Linear(3, 4 + (world.rank == 1)).requires_grad_(False), world)
+        share_weights(module.requires_grad_(False), world)
     except UsageError as error:
         return str(error)
     return "nothing"
@@ -183,6 +192,7 @@ def jobs(root: Path, bad: Path) -> list[Case]:
     return [
         Case(name="weights", call=weights_shared),
         Case(name="other-weights", call=other_weights_on_rank_1),
+        Case(name="other-layers", call=other_layers_on_rank_1),
         Case(name="block", call=fails_on_rank_1),
         Case(name="topics", call=at_different_topics),
         Case(name="sweep", call=sweep_with_a_failing_rank),
@@ -246,9 +256,9 @@ def test_weights_and_statistics_come_from_rank_0(end_of: Ends) -> None:
 
 
 def test_a_model_that_differs_between_ranks_is_refused_on_all(end_of: Ends) -> None:
-    assert all(
-        "got bias as float32 (4,) on rank 0 and float32 (5,) on rank 1" in text for text in end_of("other-weights")
-    )
+    for text in end_of("other-weights"):
+        assert "got weight as float32 (4, 3) on rank 0 and float32 (5, 3) on rank 1" in text
+    assert all("got 1 as ReLU on rank 0 and GELU on rank 1" in text for text in end_of("other-layers"))
 
 
 def test_a_block_fails_on_all_or_none(end_of: Ends) -> None:

@@ -228,10 +228,10 @@ REFUSED = {
     "model=lambda: 'resnet18'": "model must be a function that returns an nn.Module, got 'resnet18' from it.",
     "model=build()": "model must be a function, got Net. Pass one that makes it: model=lambda: ...",
     "model=build, outputs=lambda found: 3": "model: forward, or outputs, must return a Tensor of logits (B, C), a dict",
-    "model=build, outputs=lambda found: {}": "got dict {}. Return one of these",
+    "model=build, outputs=lambda found: {}": "got dict {}. Correct what forward, or outputs=, returns.",
     "model=build, outputs=lambda found: {'a': found[:1]}": "got dict {'a': float32 Tensor (1, 7)}",
     "model=build, outputs=lambda found: {'pred': found}": "a column's name must be text other than index, path, label",
-    "model=build, outputs=lambda found: found.nope": "model: forward raised AttributeError: 'Tensor' object has no",
+    "model=build, outputs=lambda found: found.nope": "raised AttributeError: 'Tensor' object has no",
     "model=build, version=2": "version must be text, got 2.",
     "model=build, transform=lambda: 3": "transform must be a function that returns a transform",
     "model=build, transform=lambda: lambda image: image": "returns a float Tensor (3, H, W), got 'Image'",
@@ -242,7 +242,7 @@ REFUSED = {
     "model=build, dataset=lambda: ['a', 'b']": "the item must be a PIL image, a uint8 array",
     "model=build, dataset=lambda: 1 / 0": "dataset: the function raised ZeroDivisionError",
     "model=build, dataset=lambda: [1]": "the item must be a PIL image",
-    "model=lambda: torch.nn.Conv2d(5, 2, 1)": "model: forward raised RuntimeError: Given groups=1",
+    "model=lambda: torch.nn.Conv2d(5, 2, 1)": "raised RuntimeError: Given groups=1",
 }
 
 

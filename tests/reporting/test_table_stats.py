@@ -128,6 +128,12 @@ def test_a_folder_without_rows_counts_nothing(tmp_path: Path) -> None:
     assert (found.accuracy, found.preds.sum(), found.picked) == (None, 0, [])
 
 
+def test_labels_mean_nothing_to_a_model_without_classes() -> None:
+    for num_labels in (None, 3):
+        classes = ClassTable(num_classes=0, names=None, label_names=None, num_labels=num_labels)
+        assert classes.match() == (None, "the model returns no classes")
+
+
 @pytest.mark.parametrize(
     ("label_names", "num_labels", "expected", "how"),
     [

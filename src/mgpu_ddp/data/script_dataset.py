@@ -101,7 +101,7 @@ def build_dataset(build: Any) -> Any:
     """
     try:
         dataset = build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"dataset: the function raised {place_in_code(error)}. Fix it and start again.") from error
     kind = type(dataset).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -111,8 +111,9 @@ def build_dataset(build: Any) -> Any:
         )
     try:
         len(dataset)
-    except TypeError as error:
-        raise UsageError(f"dataset must have a length, got {kind} ({error}). Give it __len__.") from None
+    except Exception as error:
+        why = place_in_code(error)
+        raise UsageError(f"dataset must have a length, got {kind} ({why}). Give it __len__.") from error
     return dataset
 
 
@@ -170,7 +171,9 @@ def _parts_of(item: Any) -> tuple[Any, dict[str, Any]]:
     if not isinstance(item, dict):
         return item, {}
     if "image" not in item:
-        raise KeyError(f"the item has no 'image', only {', '.join(map(repr, item))}")
+        raise TypeError(f"the item has no 'image', only {', '.join(map(repr, item))}")
+    if "path" in item:
+        raise TypeError("the item must give its path as 'key'")
     values = {str(name): _scalar(name, value) for name, value in item.items() if name not in NOT_CARRIED}
     if item.get("key") is not None:
         values["path"] = str(item["key"])

@@ -202,7 +202,7 @@ def share_weights(module: nn.Module, world: World) -> None:
     uneven shards.
 
     Raises:
-        UsageError: the module is not of the same shape on all ranks; names the parameter and the rank.
+        UsageError: the module is not the same on all ranks; names the parameter or the layer, and the rank.
     """
     if world.size == 1:
         return
@@ -210,6 +210,7 @@ def share_weights(module: nn.Module, world: World) -> None:
         name: tensor.detach() for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
     }
     shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    shapes |= {name or "the module": type(part).__qualname__ for name, part in module.named_modules()}
     digests = world.exchange("weights", hashlib.sha256(json.dumps(shapes).encode()).hexdigest())
     if len(set(digests)) > 1:
         _refuse_different_models(world.exchange("shapes of the weights", shapes))

@@ -21,8 +21,10 @@ RETURNS = (
     "a Tensor of logits (B, C), a dict of Tensors (B, ...), or a list of B dicts of Tensors, as torchvision's detectors"
     " return"
 )
-FINITE, SPLIT = "finite", "split"
-"""Columns that say of each row whether its outputs are finite, and whether its batch was split for lack of memory."""
+FINITE, SPLIT = " finite", " split"
+"""Columns that say of each row whether its outputs are finite, and whether its batch was split for lack of memory.
+
+No column of a user's begins with a space."""
 
 
 class OutputsError(StateError):
@@ -158,7 +160,7 @@ def _of_dtype(name: str, value: torch.Tensor, config: OutputConfig) -> torch.Ten
 
 
 def _check_name(name: Any) -> None:
-    ok = isinstance(name, str) and name.isprintable() and name == name.strip() and name not in (*OURS, FINITE, SPLIT)
+    ok = isinstance(name, str) and name.isprintable() and name == name.strip() and name not in OURS
     if not (ok and name):
         raise OutputsError(f"a column's name must be text other than {', '.join(OURS)}, got {name!r}")
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import find_listing
@@ -16,7 +17,7 @@ from mgpu_ddp.inference.outputs import types_of_classes
 from mgpu_ddp.inference.pipeline import in_flight
 from mgpu_ddp.job.autotune import DEFAULT_BATCH_SIZE, choose_compile, find_batch_size
 from mgpu_ddp.job.cache import Kept
-from mgpu_ddp.job.claim import known_listing, place_job
+from mgpu_ddp.job.claim import carried_types, known_listing, place_job
 from mgpu_ddp.job.context import Claim, JobContext, Predictors, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.memory import require_room
@@ -27,7 +28,7 @@ from mgpu_ddp.models.head import embedding_dim
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import precision_of, speedups_of
 from mgpu_ddp.models.script_transform import script_transform
-from mgpu_ddp.output.columns import ColumnType
+from mgpu_ddp.output.columns import OURS, ColumnType
 from mgpu_ddp.output.no_pandas import keep_pandas_out
 
 
@@ -80,7 +81,20 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             require_room(setup)
             try_size(model, config, setup.resolved.transform)
     setup = try_model(setup) if model.is_tried else replace(setup, types=types_of(model, config))
+    check_carried(setup)
     return setup if config.dry_run else _measured(setup)
+
+
+def check_carried(setup: Setup) -> None:
+    """Check that what the samples carry has names of its own.
+
+    Raises:
+        UsageError: a column of that name is there already.
+    """
+    taken = {*OURS, *(each.name for each in setup.types)}
+    for each in carried_types(setup.files):
+        rule = f"named otherwise than the columns {', '.join(sorted(taken))}"
+        require(each.name not in taken, "what a dataset carries", rule, each.name, "Rename it.")
 
 
 def types_of(model: Model, config: Config) -> tuple[ColumnType, ...]:

@@ -96,14 +96,12 @@ class Trials:
             raise
         except OutputsError as error:
             # Without the batch and the rank.
-            raise UsageError(f"model: {error.__cause__}. Return one of these, from forward or from outputs=.") from None
+            raise UsageError(f"model: {error.__cause__}. Correct what forward, or outputs=, returns.") from None
         except Exception as error:
             transform = self._setup.resolved.transform
             size = (3, *transform.out_size) if isinstance(transform, Transform) else transform.shape
-            why = place_in_code(error)
-            raise UsageError(
-                f"model: forward raised {why} for a batch of {(BATCH, *size)}. Fix it and start again."
-            ) from error
+            why = f"{place_in_code(error)} for a batch of {(BATCH, *size)}"
+            raise UsageError(f"model: forward, or outputs=, raised {why}. Fix it and start again.") from error
 
     def _fastest(self, reference: Rows, *, is_ragged: bool) -> tuple[str, Speedups, Rows]:
         """The first way in which the outputs stay what they are: precision, speedups and the rows."""
@@ -177,10 +175,6 @@ class Trials:
                 f"output.fields must be left out where the model returns columns of its own, got {output.fields!r}."
                 " Leave it out."
             )
-        carried = getattr(self._setup.files, "kind", None)
-        for name in names:
-            if carried is not None and name in carried.carried:
-                raise UsageError(f"the dataset carries {name!r}, which the model returns as well. Rename one of them.")
         if output.format == "npy" and (len(types) > 1 or types[0].ragged or not types[0].dtype.startswith("float")):
             raise UsageError(
                 "output.format=npy must have one Tensor of floats of fixed shape, got"

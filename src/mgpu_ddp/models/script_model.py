@@ -23,7 +23,7 @@ def build_script_model(script: Script, seed: int) -> Model:
     torch.manual_seed(seed)
     try:
         module = script.model()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"model: the function raised {place_in_code(error)}. Fix it and start again.") from error
     if inspect.isclass(module) or not isinstance(module, nn.Module):
         raise UsageError(

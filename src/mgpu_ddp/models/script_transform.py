@@ -36,7 +36,7 @@ def script_transform(script: Script, dataset: ScriptDataset | None, wanted: str)
 
     try:
         found = script.transform()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"transform: the function raised {place_in_code(error)}. Fix it and start again.") from error
     if type(found) is type(torchvision.models.ResNet18_Weights.DEFAULT.transforms()):
         return from_weights(found, found.crop_size[0])

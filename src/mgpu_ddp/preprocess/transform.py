@@ -144,6 +144,8 @@ class TensorInput:
     name: str | None = None
     function: Callable[[Image.Image], torch.Tensor] | None = None
     """An upright RGB image → float Tensor (3, height, width)."""
+    name: str | None = None
+    """Tells the function from others in the manifest."""
     example: Pixels | None = field(default=None, compare=False, repr=False)
     """A sample of the dataset, to try the model with."""
 

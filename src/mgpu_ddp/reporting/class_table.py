@@ -48,6 +48,8 @@ class ClassTable:
         Returns int64 (labels,): the class that each label stands for, or -1; and the rule, in words. Without an array
         labels and classes cannot be matched, and the words say why.
         """
+        if not self.num_classes:
+            return None, "the model returns no classes"
         if self.num_labels is None:
             return np.arange(self.num_classes), "labels are class numbers of the model"
         by_name = self._match_names()

@@ -1,0 +1,45 @@
+"""What a script's functions for a model and a transform may be, and what is said of those that may not."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from mgpu_ddp.config.script import Script
+from mgpu_ddp.errors import UsageError
+from mgpu_ddp.models.script_model import build_script_model
+from mgpu_ddp.models.script_transform import script_transform
+
+TO_FLOAT = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
+
+
+def resized(image: Image.Image, side: int = 32) -> torch.Tensor:
+    small: torch.Tensor = v2.Compose([v2.Resize((side, side)), *TO_FLOAT])(image)
+    return small
+
+
+def described(transform: Any) -> str:
+    found = script_transform(Script(transform=lambda: transform), None, "script")
+    assert found is not None
+    return str(found.described()["function"])
+
+
+def test_a_transform_is_any_callable_and_its_settings_tell_it_from_others() -> None:
+    for composed in (v2.Compose([v2.Resize((32, 32)), *TO_FLOAT]), v2.Compose([v2.Resize((32, 40)), *TO_FLOAT])):
+        assert str(list(composed.transforms[0].size)) in described(composed)
+    assert described(resized) == f"{__name__}.resized"
+    # Its address, which it would print, is another one in each process.
+    assert described(functools.partial(resized, side=40)) == "functools.partial"
+
+
+@pytest.mark.parametrize("argument", ["model", "transform"])
+def test_a_function_that_leaves_the_program_is_told(argument: str) -> None:
+    def leave() -> Any:
+        raise SystemExit("no net.pt")
+
+    script = Script(**{argument: leave})
+    with pytest.raises(UsageError, match=rf"^{argument}: the function raised SystemExit: no net.pt \(test_script_m"):
+        build_script_model(script, 0) if argument == "model" else script_transform(script, None, "script")

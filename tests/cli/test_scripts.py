@@ -1,13 +1,23 @@
 """Scripts that bring a model of their own to the command."""
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
 
-from tests.support.runs import assert_proved, read_rows
+from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
 from tests.support.scripts import script
-from tests.support.starting import run
+from tests.support.starting import BIN, TIMEOUT_S, run
 
+README = Path(__file__).parents[2] / "README.md"
+OWN = README.parent / "docs" / "own.md"
 SETTINGS = ("transform.size=32", "batch_size=4", "loader.workers=1", "output.dir=out")
 FAKE = ("data.size=8", "data.image_size=[3,32,32]")
 SCRIPT = """
@@ -71,3 +81,73 @@ def test_columns_of_ones_own_stand_beside_keys_without_labels(tmp_path: Path) ->
     assert_proved(tmp_path / "out", 9)
     expected = [(f"square {i}", pytest.approx(20 * i / 255)) for i in range(9)]
     assert [(row["path"], row["finite"]) for row in read_rows(tmp_path / "out")] == expected
+
+
+def written(document: Path, folder: Path) -> list[str]:
+    """Write the script that a page shows under the name it gives it; return the commands that start it."""
+    text = document.read_text()
+    (code,) = re.findall(r"<!-- script -->\n```python\n(.*?)```", text, re.DOTALL)
+    (folder / code.splitlines()[0].removeprefix("# ")).write_text(code)
+    (recipe,) = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```", text, re.DOTALL)
+    return str(recipe).splitlines()
+
+
+def start(command: str, folder: Path) -> None:
+    environ = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", command], cwd=folder, env=environ, timeout=TIMEOUT_S, check=True)
+
+
+@pytest.mark.slow
+def test_the_readme_s_script_runs(tmp_path: Path) -> None:
+    (command,) = written(README, tmp_path)
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "net.pt")
+    make_images(tmp_path / "photos", 5)
+    start(f"{command} transform.size=32 output.dir=out", tmp_path)
+    assert_proved(tmp_path / "out", 5)
+    assert {row["pred"] for row in read_rows(tmp_path / "out")} <= {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_every_way_of_starting_a_script_gives_the_same_rows(tmp_path: Path) -> None:
+    commands = written(OWN, tmp_path)
+    local = f"SCRIPT=mine.py PROCESSES=2 {LAUNCH}/local.sh"
+    commands.append(re.sub("^python mine.py (.*)=alone", rf"{local} \1=by-local", commands[-1]))
+    make_images(tmp_path / "photos", 5)
+    tables = []
+    for command in commands:
+        start(command, tmp_path)
+        folder = tmp_path / command.split("output.dir=")[1]
+        assert_proved(folder, 5)
+        tables.append(read_rows(folder))
+    assert len(tables) == 4
+    assert all(table == tables[0] for table in tables)
+    transform = v2.Compose([v2.Resize((224, 224)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    for row in tables[0]:
+        with Image.open(tmp_path / "photos" / row["path"]) as image:
+            pixels = transform(image.convert("RGB"))
+        assert row["mean"] == pytest.approx(pixels.mean().item(), abs=1e-3)
+        assert sum(row["histogram"]) == pixels.numel()
+
+
+@pytest.mark.slow
+def test_the_frames_of_a_video_are_those_that_were_put_in(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    (frames,) = re.findall(r"```python\n(class Frames.*?)```", OWN.read_text(), re.DOTALL)
+    with av.open(str(tmp_path / "video.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 6
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * i, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    forward = 'return {"grey": images.mean((1, 2, 3))}'
+    path = write(tmp_path, forward, "dataset=Frames")
+    path.write_text(
+        path.read_text().replace("class Squares", f"import av\nPATH = 'video.mp4'\n\n{frames}\nclass Squares")
+    )
+    ended = run(script(2, path, "transform.name=plain", "loader.block=8", *SETTINGS), tmp_path)
+    assert ended.code == 0, ended.err
+    assert_proved(tmp_path / "out", 20)
+    for i, row in enumerate(read_rows(tmp_path / "out")):
+        assert (row["path"], row["time"]) == (f"{i:08d}", pytest.approx(i / 10))
+        assert row["grey"] * 255 == pytest.approx(12 * i, abs=4)

@@ -137,6 +137,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, str]]] = {
             "SLURM_ARRAY_TASK_ID": "3",
             "SLURM_ARRAY_TASK_MAX": "7",
             "SLURM_JOB_NUM_NODES": "1",
+            "SCRIPT": "it's mine.py",
         },
     ),
     "sweep": ("slurm_sweep.sbatch", ["+sweep=batch_size"], {"SLURM_GPUS_ON_NODE": "8"}),

@@ -15,6 +15,7 @@ Predict every image of a dataset, on every GPU: one row per image, exactly once.
   torchrun --standalone --nproc_per_node=4 -m mgpu_ddp.infer [key=value ...] [--multirun]
   mgpu-infer [key=value ...]                  one process per GPU, started for you
   python -m mgpu_ddp.infer [key=value ...]    one process
+  mgpu-infer mine.py [key=value ...]          a script that calls mgpu_ddp.main(model=...), under any of the three
 
   --config-dir DIR                            DIR/data/NAME.yaml is chosen by data=NAME, likewise model and transform
   --multirun batch_size=32,64                 a job for each point, and a table of them

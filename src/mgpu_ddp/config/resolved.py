@@ -24,7 +24,7 @@ class Speedups:
     def __str__(self) -> str:
         applied = [name for name in ("fold", "fuse", "autocast", "graphs") if getattr(self, name)]
         applied += [f"{self.streams} streams"] if self.streams > 1 else []
-        return ", ".join(applied) or "nothing"
+        return ", ".join(applied) or "as it is"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

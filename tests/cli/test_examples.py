@@ -8,10 +8,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import timm
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 from torch import nn
 from torchvision.models import get_model
@@ -19,7 +21,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.scripts import script
-from tests.support.starting import ranks, run
+from tests.support.starting import TIMEOUT_S, ranks, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS = ("batch_size=2", "loader.workers=1", "output.dir=out")
@@ -154,3 +156,19 @@ def test_embed_and_search(tmp_path: Path, photos: Path, monkeypatch: pytest.Monk
     assert [float(number) for number, _ in said] == pytest.approx(similarities, abs=1e-3)
     with Image.open(tmp_path / "neighbours.png") as picture:
         assert picture.size == (1200, 250)
+
+
+def test_notebook(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=TIMEOUT_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    results = {cell.source: cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.get("outputs")}
+    assert_proved(tmp_path / "out", IMAGES)
+    assert results['run.summary["rows"], run.summary["errors"]'] == f"({IMAGES}, 0)"
+    assert results['mgpu_ddp.open("out").summary == run.summary'] == "True"
+    torch.manual_seed(0)
+    expected = looped(get_model("resnet18", weights=None), ImageClassification(crop_size=224), photos)
+    for row in read_rows(tmp_path / "out"):
+        probs = expected.pop(row["path"])[0].softmax(0)
+        assert (row["pred"], row["prob"]) == (probs.argmax(), pytest.approx(probs.max().item(), abs=1e-5))
+    assert not expected

@@ -1,5 +1,6 @@
 """Scripts that bring a model of their own to the command."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,9 +13,10 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
+from mgpu_ddp.merge import merge
 from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
 from tests.support.scripts import script
-from tests.support.starting import BIN, TIMEOUT_S, run
+from tests.support.starting import BIN, TIMEOUT_S, run, run_all
 
 README = Path(__file__).parents[2] / "README.md"
 OWN = README.parent / "docs" / "own.md"
@@ -81,6 +83,25 @@ def test_columns_of_ones_own_stand_beside_keys_without_labels(tmp_path: Path) ->
     assert_proved(tmp_path / "out", 9)
     expected = [(f"square {i}", pytest.approx(20 * i / 255)) for i in range(9)]
     assert [(row["path"], row["finite"]) for row in read_rows(tmp_path / "out")] == expected
+
+
+def test_shards_of_a_dataset_are_merged(tmp_path: Path) -> None:
+    path = write(tmp_path, 'return {"grey": images.amax((1, 2, 3))}', "dataset=Squares")
+    settings = ("transform.name=plain", *SETTINGS[:-1])
+    folders = [tmp_path / f"from {i}" for i in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    shards = [script(1, path, *settings, f"shard={i}/2", f"output.dir={tmp_path}/out/{i}") for i in range(2)]
+    for ended in run_all(shards, folders):
+        assert ended.code == 0, ended.err
+    assert merge(tmp_path / "out")["rows"] == 9
+    assert_proved(tmp_path / "out", 9)
+    assert [row["path"] for row in read_rows(tmp_path / "out")] == [f"square {i}" for i in range(9)]
+    # What was merged is the job without shards, and done.
+    parts = json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"]
+    ended = run(script(1, path, *settings, "output.dir=out"), tmp_path)
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"] == parts
 
 
 def written(document: Path, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from mgpu_ddp.errors import UsageError
 
 
 class Items:
-    """One item, made by the test."""
+    """One item, or what a function makes of an index."""
 
     def __init__(self, item: Any = None, length: Any = 1) -> None:
         self.item, self.length = item, length
@@ -21,7 +21,7 @@ class Items:
         return int(self.length)
 
     def __getitem__(self, index: int) -> Any:
-        return self.item
+        return self.item(index) if callable(self.item) else self.item
 
 
 @pytest.mark.parametrize("length", [-1, OSError("no such table")])
@@ -43,3 +43,18 @@ def test_an_item_names_itself_by_its_key() -> None:
     assert look_at(Items({"image": image, "key": 7})).carried == {"path": "object"}
     with pytest.raises(UsageError, match="the item must give its path as 'key'"):
         look_at(Items({"image": image, "path": "a.jpg"}))
+
+
+@pytest.mark.parametrize("first", [0, 3, 20])
+def test_the_type_of_what_is_carried_may_be_known_only_later(first: int) -> None:
+    """The first rows of a table may have nothing in a column."""
+
+    def item(index: int) -> Any:
+        known = index >= first
+        return {"image": np.zeros((4, 4, 3), np.uint8), "year": 1990 if known else None, "by": "me" if known else None}
+
+    if first < 16:
+        assert look_at(Items(item, 40)).carried == {"year": "int64", "by": "object"}
+    else:
+        with pytest.raises(UsageError, match=r"^dataset must have a value for by, year in one of its first 16 items"):
+            look_at(Items(item, 40))

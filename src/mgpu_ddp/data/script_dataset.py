@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -55,9 +55,12 @@ class ScriptDataset:
 
     dataset: Any
     kind: ItemKind
+    in_shards: bool
+    """The job is one of several shards, which are one result if all their items are the same."""
 
     def digest(self, stop: int) -> str:
-        """Tell the first `stop` items from those of another dataset, by some of their keys."""
+        """Tell the first `stop` items, or all where they are in shards, from others by some of their keys."""
+        stop = len(self.dataset) if self.in_shards else stop
         return hashlib.sha256(json.dumps(keys_of_some(self.dataset, stop)).encode()).hexdigest()
 
 
@@ -72,7 +75,7 @@ def open_script_dataset(found: ScriptDataset | None) -> "ScriptSamples":
     return ScriptSamples(found.dataset, found.kind)
 
 
-def bring_dataset(script: Script, world: World) -> ScriptDataset | None:
+def bring_dataset(script: Script, world: World, *, in_shards: bool) -> ScriptDataset | None:
     """Build the script's dataset and look at its items. Collective: every rank calls this.
 
     Raises:
@@ -90,7 +93,7 @@ def bring_dataset(script: Script, world: World) -> ScriptDataset | None:
                 f"dataset must be the same on all ranks, got {len(dataset):,} items ({kind.image}) on rank"
                 f" {world.rank} and {other[0]:,} ({other[1]}) on rank {rank}. Build it from the same files everywhere."
             )
-    return ScriptDataset(dataset=dataset, kind=kind)
+    return ScriptDataset(dataset=dataset, kind=kind, in_shards=in_shards)
 
 
 def build_dataset(build: Any) -> Any:
@@ -243,18 +246,28 @@ def look_at(dataset: Any) -> ItemKind:
 def _look_at(dataset: Any) -> ItemKind | str:
     if not len(dataset):
         return ItemKind(image="pixels", carried={})
-    first_error = ""
+    first_error, kind = "", None
+    empty: set[str] = set()
     for index in range(min(TRIED, len(dataset))):
         try:
             image, values = _parts_of(dataset[index])
-            return _kind_of(image, values)
+            carried = {
+                name: SCALARS[type(value)] for name, value in values.items() if name != "label" and value is not None
+            }
+            kind = _kind_of(image, carried) if kind is None else replace(kind, carried={**carried, **kind.carried})
         except Exception as error:
             first_error = first_error or f"item {index}: {place_in_code(error)}"
+            continue
+        empty |= {name for name, value in values.items() if value is None}
+        if empty <= kind.carried.keys():
+            return kind
+    if kind is not None:
+        names = ", ".join(sorted(empty - kind.carried.keys()))
+        return f"dataset must have a value for {names} in one of its first {TRIED} items, got None. Leave it out."
     return f"dataset must have an item among its first {TRIED} that can be loaded, got {first_error}"
 
 
-def _kind_of(image: Any, values: dict[str, Any]) -> ItemKind:
-    carried = {name: SCALARS[type(value)] for name, value in values.items() if name != "label" and value is not None}
+def _kind_of(image: Any, carried: dict[str, str]) -> ItemKind:
     if isinstance(image, torch.Tensor) and image.is_floating_point():
         example: Any = image.detach().to(torch.float32).numpy()
         return ItemKind(image="tensor", carried=carried, shape=tuple(image.shape), example=example)

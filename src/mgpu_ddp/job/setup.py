@@ -44,7 +44,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     world.heartbeat.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     keep_pandas_out()
-    dataset = bring_dataset(job.script, world)
+    dataset = bring_dataset(job.script, world, in_shards=config.shard is not None)
     with world.together("choose the decoder"):
         own_transform = script_transform(job.script, dataset, config.transform.name)
         decode = decode_of(config, world.device, dataset, own_transform)

@@ -8,12 +8,14 @@ from mgpu_ddp.distributed.signals import die_with_parent
 
 if TYPE_CHECKING:
     from mgpu_ddp.program import main as main
+    from mgpu_ddp.run import Run as Run
+    from mgpu_ddp.run import open as open  # noqa: A004
 
 __version__ = "0.1.0"
 
-PUBLIC = {"main": "mgpu_ddp.program"}
+PUBLIC = {"Run": "mgpu_ddp.run", "main": "mgpu_ddp.program", "open": "mgpu_ddp.run"}
 """The public names, each with the module that is imported once it is asked for."""
-__all__ = ["main"]
+__all__ = ["Run", "main", "open"]
 
 if "TORCHELASTIC_RUN_ID" in os.environ:
     # A worker of torchrun. At once, before the seconds of imports in which torchrun may die unnoticed.

@@ -79,6 +79,11 @@ class ColumnType:
         """The type that `asdict` made JSON values of."""
         return cls(**{**values, "shape": tuple(values["shape"])})
 
+    def empty(self) -> Column:
+        """A column of no rows."""
+        values = np.empty((0, *self.shape), self.dtype)
+        return Ragged(values=values, lengths=np.empty(0, np.int64)) if self.ragged else values
+
     @property
     def num_bytes(self) -> int:
         """About how many bytes a row takes."""

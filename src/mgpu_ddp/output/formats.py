@@ -10,13 +10,14 @@ one object a line.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.output.columns import Column, Ragged, Values
+from mgpu_ddp.output.columns import Column, ColumnType, Ragged, Values
 from mgpu_ddp.output.rows import Rows
 
 TEXT_CHUNK = 4096
@@ -50,6 +51,22 @@ def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
         pa.field(name, column.type, metadata=_shape_of(rows.columns.get(name))) for name, column in columns.items()
     ]
     return pa.table(columns, schema=pa.schema(fields))
+
+
+def empty_table(types: Sequence[ColumnType]) -> Any:
+    """An Arrow table of no rows, with the columns that a manifest lists: carried ones, then the model's."""
+    import pyarrow as pa
+
+    # A model's first scalars are among them, which makes no difference to their types.
+    carried = [*takewhile(lambda each: each.name != "pred" and not each.shape and not each.ragged, types)]
+    rows = Rows(
+        index=np.empty(0, np.int64),
+        label=np.empty(0, np.int32),
+        columns={each.name: each.empty() for each in types[len(carried) :]},
+        errors={},
+        carried={each.name: np.ma.MaskedArray(each.empty()) for each in carried},
+    )
+    return to_table(rows, pa.nulls(0, pa.string()), None)
 
 
 def _carried(column: Any) -> Any:
@@ -138,10 +155,11 @@ class Csv:
     def read(self, path: Path, schema: Any) -> Any:
         import pyarrow as pa
 
-        types = {field.name: pa.string() if _is_list(field.type) else field.type for field in schema}
+        types = {field.name: pa.string() if _is_list(field.type) else _loose(field.type) for field in schema}
         table = self._read(path, types)
         columns = [
-            _parsed(table[field.name], field.type) if _is_list(field.type) else table[field.name] for field in schema
+            _parsed(table[field.name], field.type) if _is_list(field.type) else table[field.name].cast(field.type)
+            for field in schema
         ]
         return pa.table(columns, schema=schema)
 
@@ -173,7 +191,6 @@ class JsonLines:
     def read(self, path: Path, schema: Any) -> Any:
         import pyarrow as pa
 
-        # Arrow's reader of JSON knows lists of any length only.
         loose = [(field.name, _loose(field.type)) for field in schema]
         return self._read(path, pa.schema(loose)).cast(schema)
 
@@ -205,10 +222,12 @@ def _narrow(names: list[str]) -> Any:
 
 
 def _loose(kind: Any) -> Any:
-    """The type with lists of any length in the place of those of one length."""
+    """The type as which Arrow reads text: it knows no lists of one length and no half precision."""
     import pyarrow as pa
 
-    return pa.list_(_loose(kind.value_type)) if _is_list(kind) else kind
+    if _is_list(kind):
+        return pa.list_(_loose(kind.value_type))
+    return pa.float32() if pa.types.is_float16(kind) else kind
 
 
 def _parsed(texts: Any, kind: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mgpu_ddp.errors import UsageError
+
 LARGEST_JSON = 256 << 20
 
 
@@ -49,8 +51,22 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
             raise ValueError("it is nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run folder; empty where there is no such file.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        return dict(read_json(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}). Start the job again.") from None
+
+
 def map_array(path: Path, mode: Literal["r", "r+"] = "r") -> "np.memmap[Any, np.dtype[np.floating[Any]]]":
-    """Map a `.npy` of float32 or float16, (rows, columns).
+    """Map a `.npy` of float32 or float16, (rows, ...).
 
     Raises:
         OSError: it cannot be read, or is not a regular file.
@@ -61,6 +77,6 @@ def map_array(path: Path, mode: Literal["r", "r+"] = "r") -> "np.memmap[Any, np.
         array = np.lib.format.open_memmap(path, mode=mode)
     except (TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(str(error)) from None
-    if array.ndim != 2 or array.dtype.str not in ("<f4", "<f2"):
+    if array.ndim == 0 or array.dtype.str not in ("<f4", "<f2"):
         raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
     return array

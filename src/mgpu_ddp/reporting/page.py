@@ -7,13 +7,12 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mgpu_ddp.data.samples import Samples
-from mgpu_ddp.errors import UsageError, reason_of
+from mgpu_ddp.errors import reason_of
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.output.regular_files import read_json
+from mgpu_ddp.output.regular_files import read_object
 from mgpu_ddp.reporting import page_sections
 from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.render import render
@@ -56,11 +55,11 @@ def write_page(results: JobResults, *, thumbnails_s: float) -> Path:
         UsageError: a file of the run folder cannot be read.
     """
     run_dir, manifest, stats = results.run_dir, results.manifest, results.stats
-    status, metrics = _read_json(run_dir / "status.json"), _read_json(run_dir / "metrics.json")
+    status, metrics = read_object(run_dir / "status.json"), read_object(run_dir / "metrics.json")
     text = render(
         "job.html",
         title=f"{manifest.fingerprint.get('model.name')} · {results.home.name}",
-        summary=page_sections.summary(manifest, stats, status, metrics, results.home),
+        summary=page_sections.summary(manifest, stats.accuracy, status, metrics, results.home),
         throughput=page_sections.throughput(metrics),
         stages=page_sections.stages(metrics),
         accuracy=page_sections.accuracy(stats, results.classes),
@@ -71,12 +70,3 @@ def write_page(results: JobResults, *, thumbnails_s: float) -> Path:
     )
     replace_bytes(run_dir / PAGE, text.encode())
     return run_dir / PAGE
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(read_json(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}). Start the job again.") from None

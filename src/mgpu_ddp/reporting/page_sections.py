@@ -28,7 +28,7 @@ STAGES = {"startup_s": "start-up", **clock.STAGES}
 TOPS = {"top1": "top-1", "top5": "top-5"}
 
 
-def summary(manifest: Manifest, stats: TableStats, status: Section, metrics: Section, home: Path) -> Section:
+def summary(manifest: Manifest, accuracy: Section | None, status: Section, metrics: Section, home: Path) -> Section:
     job, rows = manifest.fingerprint, manifest.prefix - manifest.start
     cards = [
         ("status", status.get("status", "unknown")),
@@ -38,7 +38,7 @@ def summary(manifest: Manifest, stats: TableStats, status: Section, metrics: Sec
     if "images_per_s" in metrics:
         rate = "images/s, steady" if metrics.get("steady", True) else "images/s"
         cards += [(rate, f"{metrics['images_per_s']:,.1f}"), ("wall time", duration(metrics["wall_s"]))]
-    shares = stats.accuracy or {}
+    shares = accuracy or {}
     cards += [(name, f"{shares[key]:.2%}") for key, name in TOPS.items() if shares.get(key) is not None]
     return {
         "model": job.get("model.name"),

@@ -81,6 +81,17 @@ class WriteError(StateError):
     """The output folder could not be written to; what was committed before stays valid."""
 
 
+class RunError(MgpuError):
+    """The ranks that `mgpu_ddp.predict` started did not complete the run; `exit_code` says how they left."""
+
+    def __init__(self, reason: str, exit_code: Exit, folder: Path | None) -> None:
+        # Of several lines, where the reason is a traceback.
+        Exception.__init__(self, "\n".join(map(printable, reason.splitlines())))
+        self.exit_code = exit_code
+        self.folder = folder
+        """The run folder, which `mgpu_ddp.open` opens; None where there is none."""
+
+
 def printable(text: str) -> str:
     """The text in one line that no terminal obeys: escape what is not printable, such as controls and newlines."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgpu_ddp.distributed.signals import die_with_parent, stop_signals
+from mgpu_ddp.errors import Exit, PeerLostError
 
 OUTCOME_FILE = "MGPU_DDP_OUTCOME_FILE"
 """The environment variable that names the file in which rank 0 leaves the outcome of its last job: torchrun itself
@@ -46,7 +47,28 @@ def outcome_in(file: Path) -> dict[str, Any]:
         return {}
 
 
-if __name__ == "__main__":
-    # torchrun for another process of this package: it ends with that.
+def explained_torchrun(argv: Sequence[str]) -> int:
+    """Run torchrun and return rank 0's exit code, which torchrun hides. What rank 0 has not explained is raised."""
+    try:
+        torchrun(argv)
+    except BaseException as error:
+        # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.
+        outcome = outcome_in(Path(os.environ[OUTCOME_FILE]))
+        code = int(outcome.get("exit_code", Exit.FAILED))
+        # Of a rank that died torchrun knows more than the other ranks do.
+        is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
+        is_explained = outcome and code != Exit.COMPLETE and not is_lost
+        if not is_explained and not isinstance(error, SystemExit):
+            raise
+        return code
+    return int(Exit.COMPLETE)
+
+
+def main() -> None:
+    """Be torchrun for another process of this package, and end with that."""
     die_with_parent(os.getppid())
-    torchrun(sys.argv[1:])
+    sys.exit(explained_torchrun(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

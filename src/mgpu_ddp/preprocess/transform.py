@@ -137,11 +137,10 @@ class Transform:
 class TensorInput:
     """Model input that the loader's workers make: by a function of the user's, or as a dataset yields it.
 
-    `shape` is that of one sample, float32. `name` tells one function from another in the manifest.
+    `shape` is that of one sample, float32.
     """
 
     shape: tuple[int, ...]
-    name: str | None = None
     function: Callable[[Image.Image], torch.Tensor] | None = None
     """An upright RGB image → float Tensor (3, height, width)."""
     name: str | None = None

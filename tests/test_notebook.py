@@ -284,6 +284,18 @@ def test_ranks_do_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         mgpu_ddp.predict(model=Mean)
 
 
+def test_a_model_that_was_trained_here_travels_as_it_is(tmp_path: Path) -> None:
+    """With tied weights, buffers, and what asks for no gradient. On a GPU: tests/gpu/test_gpu.py."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    net[1].weight = net[0].weight
+    net[1].bias.requires_grad_(False)
+    send({"model": lambda: net}, tmp_path / "functions")
+    sent = cloudpickle.loads((tmp_path / "functions").read_bytes())["model"]()
+    assert sent[1].weight is sent[0].weight
+    assert [each.requires_grad for each in sent.parameters()] == [each.requires_grad for each in net.parameters()]
+    assert all(torch.equal(sent.state_dict()[name], tensor) for name, tensor in net.state_dict().items())
+
+
 @pytest.fixture
 def open_umask() -> Iterator[None]:
     before = os.umask(0)

@@ -7,6 +7,7 @@ read, to processes that this one starts.
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import cloudpickle
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
@@ -135,17 +138,27 @@ def _value(key: str, value: Any) -> str:
     return repr(int(value) if isinstance(value, Integral) else float(value))
 
 
+class Pickler(cloudpickle.Pickler):
+    """Pickles tensors as ones of the CPU: where every rank put them back on this process's GPU, it would run full."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        # A parameter is pickled by its data.
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+            return value.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return super().reducer_override(value)
+
+
 def send(functions: dict[str, Any], file: Path) -> None:
     """Write the functions where only this user can read them.
 
     Raises:
         UsageError: they cannot be pickled.
     """
-    import cloudpickle
-
     pickled = io.BytesIO()
     try:
-        cloudpickle.dump(functions, pickled)
+        Pickler(pickled).dump(functions)
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(
@@ -158,7 +171,6 @@ def send(functions: dict[str, Any], file: Path) -> None:
 
 def be_rank() -> None:
     """Run the program on the functions that `predict` has sent, as one of its ranks."""
-    import cloudpickle
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from mgpu_ddp import program

@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from mgpu_ddp.notebook import send
 from tests.support.runs import assert_proved, make_images, read_table
 from tests.support.starting import committed_rows, finish, python_m, run, started, torchrun, wait_until, worker_pids
 
@@ -105,3 +107,12 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     assert ended.code == 1
     line = f"{GPUS + 1} processes on {os.uname().nodename} need a GPU each, and there are {GPUS}. Start at most {GPUS}"
     assert ended.err.count(line) == 1
+
+
+def test_a_model_that_was_trained_on_a_gpu_is_sent_to_the_cpu_of_each_rank(tmp_path: Path) -> None:
+    """A tensor of CUDA would make a context on this process's GPU in every rank, before it has chosen its own."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).cuda()
+    send({"model": lambda: net}, tmp_path / "functions")
+    sent = cloudpickle.loads((tmp_path / "functions").read_bytes())["model"]().state_dict()
+    assert {tensor.device.type for tensor in sent.values()} == {"cpu"}
+    assert all(torch.equal(sent[name], tensor.cpu()) for name, tensor in net.state_dict().items())

@@ -22,7 +22,7 @@ import mgpu_ddp
 from mgpu_ddp.config.allowlist import parse
 from mgpu_ddp.errors import Exit, RunError, UsageError
 from mgpu_ddp.notebook import send, source, words_of
-from tests.support.starting import Ended, committed_rows, finish, run, started, wait_until
+from tests.support.starting import Ended, committed_rows, finish, run, started, wait_until, worker_pids
 
 OWN = """
 import mgpu_ddp, time, torch
@@ -122,6 +122,14 @@ def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: P
     command = [sys.executable, "mine.py"]
     (tmp_path / "slow").touch()
     with started(command, tmp_path) as process:
+        # Its ranks have begun to start, and no more.
+        wait_until(lambda: any(map(worker_pids, children(process.pid))), process)
+        os.killpg(process.pid, signal.SIGINT)
+        early = finish(process, tmp_path, 0)
+    assert early.code == -signal.SIGINT
+    assert "SignalException" not in early.err
+    assert not (tmp_path / "out").exists()
+    with started(command, tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
         # As a terminal does.
         os.killpg(process.pid, signal.SIGINT)
@@ -143,6 +151,10 @@ def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: P
     assert {name: found[name] for name in printed.keys() - {"exit_code", "columns"}} == {
         name: printed[name] for name in printed.keys() - {"exit_code", "columns"}
     }
+
+
+def children(pid: int) -> list[int]:
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def summary_in(ended: Ended) -> dict[str, Any]:

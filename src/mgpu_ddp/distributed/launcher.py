@@ -52,13 +52,15 @@ def explained_torchrun(argv: Sequence[str]) -> int:
     try:
         torchrun(argv)
     except BaseException as error:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
         # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.
         outcome = outcome_in(Path(os.environ[OUTCOME_FILE]))
         code = int(outcome.get("exit_code", Exit.FAILED))
         # Of a rank that died torchrun knows more than the other ranks do.
         is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
         is_explained = outcome and code != Exit.COMPLETE and not is_lost
-        if not is_explained and not isinstance(error, SystemExit):
+        if not is_explained and not isinstance(error, SystemExit | SignalException):
             raise
         return code
     return int(Exit.COMPLETE)

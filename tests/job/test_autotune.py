@@ -70,7 +70,7 @@ def test_it_grows_while_that_pays_and_as_far_as_memory_goes(
 
 
 def test_a_folder_keeps_the_batch_size_it_was_started_with(tmp_path: Path, world: World) -> None:
-    Manifest(fingerprint={}, start=0, stop=9, batch_size=48).write(tmp_path)
+    Manifest(fingerprint={"output.format": "parquet"}, start=0, stop=9, batch_size=48).write(tmp_path)
     module = Hungry(most=8)
     assert find(module, tmp_path, world) == 48
     assert not module.sizes, "nothing was tried"
@@ -140,7 +140,7 @@ def test_a_job_on_a_gpu_is_not_compiled(tmp_path: Path, world: World) -> None:
 @pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("was", ["on", "off"])
 def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: str) -> None:
-    manifest = Manifest(fingerprint={"runtime.compile": was}, start=0, stop=9, batch_size=48)
+    manifest = Manifest(fingerprint={"output.format": "parquet", "runtime.compile": was}, start=0, stop=9, batch_size=48)
     manifest.write(tmp_path)
     again = replace(job(tmp_path, batch_size=16, limit=9), batch_size_given=False)
     assert choose(again, world) == (was, [48] if was == "on" else [])
@@ -155,7 +155,7 @@ def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: st
 
 
 def test_a_folder_begun_otherwise_is_refused_before_anything_is_compiled(tmp_path: Path, world: World) -> None:
-    Manifest(fingerprint={"runtime.compile": "off"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
+    Manifest(fingerprint={"output.format": "parquet", "runtime.compile": "off"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
     assert choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world) == ("on", [])
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_compiled_is_not_or_is_told(
         UsageError, match=r"runtime.compile must be off where .*, got 'on' \(rank 0 of 1: ValueError: no"
     ):
         choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world, Broken())
-    Manifest(fingerprint={"runtime.compile": "on"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
+    Manifest(fingerprint={"output.format": "parquet", "runtime.compile": "on"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
     with pytest.raises(UsageError, match=r"runtime.compile must be off"):
         choose(job(tmp_path, batch_size=16), world, Broken())
 

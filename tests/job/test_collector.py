@@ -42,7 +42,8 @@ class Run:
 
     def __init__(self, folder: Path, world: World, *, contiguous: bool, lost_at: int = 99, max_errors: float = 99):
         (folder / PARTS).mkdir()
-        self.manifest = Manifest(fingerprint={}, start=0, stop=STOP, batch_size=BATCH)
+        self.manifest = Manifest(fingerprint={"output.format": "parquet"}, start=0, stop=STOP, batch_size=BATCH)
+        self.manifest.write(folder)
         self.stop = StopWish()
         self.channel = Gate(world, str(folder), lost_at)
         self.channel.opened.set()

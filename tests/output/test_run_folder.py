@@ -285,7 +285,7 @@ def test_an_array_of_other_columns_is_refused(tmp_path: Path, columns: int, dtyp
     write_parts(claim(tmp_path, "npy"), 8)
     np.save(tmp_path / "predictions.npy", np.zeros((20, columns), dtype))
     with pytest.raises(
-        UsageError, match=r"has \d columns of float\d\d instead of 3 of float32\. Delete it and start ag"
+        UsageError, match=r"has rows of \(\d,\) float\d\d instead of \(3,\) float32\. Delete it and start ag"
     ):
         claim(tmp_path, "npy", manifest=wanted("npy", stop=stop))
 

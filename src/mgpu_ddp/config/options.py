@@ -72,7 +72,7 @@ class Options:
         base, *parts = self._parts(path, group, [])
         layers = [part for part in parts if not isinstance(part, str)]
         if not isinstance(base, str) or len(layers) < len(parts):
-            names = ", ".join(GROUPS[group])
+            names = ", ".join(name for name in GROUPS[group] if name != ITSELF)
             rule = f"files whose first default, and no other, is an option of the package ({names})"
             raise _refusal(path, rule, f"Begin it with defaults: [{next(iter(GROUPS[group]))}].")
         section = section_of(group, base)

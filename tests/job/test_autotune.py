@@ -140,7 +140,9 @@ def test_a_job_on_a_gpu_is_not_compiled(tmp_path: Path, world: World) -> None:
 @pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("was", ["on", "off"])
 def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: str) -> None:
-    manifest = Manifest(fingerprint={"output.format": "parquet", "runtime.compile": was}, start=0, stop=9, batch_size=48)
+    manifest = Manifest(
+        fingerprint={"output.format": "parquet", "runtime.compile": was}, start=0, stop=9, batch_size=48
+    )
     manifest.write(tmp_path)
     again = replace(job(tmp_path, batch_size=16, limit=9), batch_size_given=False)
     assert choose(again, world) == (was, [48] if was == "on" else [])
@@ -155,7 +157,9 @@ def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: st
 
 
 def test_a_folder_begun_otherwise_is_refused_before_anything_is_compiled(tmp_path: Path, world: World) -> None:
-    Manifest(fingerprint={"output.format": "parquet", "runtime.compile": "off"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
+    Manifest(
+        fingerprint={"output.format": "parquet", "runtime.compile": "off"}, start=0, stop=ROWS, batch_size=16
+    ).write(tmp_path)
     assert choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world) == ("on", [])
 
 
@@ -173,7 +177,9 @@ def test_what_cannot_be_compiled_is_not_or_is_told(
         UsageError, match=r"runtime.compile must be off where .*, got 'on' \(rank 0 of 1: ValueError: no"
     ):
         choose(job(tmp_path, batch_size=16, runtime=RuntimeConfig(compile="on")), world, Broken())
-    Manifest(fingerprint={"output.format": "parquet", "runtime.compile": "on"}, start=0, stop=ROWS, batch_size=16).write(tmp_path)
+    Manifest(
+        fingerprint={"output.format": "parquet", "runtime.compile": "on"}, start=0, stop=ROWS, batch_size=16
+    ).write(tmp_path)
     with pytest.raises(UsageError, match=r"runtime.compile must be off"):
         choose(job(tmp_path, batch_size=16), world, Broken())
 

@@ -19,7 +19,7 @@ from mgpu_ddp.data.fake import FakeSamples
 from tests.support.runs import assert_proved, make_images, read_rows, read_table
 from tests.support.starting import Ended, committed_rows, run, run_all, script_ranks, started, wait_until
 
-SCRIPTS = Path(__file__).parents[1] / "support" / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "support" / "brought"
 SIZE = 32
 N = 45
 FAKE = (f"data.size={N}", f"data.image_size=[3,{SIZE},{SIZE}]", f"transform.size={SIZE}", "batch_size=4")
@@ -40,7 +40,7 @@ def script(name: str, size: int, *settings: str, **environ: str) -> Any:
 
 def by_plain_loop(name: str, images: torch.Tensor) -> Any:
     """What the script's own model returns for one batch."""
-    module = importlib.import_module(f"tests.support.scripts.{name}")
+    module = importlib.import_module(f"tests.support.brought.{name}")
     with torch.inference_mode():
         found = module.build().eval()(images)
         return module.outputs(found) if hasattr(module, "outputs") else found
@@ -100,14 +100,14 @@ def test_text_holds_lists_as_json(name: str, how: str, tmp_path: Path) -> None:
 
 def test_one_tensor_of_fixed_shape_goes_into_an_array(tmp_path: Path) -> None:
     (tmp_path / "maps.py").write_text(
-        "import mgpu_ddp\nfrom tests.support.scripts.heads import Heads\n"
+        "import mgpu_ddp\nfrom tests.support.brought.heads import Heads\n"
         "mgpu_ddp.main(model=Heads, outputs=lambda found: {'mask': found['mask']})\n"
     )
     settings = (*FAKE, "output.format=npy", "output.dtype=fp16", "output.dir=out", WORKERS)
     folder = out_of(script_ranks(2, tmp_path / "maps.py", *settings), tmp_path)
     array = np.load(folder / "predictions.npy")
     assert (array.shape, array.dtype) == ((N, 2, 3, 4), np.float16)
-    module = importlib.import_module("tests.support.scripts.heads")
+    module = importlib.import_module("tests.support.brought.heads")
     assert np.allclose(array, module.Heads().eval()(fake_images())["mask"].detach(), atol=2e-3)
 
 
@@ -187,7 +187,7 @@ def test_a_dataset_may_grow_at_its_end(photos: Path, tmp_path: Path) -> None:
 
 def test_tensors_of_any_shape_reach_the_model_as_they_are(tmp_path: Path) -> None:
     folder = out_of(script("tensors", 2, "batch_size=4", "output.fields=[topk,logits]"), tmp_path)
-    module = importlib.import_module("tests.support.scripts.tensors")
+    module = importlib.import_module("tests.support.brought.tensors")
     expected = module.build()(module.Tensors().noise).detach()
     assert np.allclose(read_table(folder)["logits"].to_pylist(), expected, atol=1e-6)
 
@@ -212,7 +212,7 @@ def test_a_detector_that_is_killed_goes_on_at_another_size(tmp_path: Path) -> No
 def test_a_transform_of_the_users_runs_in_the_workers(tmp_path: Path) -> None:
     make_images(tmp_path / "photos", 9)
     (tmp_path / "mine.py").write_text(
-        "import mgpu_ddp\nfrom torchvision import transforms as t\nfrom tests.support.scripts.classes import build\n"
+        "import mgpu_ddp\nfrom torchvision import transforms as t\nfrom tests.support.brought.classes import build\n"
         "mgpu_ddp.main(model=build, transform=lambda: t.Compose([t.Resize((24, 20)), t.Grayscale(3), t.ToTensor()]))\n"
     )
     settings = ("data=folder", "data.root=photos", "batch_size=4", "output.fields=[logits]", "output.dir=out", WORKERS)
@@ -250,7 +250,7 @@ REFUSED = {
 def test_what_cannot_be_used_is_told_in_one_line(arguments: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch, mgpu_ddp\nfrom torchvision import transforms as t\n"
-        "from tests.support.scripts.classes import build\n"
+        "from tests.support.brought.classes import build\n"
         f"class Stream(torch.utils.data.IterableDataset):\n    __iter__ = None\nmgpu_ddp.main({arguments})\n"
     )
     settings = ["batch_size=4"] if "dataset" in arguments else FAKE
@@ -306,7 +306,7 @@ def test_ranks_must_agree_on_what_they_bring(tmp_path: Path) -> None:
     ):
         folder.mkdir()
         (folder / "mine.py").write_text(
-            "import os, torch, mgpu_ddp\nfrom torch import nn\nfrom tests.support.scripts.classes import build\n"
+            "import os, torch, mgpu_ddp\nfrom torch import nn\nfrom tests.support.brought.classes import build\n"
             f"rank = int(os.environ['RANK'])\nmgpu_ddp.main({arguments})\n"
         )
         settings = FAKE if folder == models else ()
@@ -320,7 +320,7 @@ def test_ranks_must_agree_on_what_they_bring(tmp_path: Path) -> None:
 def test_what_binds_a_job_is_compared(tmp_path: Path) -> None:
     """Another version, another class or another column is another job."""
     text = (
-        "import mgpu_ddp\nfrom tests.support.scripts.heads import build, outputs\n"
+        "import mgpu_ddp\nfrom tests.support.brought.heads import build, outputs\n"
         "mgpu_ddp.main(model=build, ARGUMENTS)\n"
     )
     (tmp_path / "mine.py").write_text(text.replace("ARGUMENTS", "outputs=outputs, version='1'"))
@@ -372,7 +372,7 @@ def test_a_plan_and_the_configuration_are_shown(tmp_path: Path) -> None:
 def test_keys_of_what_the_script_brings_are_refused(word: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch, mgpu_ddp\nfrom torchvision import transforms as t\n"
-        "from tests.support.scripts.classes import build\n"
+        "from tests.support.brought.classes import build\n"
         "mgpu_ddp.main(model=build, dataset=lambda: [torch.zeros(3, 8, 8)], transform=lambda: t.ToTensor())\n"
     )
     done = run(script_ranks(1, tmp_path / "mine.py", word), tmp_path)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import mgpu_ddp
-from tests.support.scripts.classes import build as build_classes
+from tests.support.brought.classes import build as build_classes
 
 
 class Heads(nn.Module):

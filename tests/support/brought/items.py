@@ -5,7 +5,7 @@ import sqlite3
 from typing import Any
 
 import mgpu_ddp
-from tests.support.scripts.classes import build
+from tests.support.brought.classes import build
 
 
 class Items:

@@ -13,7 +13,7 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.formats import FORMATS, empty_table, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest
-from mgpu_ddp.output.regular_files import read_object
+from mgpu_ddp.output.regular_files import map_array, read_object
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.verify import error_rows
 
@@ -103,7 +103,7 @@ class Run:
         rows = Rows(
             index=index,
             label=labels,
-            columns={manifest.columns[-1]["name"]: np.load(self.folder / ARRAY, mmap_mode="r")[: len(index)]},
+            columns={manifest.columns[-1]["name"]: map_array(self.folder / ARRAY)[: len(index)]},
             errors={int(i): reason for part in manifest.parts for i, reason in part.reasons.items()},
         )
         return to_table(rows, no_names(len(index)) if listing is None else listing.names(index), None)

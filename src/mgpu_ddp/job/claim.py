@@ -100,8 +100,8 @@ def refuse_inputs_in_the_way(job: Job) -> None:
         UsageError: names the key.
     """
     config, home = job.config, os.path.realpath(job.run_dir)
-    inputs = {f"data.{key}": value for key, value in asdict(config.data).items()}
-    inputs |= {"model.weights": config.model.weights, "model.class_names": config.model.class_names}
+    sections = {"data": config.data, "model": config.model}
+    inputs = {f"{group}.{key}": value for group, section in sections.items() for key, value in asdict(section).items()}
     for key, value in inputs.items():
         if isinstance(value, str) and not protocol_of(value):
             name = os.path.relpath(os.path.realpath(value), home)

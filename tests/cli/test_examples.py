@@ -20,8 +20,7 @@ from torchvision.models import get_model
 from torchvision.transforms._presets import ImageClassification
 
 from tests.support.runs import assert_proved, make_images, read_rows
-from tests.support.scripts import script
-from tests.support.starting import TIMEOUT_S, ranks, run
+from tests.support.starting import TIMEOUT_S, ranks, run, script_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS = ("batch_size=2", "loader.workers=1", "output.dir=out")
@@ -60,7 +59,7 @@ def test_own_model(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
     module = runpy.run_path(str(path))["Photo"]()
     monkeypatch.setenv("CHECKPOINT", save(module, tmp_path / "photo.pt"))
     settings = ("data=folder", f"data.root={photos}", "transform.size=56", *SETTINGS)
-    ended = run(script(2, path, *settings), tmp_path)
+    ended = run(script_ranks(2, path, *settings), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", IMAGES)
     expected = looped(module, ImageClassification(crop_size=56, resize_size=64), photos)
@@ -85,7 +84,7 @@ def test_detector(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("DETECTOR", "ssdlite320_mobilenet_v3_large")
     monkeypatch.setenv("CHECKPOINT", save(module, tmp_path / "detector.pt"))
     monkeypatch.setenv("SIZE", "160")
-    ended = run(script(2, EXAMPLES / "detector.py", "data=folder", f"data.root={photos}", *SETTINGS), tmp_path)
+    ended = run(script_ranks(2, EXAMPLES / "detector.py", "data=folder", f"data.root={photos}", *SETTINGS), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", IMAGES)
     no_change = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -115,7 +114,7 @@ def test_own_data(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch)
     module = get_model("squeezenet1_1", num_classes=12)
     model = ("model.name=squeezenet1_1", "model.num_classes=12", f"model.weights={save(module, tmp_path / 'mine.pt')}")
     settings = (*model, "transform.size=56", "loader.workers=2", *SETTINGS)
-    ended = run(script(2, EXAMPLES / "own_data.py", *settings, "output.fields=[logits]"), tmp_path)
+    ended = run(script_ranks(2, EXAMPLES / "own_data.py", *settings, "output.fields=[logits]"), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", len(table) + 1, errors=1)
     expected = looped(module, ImageClassification(crop_size=56, resize_size=64), photos)
@@ -148,7 +147,7 @@ def test_embed_and_search(tmp_path: Path, photos: Path, monkeypatch: pytest.Monk
     nearest = sorted(features, key=lambda name: -float(features[name] @ features[wanted]))[:6]
 
     monkeypatch.setenv("MPLBACKEND", "agg")
-    ended = run(script(1, path, "embedded", str(photos), wanted, "neighbours.png"), tmp_path)
+    ended = run(script_ranks(1, path, "embedded", str(photos), wanted, "neighbours.png"), tmp_path)
     assert ended.code == 0, ended.err
     said = [line.split("  ", 1) for line in ended.out.splitlines()]
     assert [name for _, name in said] == nearest

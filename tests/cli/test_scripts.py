@@ -15,8 +15,7 @@ from torchvision.transforms import v2
 
 from mgpu_ddp.merge import merge
 from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
-from tests.support.scripts import script
-from tests.support.starting import BIN, TIMEOUT_S, run, run_all
+from tests.support.starting import BIN, TIMEOUT_S, run, run_all, script_ranks
 
 README = Path(__file__).parents[2] / "README.md"
 OWN = README.parent / "docs" / "own.md"
@@ -67,7 +66,7 @@ def write(folder: Path, forward: str, arguments: str = "") -> Path:
 def test_a_forward_that_cannot_be_used_is_one_line_and_leaves_no_folder(
     tmp_path: Path, forward: str, why: str, remedy: str
 ) -> None:
-    ended = run(script(1, write(tmp_path, forward), *FAKE, *SETTINGS), tmp_path)
+    ended = run(script_ranks(1, write(tmp_path, forward), *FAKE, *SETTINGS), tmp_path)
     assert ended.code == 2
     (line,) = [each for each in ended.err.splitlines() if each.startswith("mgpu_ddp: ")]
     assert line.startswith("mgpu_ddp: model: forward, or outputs")
@@ -78,7 +77,7 @@ def test_a_forward_that_cannot_be_used_is_one_line_and_leaves_no_folder(
 
 def test_columns_of_ones_own_stand_beside_keys_without_labels(tmp_path: Path) -> None:
     path = write(tmp_path, 'return {"finite": images.amax((1, 2, 3))}', "dataset=Squares")
-    ended = run(script(2, path, "transform.name=plain", *SETTINGS), tmp_path)
+    ended = run(script_ranks(2, path, "transform.name=plain", *SETTINGS), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", 9)
     expected = [(f"square {i}", pytest.approx(20 * i / 255)) for i in range(9)]
@@ -91,7 +90,7 @@ def test_shards_of_a_dataset_are_merged(tmp_path: Path) -> None:
     folders = [tmp_path / f"from {i}" for i in range(2)]
     for folder in folders:
         folder.mkdir()
-    shards = [script(1, path, *settings, f"shard={i}/2", f"output.dir={tmp_path}/out/{i}") for i in range(2)]
+    shards = [script_ranks(1, path, *settings, f"shard={i}/2", f"output.dir={tmp_path}/out/{i}") for i in range(2)]
     for ended in run_all(shards, folders):
         assert ended.code == 0, ended.err
     assert merge(tmp_path / "out")["rows"] == 9
@@ -99,7 +98,7 @@ def test_shards_of_a_dataset_are_merged(tmp_path: Path) -> None:
     assert [row["path"] for row in read_rows(tmp_path / "out")] == [f"square {i}" for i in range(9)]
     # What was merged is the job without shards, and done.
     parts = json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"]
-    ended = run(script(1, path, *settings, "output.dir=out"), tmp_path)
+    ended = run(script_ranks(1, path, *settings, "output.dir=out"), tmp_path)
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"] == parts
 
@@ -166,7 +165,7 @@ def test_the_frames_of_a_video_are_those_that_were_put_in(tmp_path: Path) -> Non
     path.write_text(
         path.read_text().replace("class Squares", f"import av\nPATH = 'video.mp4'\n\n{frames}\nclass Squares")
     )
-    ended = run(script(2, path, "transform.name=plain", "loader.block=8", *SETTINGS), tmp_path)
+    ended = run(script_ranks(2, path, "transform.name=plain", "loader.block=8", *SETTINGS), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", 20)
     for i, row in enumerate(read_rows(tmp_path / "out")):

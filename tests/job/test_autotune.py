@@ -17,7 +17,7 @@ from mgpu_ddp.job.autotune import LARGEST, SMALLEST, choose_compile, find_batch_
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.operations import operations
-from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.manifest import Manifest, Part
 from mgpu_ddp.preprocess.transform import plain
 from tests.inference.test_predictor import CLASSES, SIDE, TOO_MUCH
 from tests.support.choices import PredictorsOf, setup
@@ -148,7 +148,9 @@ def test_a_folder_keeps_how_it_was_started(tmp_path: Path, world: World, was: st
     assert choose(again, world) == (was, [48] if was == "on" else [])
     assert choose(replace(again, batch_size_given=True), world) == (was, [9] if was == "on" else [])
     assert choose(replace(again, config=replace(again.config, overwrite=True)), world) == ("off", [])
-    replace(manifest, complete=True).write(tmp_path)
+    name = "predictions/part-000000000000-ab12cd.parquet"
+    part = Part(file=name, first=0, rows=9, errors=0, num_bytes=1, sha256="0" * 64)
+    replace(manifest, parts=[part], complete=True).write(tmp_path)
     assert choose(again, world) == (was, []), "nothing is left to do"
     grown = replace(again, config=replace(again.config, limit=10))
     assert choose(grown, world) == (was, [48] if was == "on" else [])

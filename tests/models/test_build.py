@@ -336,9 +336,9 @@ def test_more_classes_than_fit_are_refused_before_they_are_made(name: str, fold:
     classes = 10**9
     config = job(name, num_classes=classes, runtime=RuntimeConfig(fold=fold))
     needed = classes * (512 + 1) * 4 * (2 if fold else 1)
-    require_head(config, needed)
+    require_head(config, config.model, needed)
     with pytest.raises(OutOfMemoryError, match=r"^model\.num_classes must fit into memory, got 1000000000: it takes "):
-        require_head(config, needed - 1)
+        require_head(config, config.model, needed - 1)
 
 
 class Picky(nn.Module):
@@ -350,7 +350,7 @@ class Picky(nn.Module):
 
 
 def test_a_size_that_the_model_does_not_take_is_refused_with_the_one_that_it_does() -> None:
-    picky = Model(module=Picky(), num_classes=5, origin="", class_names=None, preset=None, input_size=30)
+    picky = Model(module=Picky(), num_classes=5, identity={}, origin="", class_names=None, preset=None, input_size=30)
     for model, size, own, why in (
         (build_model(job()), 1, 224, "RuntimeError: Calculated padded input size"),
         (picky, 224, 30, "AssertionError: not the size of a ViT"),

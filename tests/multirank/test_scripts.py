@@ -224,7 +224,7 @@ def test_a_transform_of_the_users_runs_in_the_workers(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "model=lambda: 1 / 0": "model: the function raised ZeroDivisionError: division by zero (mine.py, line 5). Fix it",
+    "model=lambda: 1 / 0": "model: the function raised ZeroDivisionError: division by zero (mine.py, line 6). Fix it",
     "model=lambda: 'resnet18'": "model must be a function that returns an nn.Module, got 'resnet18' from it.",
     "model=build()": "model must be a function, got Net. Pass one that makes it: model=lambda: ...",
     "model=build, outputs=lambda found: 3": "model: forward, or outputs, must return a Tensor of logits (B, C), a dict",

@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mgpu_ddp.data.script_dataset import build_dataset, look_at
+from mgpu_ddp.data.script_dataset import ScriptSamples, build_dataset, look_at
 from mgpu_ddp.errors import UsageError
+from mgpu_ddp.preprocess.transform import plain
 
 
 class Items:
@@ -58,3 +60,35 @@ def test_the_type_of_what_is_carried_may_be_known_only_later(first: int) -> None
     else:
         with pytest.raises(UsageError, match=r"^dataset must have a value for by, year in one of its first 16 items"):
             look_at(Items(item, 40))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"label": 0.7}, "'label' must be a whole number, not 0.7"),
+        ({"label": 2**31}, "'label' must be a number of 32 bits, not 2147483648"),
+        ({"weight": 2**63}, "'weight' must be a number of 64 bits, not 9223372036854775808"),
+    ],
+)
+def test_what_no_row_can_hold_is_told(values: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=rf"got item 0: TypeError: {why}"):
+        look_at(Items({"image": np.zeros((4, 4, 3), np.uint8), **values}))
+
+
+@pytest.mark.parametrize("label", [3, 3.0, np.int64(3), torch.tensor(3), "3"])
+def test_any_whole_number_is_a_label(label: Any) -> None:
+    assert rows_of({"image": np.zeros((4, 4, 3), np.uint8), "label": label}).known_label(0) == 3
+
+
+def test_text_that_is_not_unicode_stays_readable() -> None:
+    """As the names of files are, which `os.listdir` gives with surrogates."""
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    carried = rows_of({"image": np.zeros((4, 4, 3), np.uint8), "key": name, "by": name}).take_carried([0])
+    assert [column[0] for column in carried.values()] == [r"caf\udce9.jpg"] * 2
+
+
+def rows_of(item: dict[str, Any]) -> ScriptSamples:
+    """The samples of a dataset of one item, which has been loaded."""
+    samples = ScriptSamples(Items(item), look_at(Items(item)))
+    samples.load(0, plain(4), lambda stage, spent_s: None)
+    return samples

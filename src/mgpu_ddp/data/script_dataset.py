@@ -179,9 +179,9 @@ def _parts_of(item: Any) -> tuple[Any, dict[str, Any]]:
         raise TypeError("the item must give its path as 'key'")
     values = {str(name): _scalar(name, value) for name, value in item.items() if name not in NOT_CARRIED}
     if item.get("key") is not None:
-        values["path"] = str(item["key"])
+        values["path"] = _text(str(item["key"]))
     if item.get("label") is not None:
-        values["label"] = int(item["label"])
+        values["label"] = _label(item["label"])
     return item["image"], values
 
 
@@ -190,7 +190,23 @@ def _scalar(name: Any, value: Any) -> Any:
         value = value.item()
     if value is not None and type(value) not in SCALARS:
         raise TypeError(f"{name!r} must be a number, a bool, text or None, not {type(value).__name__}")
-    return value
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise TypeError(f"{name!r} must be a number of 64 bits, not {value}")
+    return _text(value) if isinstance(value, str) else value
+
+
+def _text(value: str) -> str:
+    r"""Text that every format can hold, as `readable` makes it of paths: surrogates become the text \udcXX."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _label(value: Any) -> int:
+    label = int(value)
+    if not isinstance(value, str) and label != value:
+        raise TypeError(f"'label' must be a whole number, not {value}")
+    if not -(2**31) <= label < 2**31:
+        raise TypeError(f"'label' must be a number of 32 bits, not {label}")
+    return label
 
 
 def _checked(values: dict[str, Any], carried: dict[str, str]) -> dict[str, Any]:

@@ -134,11 +134,14 @@ def _fixed(returned: Mapping[Any, Any], batch_size: int, config: OutputConfig) -
 def _ragged(returned: Sequence[Mapping[Any, Any]], config: OutputConfig) -> Columns:
     columns: Columns = {}
     finite: torch.Tensor | None = None
+    if other := next((row for row in returned if row.keys() != returned[0].keys()), None):
+        raise OutputsError(f"the dicts of a list must have the same names, got {[*returned[0]]} and {[*other]}")
     for name in returned[0]:
         _check_name(name)
-        values = [row.get(name) for row in returned]
-        tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim() > 0]
-        _check(len(tensors) == len(values), {name: next((v for v in values if v is not None), None)})
+        tensors = [row[name] for row in returned]
+        for value in tensors:
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                raise OutputsError(f"{name} must be a Tensor (k, ...) in each dict of a list, got {_words(value)}")
         kinds = {(value.dtype, value.shape[1:]) for value in tensors}
         if len(kinds) > 1:
             raise OutputsError(f"{name} must have one dtype and shape in all rows, got {_words(tensors[:4])}")

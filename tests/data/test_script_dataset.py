@@ -75,6 +75,19 @@ def test_what_no_row_can_hold_is_told(values: dict[str, Any], why: str) -> None:
         look_at(Items({"image": np.zeros((4, 4, 3), np.uint8), **values}))
 
 
+@pytest.mark.parametrize(
+    ("item", "what"),
+    [
+        (np.zeros((3, 4, 5), np.uint8), r"uint8 \(3, 4, 5\)"),
+        (torch.zeros(3, 4, 5, dtype=torch.int64), r"int64 \(3, 4, 5\)"),
+        ((np.zeros((4, 5, 3), np.uint8), 1), "tuple"),
+    ],
+)
+def test_what_is_no_image_is_told_with_its_shape(item: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=f"further scalars, not {what}$"):
+        look_at(Items(item))
+
+
 @pytest.mark.parametrize("label", [3, 3.0, np.int64(3), torch.tensor(3), "3"])
 def test_any_whole_number_is_a_label(label: Any) -> None:
     assert rows_of({"image": np.zeros((4, 4, 3), np.uint8), "label": label}).known_label(0) == 3

@@ -242,8 +242,13 @@ def _as_input(image: Any, transform: AnyTransform) -> Pixels:
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return transform.of_pixels(image)
-    found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise TypeError(f"the item must be {ITEMS}, not {found}")
+    raise _no_image(image)
+
+
+def _no_image(found: Any) -> TypeError:
+    is_array = isinstance(found, np.ndarray | torch.Tensor)
+    what = f"{found.dtype} {tuple(found.shape)}" if is_array else type(found).__name__
+    return TypeError(f"the item must be {ITEMS}, not {what.removeprefix('torch.')}")
 
 
 def look_at(dataset: Any) -> ItemKind:
@@ -291,7 +296,7 @@ def _kind_of(image: Any, carried: dict[str, str]) -> ItemKind:
         return ItemKind(image="encoded", carried=carried)
     is_pixels = isinstance(image, np.ndarray | torch.Tensor) and tuple(image.shape[2:]) == (3,)
     if not (isinstance(image, Image.Image) or is_pixels):
-        raise TypeError(f"the item must be {ITEMS}, not {type(image).__name__}")
+        raise _no_image(image)
     return ItemKind(image="pixels", carried=carried)
 
 

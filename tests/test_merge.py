@@ -76,6 +76,17 @@ def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path
     assert merge(run_dir)["rows"] == 31, "again"
 
 
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+def test_errors_are_those_of_the_proved_rows(shards: Path, kind: str, tmp_path: Path) -> None:
+    """`errors.jsonl` of a shard has no checksum."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(shards / kind, run_dir)
+    for path in run_dir.glob("*/errors.jsonl"):
+        path.write_bytes(b"{")
+    merge(run_dir)
+    assert (run_dir / "errors.jsonl").read_bytes() == (shards / f"whole-{kind}" / "errors.jsonl").read_bytes()
+
+
 def spoil(change: Callable[[Manifest], None]) -> Callable[[Path], None]:
     def act(run_dir: Path) -> None:
         manifest = Manifest.read(run_dir / "shard-1")

@@ -8,21 +8,22 @@ import itertools
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mgpu_ddp.config.schema import parse_shard
-from mgpu_ddp.data.listing import FILE_NAME, Listing
+from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.errors import MgpuError, StateError, UsageError
-from mgpu_ddp.output.atomic_files import add_folder, replace_bytes, replace_file, replace_json, sync_folder
+from mgpu_ddp.output.atomic_files import add_folder, replace_file, replace_json, sync_folder
 from mgpu_ddp.output.folders import holding
 from mgpu_ddp.output.layout import check_layout, check_unclaimed
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, write_status
 from mgpu_ddp.output.parts import copy_rows, write_header
 from mgpu_ddp.output.regular_files import map_array, open_regular, read_json
 from mgpu_ddp.output.run_folder import remove_unlisted
-from mgpu_ddp.output.verify import prove
+from mgpu_ddp.output.verify import prove, write_errors
 from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
 from mgpu_ddp.reporting.terminal import print_mistake
@@ -175,8 +176,8 @@ def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
     for name in (FILE_NAME, CLASSES):
         if (shards[0].folder / name).exists():
             _link(shards[0].folder / name, run_dir / name)
-    replace_bytes(run_dir / "errors.jsonl", b"".join(map(_errors, shards)))
     prove(run_dir, merged).check_exact(str(run_dir))
+    write_errors(run_dir, merged, _path_of(run_dir))
     rates = [_metrics(shard.folder).get("images_per_s", 0.0) for shard in shards]
     replace_json(run_dir / "metrics.json", {"shards": len(shards), "images_per_s_of_each": rates})
     merged.write(run_dir)
@@ -226,9 +227,11 @@ def _join_arrays(file: BinaryIO, shards: list[Shard], rows: int) -> None:
         copy_rows(array, file)
 
 
-def _errors(shard: Shard) -> bytes:
-    with open_regular(shard.folder / "errors.jsonl") as file:
-        return file.read()
+def _path_of(run_dir: Path) -> Callable[[int], str | None]:
+    if not (run_dir / FILE_NAME).exists():
+        return lambda index: None
+    listing = Listing.open(run_dir / FILE_NAME)
+    return lambda index: readable(listing.path(index))
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

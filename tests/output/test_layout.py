@@ -1,6 +1,7 @@
 """Files that are not ours stay as they are, and no link is followed below a run folder."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,18 +119,20 @@ def test_a_foreign_table_among_the_parts_is_refused(tmp_path: Path, overwrite: b
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", [".next", ".ready", ".old"])
 @pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("file", ["build.js", LOCK])
 def test_a_folder_of_another_tool_is_not_where_a_result_waits(
-    tmp_path: Path, name: str, overwrite: bool, begun: bool
+    tmp_path: Path, name: str, file: str, overwrite: bool, begun: bool
 ) -> None:
     if begun:
         complete(tmp_path)
-    write(tmp_path / name / "build.js")
-    with untouched(tmp_path), pytest.raises(UsageError, match=rf"where '{name}/build\.js' is not of a job"):
+    write(tmp_path / name / file, "")
+    with untouched(tmp_path), pytest.raises(UsageError, match=rf"where '{name}/{re.escape(file)}' is not of a job"):
         claim(tmp_path, overwrite=overwrite)
 
 
 def test_a_complete_result_does_not_take_the_place_of_somebody_elses(tmp_path: Path) -> None:
     complete(tmp_path / "out/.next")
+    (tmp_path / "out/.next" / LOCK).unlink()
     write(tmp_path / "out/classes.json")
     with pytest.raises(UsageError, match=r"with foreign classes\.json"):
         claim(tmp_path / "out")

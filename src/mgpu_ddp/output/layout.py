@@ -86,7 +86,8 @@ def check_layout(run_dir: Path) -> None:
         if not home.is_dir():
             continue
         for name, entry in entries_in(home):
-            if is_ours(name) or name == LOCK:
+            # The one lock of a job is at home, also while it works beside an older result.
+            if is_ours(name) or (name == LOCK and home == run_dir):
                 # The entry knows its kind without a call for each of many parts.
                 if not entry.is_file(follow_symlinks=False):
                     _require_kind(run_dir, home / name, stat.S_ISREG, "a regular file")

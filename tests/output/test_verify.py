@@ -70,6 +70,17 @@ def test_it_counts_what_the_parts_really_hold(
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("listed", [0, 2])
+def test_it_counts_the_errors_that_the_parts_really_hold(tmp_path: Path, how: str, listed: int) -> None:
+    folder = claim(tmp_path, how)
+    write_parts(folder, 8, 20)
+    folder.claimed.parts[0] = dataclasses.replace(folder.claimed.parts[0], errors=listed)
+    with pytest.raises(ProofError, match=rf"holds 1 error rows, but manifest\.json says {listed}"):
+        folder.finish("complete", SAMPLES.path)
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
 @pytest.mark.parametrize("how", ["parquet", "npy"])
 def test_changed_bytes_do_not_pass_for_what_was_committed(tmp_path: Path, how: str) -> None:
     (part,) = write_parts(claim(tmp_path, how), 8)

@@ -63,8 +63,12 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
     total, rows, next_index = manifest.stop - manifest.start, 0, manifest.start
     in_order = True
     for part in manifest.parts:
-        index = _index_of(run_dir, manifest, part)
+        index, errors = _read_rows(run_dir, manifest, part)
         in_order = in_order and np.array_equal(index, np.arange(next_index, next_index + part.rows))
+        if in_order and errors != part.errors:
+            raise ProofError(
+                f"{part.file} holds {errors} error rows, but {MANIFEST} says {part.errors}. Delete it and start again."
+            )
         rows, next_index = rows + len(index), part.stop
     missing, duplicates = manifest.stop - next_index, 0
     if not in_order:
@@ -81,16 +85,18 @@ def _rows_of_array(run_dir: Path) -> int:
 
 def _count(run_dir: Path, manifest: Manifest) -> tuple[int, int]:
     """(missing, duplicate) rows of a table that is known to be wrong; takes memory for every sample."""
-    index = np.concatenate([_index_of(run_dir, manifest, part) for part in manifest.parts])
+    index = np.concatenate([_read_rows(run_dir, manifest, part)[0] for part in manifest.parts])
     found, times = np.unique(index, return_counts=True)
     expected = np.arange(manifest.start, manifest.stop)
     return len(np.setdiff1d(expected, found)), int((times - 1).sum())
 
 
-def _index_of(run_dir: Path, manifest: Manifest, part: Part) -> Any:
+def _read_rows(run_dir: Path, manifest: Manifest, part: Part) -> tuple[Any, int]:
+    """The indices of a part's rows, and how many of them are errors."""
     if manifest.output_format == "npy":
-        return np.arange(part.first, part.stop)
-    return read_columns(run_dir, manifest, part, ["index"])["index"].to_numpy()
+        return np.arange(part.first, part.stop), len(part.reasons)
+    table = read_columns(run_dir, manifest, part, ["index", "error"])
+    return table["index"].to_numpy(), len(table) - table["error"].null_count
 
 
 def read_columns(run_dir: Path, manifest: Manifest, part: Part, names: list[str]) -> Any:

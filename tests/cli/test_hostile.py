@@ -109,6 +109,7 @@ LINES = {
     "swept by pattern": ["-m", "-cd", "c", "data=glob(*)"],
     "hydra's group": ["-cd", "c", "+hydra/callbacks=evil"],
     "hydra's search path": ["hydra.searchpath=[file://c]", "data=evil"],
+    "completion for no shell": ["-sc", "install=evil"],
     "a billion jobs": ["-m", "seed=range(0,1000000000)"],
     "a billion, shuffled": ["-m", "seed=shuffle(range(0,1000000000))"],
     "a billion, by another sweeper": ["-m", "hydra/sweeper=optuna", "seed=shuffle(range(0,1000000000))"],

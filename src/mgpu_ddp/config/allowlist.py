@@ -21,7 +21,7 @@ FLAGS: dict[str, str | None] = {
     **dict.fromkeys(("-c", "--cfg"), "job|hydra|all"),
     **dict.fromkeys(("-i", "--info"), "(all|config|defaults|defaults-tree|plugins|searchpath)?"),
     **dict.fromkeys(("-p", "--package"), r"[\w.@]+"),
-    **dict.fromkeys(("-sc", "--shell-completion"), r"(install|uninstall|query)=\w+"),
+    **dict.fromkeys(("-sc", "--shell-completion"), "(install|uninstall|query)=(bash|fish|zsh)"),
     **dict.fromkeys(("-cd", "--config-dir"), "[^-].*"),
 }
 """Hydra's flags that may be given, each with the values it takes; None for none. A config folder is read by `options`,

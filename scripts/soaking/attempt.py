@@ -178,6 +178,7 @@ def _left_of(sessions: set[int]) -> list[int]:
 def run_rank(kill: Kill | None, *settings: str) -> None:
     """Be `python -m mgpu_ddp.infer` in a forked process that leaves notes, and die at an operation if that is asked."""
     from mgpu_ddp import cli, infer
+    from mgpu_ddp.config.script import Script
     from mgpu_ddp.distributed.world import World
     from mgpu_ddp.job import session
 
@@ -201,7 +202,7 @@ def run_rank(kill: Kill | None, *settings: str) -> None:
     if kill is not None and kill.operation:
         _die_at(kill)
     sys.argv = [infer.__file__, *settings]
-    cli.main(infer.infer)
+    cli.main(infer.infer, Script())
 
 
 def _die_at(kill: Kill) -> None:

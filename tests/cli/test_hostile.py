@@ -110,6 +110,11 @@ LINES = {
     "hydra's group": ["-cd", "c", "+hydra/callbacks=evil"],
     "hydra's search path": ["hydra.searchpath=[file://c]", "data=evil"],
     "completion for no shell": ["-sc", "install=evil"],
+    **{
+        " and ".join(two): [*two]
+        for two in (("--run", "-m"), ("-m", "--cfg=job"), ("-i", "-r"), ("-c=job", "-sc=query=bash"))
+    },
+    "nothing to resolve": ["--resolve", "--info"],
     "a billion jobs": ["-m", "seed=range(0,1000000000)"],
     "a billion, shuffled": ["-m", "seed=shuffle(range(0,1000000000))"],
     "a billion, by another sweeper": ["-m", "hydra/sweeper=optuna", "seed=shuffle(range(0,1000000000))"],

@@ -36,6 +36,8 @@ SHORT = {
     "--shell-completion": "-sc",
     "--config-dir": "-cd",
 }
+MODES = {"-r", "-m", "-c", "-i", "-sc"}
+"""Hydra raises where two of these are given."""
 SWEEPS = ("batch_size",)
 """The sweeps of conf/sweep."""
 OPEN_GROUPS = {
@@ -82,6 +84,17 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
             value = "all"
         # One name for both spellings: argparse would take the last of the two.
         flags[SHORT.get(flag, flag)] = value or None
+    remedy = "Leave the others out."
+    modes = [flag for flag in flags if flag in MODES]
+    require(
+        len(modes) <= 1,
+        "option",
+        "one of --run, --multirun, --cfg, --info, --shell-completion",
+        " ".join(modes),
+        remedy,
+    )
+    ok = "--resolve" not in flags or not {"-c", "-h"}.isdisjoint(flags)
+    require(ok, "--resolve", "given with --cfg or --help", " ".join(flags), "Add --cfg job.")
     return flags, words
 
 

@@ -130,6 +130,19 @@ def test_a_folder_of_another_tool_is_not_where_a_result_waits(
         claim(tmp_path, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("names", [(), ("classes.json",), ("manifest.json",)])
+def test_a_folder_by_the_name_of_a_waiting_result_is_not_one(
+    tmp_path: Path, names: tuple[str, ...], overwrite: bool
+) -> None:
+    (tmp_path / ".ready").mkdir()
+    for name in names:
+        write(tmp_path / name)
+    with pytest.raises(UsageError):
+        claim(tmp_path, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ready", *names]
+
+
 def test_a_complete_result_does_not_take_the_place_of_somebody_elses(tmp_path: Path) -> None:
     complete(tmp_path / "out/.next")
     (tmp_path / "out/.next" / LOCK).unlink()

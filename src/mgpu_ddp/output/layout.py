@@ -125,7 +125,7 @@ def check_unclaimed(run_dir: Path) -> None:
     """
     if (run_dir / MANIFEST).exists():
         return
-    found = [PARTS] if (run_dir / PARTS).exists() else result_in(run_dir)
+    found = [name for name in (PARTS, READY) if (run_dir / name).exists()] or result_in(run_dir)
     if (run_dir / LOCK).exists():
         # A claim that was cut short leaves both, before there is a manifest.
         found = [name for name in found if name != FILE_NAME and not TEMPORARY.fullmatch(name)]

@@ -18,7 +18,8 @@ from mgpu_ddp.output.manifest import MANIFEST, STATUS, Manifest
 def is_half_replaced(run_dir: Path) -> bool:
     """Find out whether a new result is complete but not in its place."""
     if (run_dir / READY).exists():
-        return True
+        # Its manifest is there until it is at home.
+        return any(Manifest.read(folder) is not None for folder in (run_dir / READY, run_dir))
     following = Manifest.read(run_dir / NEXT)
     return following is not None and following.complete
 

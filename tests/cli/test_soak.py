@@ -23,3 +23,14 @@ def test_ten_kills_cost_no_row() -> None:
     assert (report["missing"], report["duplicates"], report["different"], report["failures"]) == (0, 0, 0, [])
     assert ended.stdout.startswith("killed ")
     assert "\r" not in ended.stderr, "a line that changes is for terminals only"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_nothing_hostile_does_harm() -> None:
+    command = [sys.executable, str(SOAK), "hostile", "--count", "36", "--minutes", "3", "--seed", "7"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report["tried"].keys() == {"command lines", "files", "tamperings"}
+    assert report["failures"] == []

@@ -1,6 +1,7 @@
 """Fixtures of all tests: real images, a world of one process, and a process in which Triton interprets."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,6 +14,8 @@ from mgpu_ddp.distributed.world import World, join, leave
 from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from tests.support.runs import make_images
 
+# Whoever runs the tests may have had it ignored, as nohup does, and processes inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # As jobs do, before a test imports it by itself.
 import_torchvision()
 

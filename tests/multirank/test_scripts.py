@@ -379,3 +379,46 @@ def test_keys_of_what_the_script_brings_are_refused(word: str, tmp_path: Path) -
     key, group = word.partition("=")[0], word.partition("=")[0].partition(".")[0]
     assert done.code == 2
     assert f"mgpu_ddp: {key} must be left out where the script brings its {group}, got {word!r}." in done.err
+
+
+KEEPS = """
+import time, torch, mgpu_ddp
+from torch import nn
+
+class Inner(nn.Module):
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.weight = Inner(), nn.Parameter(torch.zeros(1))
+    def forward(self, images):
+        self.kept = self.inner(images)
+        # Long enough for a batch beside it to put its own in the place.
+        for _ in range(20):
+            torch.randn(64, 64) @ torch.randn(64, 64)
+            time.sleep(0.002)
+        return {"kept": self.kept, "mean": images.mean(dim=(1, 2, 3))}
+
+features = {}
+
+def hooked():
+    net = Net()
+    net.inner.register_forward_hook(lambda module, inputs, output: features.update(kept=output))
+    return net
+
+def outputs(found):
+    return {**found, "kept": features["kept"]}
+
+mgpu_ddp.main(ARGUMENTS)
+"""
+
+
+@pytest.mark.parametrize("arguments", ["model=Net", "model=hooked, outputs=outputs"])
+def test_a_forward_that_keeps_something_of_a_batch_has_no_other_beside_it(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(KEEPS.replace("ARGUMENTS", arguments))
+    folder = out_of(script_ranks(1, tmp_path / "mine.py", *FAKE, "output.dir=out", WORKERS), tmp_path)
+    assert "one batch at a time" in (tmp_path / "stderr.txt").read_text()
+    table = read_table(folder)
+    assert table["kept"].to_pylist() == table["mean"].to_pylist()

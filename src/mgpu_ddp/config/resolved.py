@@ -17,13 +17,16 @@ class Speedups:
     """Half precision is that of torch.autocast, around weights in fp32."""
     graphs: bool = True
     """Small batches may replay a CUDA graph: forward does the same for any data."""
-
     streams: int = 1
     """So many batches run side by side on a GPU: one whose forward waits for the GPU now and then leaves it idle."""
+
+    serial: bool = False
+    """One batch after the other: forward keeps something of a batch, which another at the same time would replace."""
 
     def __str__(self) -> str:
         applied = [name for name in ("fold", "fuse", "autocast", "graphs") if getattr(self, name)]
         applied += [f"{self.streams} streams"] if self.streams > 1 else []
+        applied += ["one batch at a time"] if self.serial else []
         return ", ".join(applied) or "as it is"
 
 

@@ -169,7 +169,8 @@ def _on_cpu(
     cores its rank happened to have.
     """
     flying: deque[tuple[Batch, Future[Columns]]] = deque()
-    with ThreadPoolExecutor(world.share_of_cpus, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+    side_by_side = 1 if predictor.serial else world.share_of_cpus
+    with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for batch in clock.waiting_for(batches):
             flying.append((batch, threads.submit(predictor, batch.pixels)))
             if len(flying) >= in_flight(world):

@@ -52,7 +52,7 @@ class Predictor:
             if device.type == "cuda"
             else None
         )
-        self.streams = resolved.speedups.streams
+        self.streams, self.serial = resolved.speedups.streams, resolved.speedups.serial
         self._splits = runtime.on_oom != "raise"
         # A compiled module launches in its own way, and DataParallel's threads cannot be recorded.
         graphs = resolved.speedups.graphs and resolved.compile != "on" and config.strategy == "ddp"

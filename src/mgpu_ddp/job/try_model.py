@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mgpu_ddp.config.resolved import Resolved, Speedups
 from mgpu_ddp.errors import OutOfMemoryError, UsageError, place_in_code
@@ -18,9 +18,10 @@ from mgpu_ddp.inference.outputs import OutputsError
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.autotune import noise, predict_batches
 from mgpu_ddp.job.context import Setup
+from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.models.build import name_classes
 from mgpu_ddp.models.fusion import fold_batch_norms
-from mgpu_ddp.models.prepare import copy_of, place
+from mgpu_ddp.models.prepare import copy_of, has_hooks, place
 from mgpu_ddp.output.columns import ColumnType, Ragged, as_json
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.preprocess.transform import Transform
@@ -72,15 +73,18 @@ class Trials:
         self._setup, self._config, self._device = setup, setup.job.config, setup.world.device
         self._batch = noise(setup.resolved.transform, BATCH, self._device)
         self._num_classes: int | None = None
+        self._keeps_state = False
 
     def run(self) -> dict[str, Any]:
         """Everything that is found, as JSON values."""
-        # 1) As it is, which tells the columns.
+        # 1) As it is, which tells the columns, and whether it keeps anything of a batch.
         reference = self._reference()
         types = [ColumnType.of(name, column) for name, column in reference.columns.items()]
         self._check_columns(types)
         # 2) The fastest way in which it still says the same.
         precision, speedups, rows = self._fastest(reference, is_ragged=any(each.ragged for each in types))
+        # One that is not copied has been moved.
+        self._setup.model.module.cpu()
         return {
             "types": as_json([ColumnType.of(name, column) for name, column in rows.columns.items()]),
             "num_classes": self._num_classes,
@@ -90,8 +94,14 @@ class Trials:
 
     def _reference(self) -> Rows:
         plain = replace(self._setup.resolved, speedups=NOTHING, precision="fp32")
+        module = self._placed(plain)
+        other = replace(self._batch, pixels=self._batch.pixels.flip(0, -1))
         try:
-            return self._rows(plain, outputs_only=True)
+            rows = self._rows_of(module, plain, outputs_only=True)
+            state = state_of(module)
+            self._rows_of(module, plain, outputs_only=True, batch=other)
+            self._keeps_state = has_hooks(module) or state_of(module) != state
+            return rows
         except (OutOfMemoryError, UsageError):
             raise
         except OutputsError as error:
@@ -114,7 +124,7 @@ class Trials:
             except Exception as error:
                 why = why or place_in_code(error)
                 continue
-            is_plain = precision in IN_FULL and speedups == NOTHING
+            is_plain = precision in IN_FULL and not speedups.fold
             if is_plain or self._says_the_same(rows, reference, FULL if precision in IN_FULL else HALF):
                 if precision != wanted:
                     log.warning("the model runs in %s, because in %s it does not: %s", precision, wanted, why)
@@ -124,17 +134,20 @@ class Trials:
 
     def _ways(self, *, is_ragged: bool) -> Iterator[tuple[str, Speedups]]:
         precision = self._setup.resolved.precision
-        module = copy_of(self._setup.model.module.eval())
+        module, on_gpu = copy_of(self._setup.model.module.eval()), self._device.type == "cuda"
         is_copied = module is not self._setup.model.module
-        if self._config.runtime.fold and is_copied and isinstance(fold_batch_norms(module), fx.GraphModule):
-            yield precision, Speedups(fold=True, fuse=True)
+        plain = replace(NOTHING, serial=self._keeps_state)
+        # What is traced keeps nothing.
+        may_trace = self._config.runtime.fold and is_copied and not self._keeps_state
+        if may_trace and isinstance(fold_batch_norms(module), fx.GraphModule):
+            yield precision, Speedups(fold=True, fuse=on_gpu, graphs=on_gpu)
         # Coordinates need more digits than half precision has: autocast keeps what is computed from them in fp32.
         if precision in IN_FULL or (is_copied and not is_ragged):
-            yield precision, NOTHING
+            yield precision, plain
         if precision not in IN_FULL:
-            yield precision, replace(NOTHING, autocast=True)
+            yield precision, replace(plain, autocast=True)
             if self._config.runtime.precision == "auto":
-                yield "fp32", NOTHING
+                yield "fp32", plain
 
     def _says_the_same(self, rows: Rows, reference: Rows, tolerance: float) -> bool:
         """Compare outputs; whole numbers (of classes that are nearly as likely) and numbers of boxes may differ."""
@@ -151,17 +164,24 @@ class Trials:
                 return False
         return True
 
-    def _rows(self, resolved: Resolved, *, outputs_only: bool = False) -> Rows:
-        """Predict the batch with a copy of the module; `outputs_only` leaves out what the head must be known for."""
-        model = self._setup.model
-        module = place(copy_of(model.module.eval().requires_grad_(False)), self._config, resolved, self._device, None)
+    def _placed(self, resolved: Resolved) -> nn.Module:
+        module = copy_of(self._setup.model.module.eval().requires_grad_(False))
+        return place(module, self._config, resolved, self._device, None)
+
+    def _rows(self, resolved: Resolved) -> Rows:
+        """Predict the batch with a copy of the module."""
+        return self._rows_of(self._placed(resolved), resolved)
+
+    def _rows_of(
+        self, module: nn.Module, resolved: Resolved, *, outputs_only: bool = False, batch: Batch | None = None
+    ) -> Rows:
+        """Predict a batch; `outputs_only` leaves out what the head must be known for."""
         config = self._config
         if outputs_only:
             config = replace(config, output=replace(config.output, fields=["logits"]))
-        predictor = Predictor(
-            module, config, resolved, self._device, num_classes=self._num_classes, outputs=model.outputs
-        )
-        (rows,) = predict_batches([self._batch], predictor, self._setup.world)
+        outputs = self._setup.model.outputs
+        predictor = Predictor(module, config, resolved, self._device, num_classes=self._num_classes, outputs=outputs)
+        (rows,) = predict_batches([batch or self._batch], predictor, self._setup.world)
         return rows
 
     def _check_columns(self, types: Sequence[ColumnType]) -> None:
@@ -180,6 +200,25 @@ class Trials:
                 "output.format=npy must have one Tensor of floats of fixed shape, got"
                 f" {', '.join(map(str, types))}. Choose parquet, or return one of them."
             )
+
+
+def state_of(module: nn.Module) -> list[Any]:
+    """Everything that a module keeps besides its parameters, by value."""
+    kept = [_by_value(buffer) for buffer in module.buffers()]
+    for part in module.modules():
+        own = {name: value for name, value in vars(part).items() if name not in vars(nn.Module())}
+        kept.append(_by_value(own))
+    return kept
+
+
+def _by_value(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return [(str(key), _by_value(each)) for key, each in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_by_value(each) for each in value]
+    return value if isinstance(value, int | float | str | bytes | None) else type(value).__name__
 
 
 def check_neighbours(setup: Setup) -> Setup:
@@ -219,7 +258,13 @@ def _with_neighbours(setup: Setup) -> tuple[Setup, bool]:
 def _streams(setup: Setup) -> int:
     """How many batches may run side by side, by the memory that one of them has taken. Collective."""
     world, number = setup.world, 1
-    waits = world.device.type == "cuda" and setup.job.config.strategy == "ddp" and setup.resolved.compile != "on"
+    ways = setup.resolved.speedups
+    waits = (
+        not ways.serial
+        and world.device.type == "cuda"
+        and setup.job.config.strategy == "ddp"
+        and setup.resolved.compile != "on"
+    )
     if waits and world.rank == 0:
         total = torch.cuda.get_device_properties(world.device).total_memory
         room = int(SHARE_OF_MEMORY * total // max(1, torch.cuda.max_memory_allocated(world.device)))

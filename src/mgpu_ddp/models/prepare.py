@@ -40,8 +40,15 @@ def prepare(model: Model, config: Config, resolved: Resolved, world: World, *, k
         return place(module, config, resolved, world.device, model.num_classes)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """True where hooks run with forward: what they keep, and where, nobody knows."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def copy_of(module: nn.Module) -> nn.Module:
-    """A copy that shares nothing, or the module itself where it cannot be copied."""
+    """A copy that shares nothing, or the module itself where it cannot be copied, or a hook would write to it."""
+    if has_hooks(module):
+        return module
     try:
         return copy.deepcopy(module)
     except Exception:

@@ -15,6 +15,7 @@ from mgpu_ddp.inference.outputs import FINITE
 from mgpu_ddp.inference.pipeline import predict
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
+from mgpu_ddp.output.columns import Ragged
 from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess.transform import plain
 from tests.support.choices import resolved
@@ -71,6 +72,31 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(world: World) -> None
         assert np.array_equal(rows.columns[name], column), name
     assert (rows.errors, rows.split) == (whole.errors, frozenset(range(12)))
     assert (clock.split_rows, calm.split_rows, whole.split) == (12, 0, frozenset())
+
+
+class Boxes(nn.Module):
+    """As many boxes an image as its values say, in as many rows of a dict each; hungry as `Sums` is."""
+
+    def __init__(self, hungry: int | None = None) -> None:
+        super().__init__()
+        self.sums = Sums(hungry)
+
+    def forward(self, images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        sums = self.sums(images)[:, 1]
+        return [{"boxes": torch.full((int(s) % 4, 4), float(s)), "ids": torch.arange(int(s) % 4)} for s in sums]
+
+
+def test_rows_of_any_length_survive_a_batch_that_is_halved(world: World) -> None:
+    whole, _ = run(Boxes(), world, 8)
+    rows, _ = run(Boxes(hungry=2), world, 8)
+    assert rows.split == frozenset(range(12))
+    for name in ("boxes", "ids"):
+        mine, other = whole.columns[name], rows.columns[name]
+        assert isinstance(mine, Ragged)
+        assert isinstance(other, Ragged)
+        assert len(set(mine.lengths.tolist())) > 1
+        assert np.array_equal(mine.lengths, other.lengths)
+        assert np.array_equal(mine.values, other.values)
 
 
 def test_an_odd_batch_is_halved_down_to_single_images(world: World) -> None:

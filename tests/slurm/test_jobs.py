@@ -145,6 +145,41 @@ def test_a_sweep_with_an_allocation_for_each_job(cluster: Cluster, tmp_path: Pat
     assert_proved(tmp_path / "sweep" / "2", 30)
 
 
+@pytest.mark.slow
+def test_a_script_of_the_users_runs_in_a_job_and_in_an_allocation_for_each_job(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text("""
+import torch, mgpu_ddp
+
+class Means(torch.nn.Module):
+    def forward(self, images):
+        return {"mean": images.mean(dim=(1, 2, 3))}
+
+if __name__ == "__main__":
+    mgpu_ddp.main(model=Means)
+""")
+    settings = ("data.size=30", "data.image_size=[3,32,32]", "transform.size=32", "batch_size=4", "loader.workers=1")
+    job = cluster.submit(
+        f"--export=ALL,SCRIPT={script}",
+        *("--nodes=2", "--ntasks-per-node=1", str(LAUNCH / "slurm.sbatch"), *settings),
+        cwd=tmp_path,
+    )
+    ended = cluster.wait(job)
+    assert ended["JobState"] == "COMPLETED", (tmp_path / f"mgpu_ddp-{job}.out").read_text()
+    by_sbatch = tmp_path / "outputs" / f"slurm-{job}"
+    assert_proved(by_sbatch, 30)
+    words = ("--multirun", "seed=1,2", "hydra.sweep.dir=sweep", "hydra/launcher=slurm", "hydra.launcher.partition=all")
+    command = [sys.executable, str(script), *settings, *words]
+    done = subprocess.run(command, env=cluster.environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [row["mean"] for row in read_rows(folder)] for folder in (by_sbatch, *(tmp_path / "sweep" / i for i in "01"))
+    ]
+    assert rows[0] == rows[1] == rows[2]
+
+
 def test_a_mistake_in_a_job_is_said_once_and_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(str(LAUNCH / "slurm.sbatch"), "batch_size=-1", cwd=tmp_path)
     ended = cluster.wait(job)

@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -20,6 +21,8 @@ from mgpu_ddp.errors import UsageError
 IS_1_3 = hydra.__version__.startswith("1.3.")
 """Hydra 1.3, which comes with OmegaConf 2.3, warns of what later ones want, and they of what it wants."""
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if IS_1_3 else {}
+REPLACE: dict[str, Any] = {} if IS_1_3 else {"replace": True}
+"""For `ConfigStore.store`: a process may read the options of more than one folder."""
 REGISTER_RESOLVER = "register_new_resolver" if IS_1_3 else "register_resolver"
 
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgpu_ddp.config.checks import MAX_BRACKETS, count_brackets, require, words_of
+from mgpu_ddp.config.compose import REPLACE
 from mgpu_ddp.config.keys import Section
 from mgpu_ddp.config.schema import GROUPS, section_of
 from mgpu_ddp.config.script import ITSELF
@@ -86,7 +87,7 @@ class Options:
                 tree.merge_with(layer)
             except OmegaConfBaseException as error:
                 raise _refusal(path, f"values that fit ({words_of(error)})", "See --help.") from None
-        ConfigStore.instance().store(group=group, name=name, node=tree, package="_global_")
+        ConfigStore.instance().store(group=group, name=name, node=tree, package="_global_", **REPLACE)
         return section
 
     def _parts(self, path: Path, group: str, read: list[Path]) -> Iterator[str | dict[str, Any]]:

@@ -274,6 +274,11 @@ class Net(nn.Module):
         means = images.mean(dim=(1, 2, 3))
         return {"mean": means if Net.calls < 6 else means.int()}
 
+class Raises(Net):
+    def forward(self, images):
+        assert Net.calls < 5, "five batches are enough"
+        return super().forward(images)
+
 class Columns(Net):
     def forward(self, images):
         found = super().forward(images)
@@ -284,7 +289,12 @@ mgpu_ddp.main(model=NAME)
 
 
 @pytest.mark.parametrize(
-    ("name", "line"), [("Net", "mean int32 (), but at the start mean float32 ()"), ("Columns", "got int")]
+    ("name", "line"),
+    [
+        ("Net", "mean int32 (), but at the start mean float32 ()"),
+        ("Columns", "got int"),
+        ("Raises", "AssertionError: five batches are enough"),
+    ],
 )
 def test_a_forward_that_changes_its_columns_ends_the_job(name: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MIDWAY.replace("NAME", name))

@@ -188,12 +188,15 @@ def _landed(flying: deque[tuple[Batch, Future[Columns]]], clock: Clock, world: W
 
 @contextmanager
 def _told_with(batch: Batch, world: World) -> Iterator[None]:
-    """Name the batch and the rank in what is said of a model's outputs."""
+    """Name the batch and the rank in what is said of a model's outputs, and below the traceback of its forward."""
+    where = f"batch of rows {batch.index[0]} to {batch.index[-1]}, rank {world.rank} of {world.size}"
     try:
         yield
     except OutputsError as error:
-        rows = f"rows {batch.index[0]} to {batch.index[-1]}"
-        raise OutputsError(f"{error} (batch of {rows}, rank {world.rank} of {world.size})") from error
+        raise OutputsError(f"{error} ({where})") from error
+    except Exception as error:
+        error.add_note(where)
+        raise
 
 
 def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:

@@ -43,3 +43,9 @@ def test_a_function_that_leaves_the_program_is_told(argument: str) -> None:
     script = Script(**{argument: leave})
     with pytest.raises(UsageError, match=rf"^{argument}: the function raised SystemExit: no net.pt \(test_script_m"):
         build_script_model(script, 0) if argument == "model" else script_transform(script, None, "script")
+
+
+@pytest.mark.parametrize(("name", "warnings"), [("RandomResizedCrop", 1), ("CenterCrop", 0)])
+def test_a_random_transform_is_told(name: str, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
+    described(v2.Compose([getattr(v2, name)((16, 16)), *TO_FLOAT]))
+    assert sum("the transform is random" in message for message in caplog.messages) == warnings

@@ -1,5 +1,6 @@
 """The transform that the user's script brings: a preset, which a GPU can apply, or a function for loader workers."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from mgpu_ddp.config.script import ITSELF, Script, name_of
 from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import UsageError, place_in_code
 from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, from_weights
+
+log = logging.getLogger("mgpu_ddp")
 
 TRIED_SIZES = ((320, 240), (200, 300))
 """(width, height) of the images that a function is tried on."""
@@ -51,11 +54,11 @@ def shape_of(transform: Callable[[Image.Image], Any]) -> tuple[int, ...]:
     Raises:
         UsageError: it raises, or makes no float Tensor (3, H, W), or one of another size for another image.
     """
-    shapes = []
+    shapes, is_random = [], False
     for size in TRIED_SIZES:
         image = Image.effect_noise(size, 64).convert("RGB")
         try:
-            made = transform(image)
+            made, again = transform(image), transform(image)
         except Exception as error:
             why, pixels = place_in_code(error), f"{size[0]}x{size[1]}"
             raise UsageError(f"transform raised {why} for an image of {pixels}. Fix it and start again.") from error
@@ -65,7 +68,10 @@ def shape_of(transform: Callable[[Image.Image], Any]) -> tuple[int, ...]:
         remedy = "End it with ToTensor(), or v2.ToImage() and v2.ToDtype(torch.float32, scale=True)."
         require(is_input, "transform", "a function that returns a float Tensor (3, H, W)", found, remedy)
         shapes.append(tuple(made.shape))
+        is_random |= not torch.equal(made, again)
     remedy = "Resize or crop to one size: images are predicted in batches."
     rule = "a function that returns Tensors of one shape"
     require(len(set(shapes)) == 1, "transform", rule, " and ".join(map(str, shapes)), remedy)
+    if is_random:
+        log.warning("the transform is random: rows will differ from one start to the next, and after a resume")
     return shapes[0]

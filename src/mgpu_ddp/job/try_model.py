@@ -3,6 +3,7 @@
 On rank 0 alone, with noise or a sample of the dataset, before the run folder is claimed; all ranks hear the result.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -213,7 +214,9 @@ def state_of(module: nn.Module) -> list[Any]:
 
 def _by_value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).digest()
     if isinstance(value, dict):
         return [(str(key), _by_value(each)) for key, each in value.items()]
     if isinstance(value, list | tuple | set | frozenset):

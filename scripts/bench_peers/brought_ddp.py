@@ -6,7 +6,6 @@ import brought
 import peer
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 from torchvision import datasets, transforms
 
@@ -24,18 +23,13 @@ def on_host(found):  # type: ignore[no-untyped-def]
 @torch.no_grad()
 def main() -> None:
     args = peer.parse()
-    device = torch.device("cuda", peer.LOCAL_RANK) if peer.CUDA else torch.device("cpu")
-    if peer.CUDA:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if peer.CUDA else "gloo")
+    device = peer.join()
     meter = peer.Meter(args)
     to_input = transforms.Compose([transforms.Resize((SIDE, SIDE)), transforms.ToTensor()])
     dataset = datasets.ImageFolder(args.root, to_input)
     sampler = DistributedSampler(dataset, shuffle=False)
     loader = peer.loader(dataset, peer.UntilOver(sampler, meter), batch_size=args.batch_size, workers=args.workers)
-    model = DistributedDataParallel(
-        brought.build().eval().to(device), device_ids=[peer.LOCAL_RANK] if peer.CUDA else None, broadcast_buffers=False
-    )
+    model = peer.replicated(brought.build().eval(), device)
     predictions = []
     for images, _ in loader:
         images = images.to(device, non_blocking=True)

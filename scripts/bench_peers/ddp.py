@@ -6,25 +6,18 @@ Source: docs.pytorch.org, "Multi GPU training with DDP" and torch.distributed.al
 import peer
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 
 @torch.no_grad()
 def main() -> None:
     args = peer.parse()
-    device = torch.device("cuda", peer.LOCAL_RANK) if peer.CUDA else torch.device("cpu")
-    if peer.CUDA:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if peer.CUDA else "gloo")
+    device = peer.join()
     meter = peer.Meter(args)
     dataset = peer.folder(args)
     sampler = DistributedSampler(dataset, shuffle=False)
     loader = peer.loader(dataset, peer.UntilOver(sampler, meter), batch_size=args.batch_size, workers=args.workers)
-    # Without broadcasts of buffers, which would cost time at each step and make every rank wait for the others.
-    model = DistributedDataParallel(
-        peer.model().to(device), device_ids=[peer.LOCAL_RANK] if peer.CUDA else None, broadcast_buffers=False
-    )
+    model = peer.replicated(peer.model(), device)
 
     predictions = []
     for images, _ in loader:

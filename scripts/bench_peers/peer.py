@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from torchvision import datasets, transforms
 
@@ -103,6 +104,23 @@ class UntilOver(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._indices)  # type: ignore[arg-type]
+
+
+def join() -> torch.device:
+    """Open the process group, and return this process's device. Collective: every rank calls this."""
+    device = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if CUDA else "gloo")
+    return device
+
+
+def replicated(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module under DDP, on its device."""
+    # Without broadcasts of buffers, which would cost time at each step and make every rank wait for the others.
+    return DistributedDataParallel(
+        module.to(device), device_ids=[LOCAL_RANK] if CUDA else None, broadcast_buffers=False
+    )
 
 
 def folder(args: argparse.Namespace) -> datasets.ImageFolder:

@@ -16,7 +16,7 @@ from benching.table import Row, compare, print_machine, print_table, rate, write
 OF_NAMED, OF_PLAIN_LOOP = 0.97, 1.5
 """The project's bars, for an H200 with 16 cores."""
 SIDES = {"detector": 480, "segmenter": 480}
-"""Of the images that these models are given, in pixels."""
+"""Sides of the images that these models are given, in pixels."""
 
 
 def own(args: argparse.Namespace) -> bool:

@@ -26,7 +26,7 @@ from soaking.tampering import Tamperings
 from tests.support.starting import Forks, started
 
 LIMIT_S = 10.0
-"""What takes longer hangs: every job here is a matter of a second or two."""
+"""A job that takes longer hangs: every job here is a matter of a second or two."""
 SIDE_BY_SIDE = 2
 SHARES = {"command lines": 6, "files": 2, "tamperings": 4}
 """How often each kind is tried, of twelve times."""

@@ -225,7 +225,7 @@ def _show(launcher: "subprocess.Popen[str]") -> None:
 
 
 def failures_in(folder: Path) -> Iterator[tuple[bool, str, str]]:
-    """What ranks have raised, as torchrun keeps it: whether for another rank, in one line, and with its traceback."""
+    """The errors that ranks have raised, kept by torchrun: if for another rank, in one line, and with its traceback."""
     for file in folder.rglob("error.json"):
         said = json.loads(file.read_text())["message"]
         is_peer = said["message"].startswith((PeerFailedError.__name__, PeerLostError.__name__))

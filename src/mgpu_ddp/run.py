@@ -67,7 +67,7 @@ class Run:
             "errors": manifest.errors,
             "missing": samples - rows,
             "duplicates": 0,  # parts are only listed where the one before ends
-            "predictions": [rows, *_row_shape(manifest)],
+            "predictions": [rows, *manifest.row_shape],
             "world_size": manifest.world_sizes[-1] if manifest.world_sizes else None,
             "batch_size": manifest.batch_size,
             "device": manifest.fingerprint.get("runtime.device"),
@@ -154,10 +154,3 @@ class Run:
             "run.html",
             summary=page_sections.summary(self.read_manifest(), accuracy, status, metrics, self.folder),
         )
-
-
-def _row_shape(manifest: Manifest) -> list[int]:
-    """The shape of a row in the tutorial's array of predictions; empty where the model has columns of its own."""
-    if manifest.output_format == "npy":
-        return list(manifest.columns[-1]["shape"])
-    return [manifest.fingerprint["model.num_classes"]] if manifest.has_classes else []

@@ -35,7 +35,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def looped(module: nn.Module, transform: Callable[[Image.Image], Any], photos: Path) -> dict[str, Any]:
-    """What a module returns for each image, by path, in a loop that takes one after the other."""
+    """Return what a module does for each image, by path, in a loop that takes one after the other."""
     found = {}
     for path in sorted(path for path in photos.rglob("*") if path.is_file()):
         with torch.inference_mode(), Image.open(path) as image:

@@ -14,7 +14,7 @@ TIME_S = 10
 
 
 def hydra_calls(folder: Path) -> str:
-    """What makes Hydra run a file of this folder, without a word that a filter of words would know."""
+    """Words that make Hydra run a file of this folder, without a word that a filter of words would know."""
     hub = folder / "hub"
     hub.mkdir()
     (hub / "hubconf.py").write_text(f"open({str(folder / MARKER)!r}, 'w')\n")
@@ -23,7 +23,7 @@ def hydra_calls(folder: Path) -> str:
 
 
 def log_handler(folder: Path, handler: str) -> str:
-    """What makes Hydra's own log import code or open a file."""
+    """Words that make Hydra's own log import code or open a file."""
     handlers = f"{{h: {handler}}}".replace("MARKER", str(folder / MARKER))
     logging = f"hydra: {{hydra_logging: {{version: 1, handlers: {handlers}, root: {{handlers: [h]}}}}}}"
     return f"# @package _global_\ndata: {{name: fake, size: 4}}\n{logging}\n"

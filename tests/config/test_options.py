@@ -204,7 +204,7 @@ def as_another_user() -> Iterator[None]:
 
 
 def test_a_folder_that_cannot_be_listed_is_refused() -> None:
-    """What cannot be listed can still be opened by name."""
+    """A file that cannot be listed can still be opened by name."""
     # Another user does not get as far as tmp_path.
     with tempfile.TemporaryDirectory() as folder:
         group = Path(folder, "data")

@@ -1,4 +1,4 @@
-"""What a script's dataset may be, and what is said of one that may not."""
+"""A script's dataset: what it may be, and the words for one that may not."""
 
 from typing import Any
 

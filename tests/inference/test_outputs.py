@@ -1,4 +1,4 @@
-"""What a model returns becomes columns under the names that it gives them."""
+"""A model's return value becomes columns under the names that it gives them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is checked before a run folder is claimed."""
+"""The checks before a run folder is claimed."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a killed compiler has left in Inductor's cache is compiled again."""
+"""Code that a killed compiler has left in Inductor's cache is compiled again."""
 
 from dataclasses import replace
 from pathlib import Path

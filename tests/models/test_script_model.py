@@ -1,4 +1,4 @@
-"""What a script's functions for a model and a transform may be, and what is said of those that may not."""
+"""A script's functions for a model and a transform: those that may be, and the words for those that may not."""
 
 import functools
 from typing import Any

@@ -39,7 +39,7 @@ def script(name: str, size: int, *settings: str, **environ: str) -> Any:
 
 
 def by_plain_loop(name: str, images: torch.Tensor) -> Any:
-    """What the script's own model returns for one batch."""
+    """Return what the script's own model does for one batch."""
     module = importlib.import_module(f"tests.support.brought.{name}")
     with torch.inference_mode():
         found = module.build().eval()(images)
@@ -128,7 +128,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def rows_of_photos(photos: Path) -> list[dict[str, Any]]:
-    """What the table must say of each photo, the prediction apart."""
+    """The row that the table must have for each photo, the prediction apart."""
     with sqlite3.connect(photos) as connection:
         return [
             dict(zip(("index", "path", "label", "weight", "caption"), row, strict=True))

@@ -91,7 +91,7 @@ class Options:
         return section
 
     def _parts(self, path: Path, group: str, read: list[Path]) -> Iterator[str | dict[str, Any]]:
-        """What an option is made of, in the order of its defaults: names of the package's options and files' values."""
+        """The layers of an option, in the order of its defaults: names of the package's options and files' values."""
         if path in read or len(read) == MAX_FILES:
             raise _refusal(path, f"options of at most {MAX_FILES} files, each named once", "Shorten its defaults.")
         read.append(path)

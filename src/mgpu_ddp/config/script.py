@@ -1,4 +1,4 @@
-"""What a script of the user's brings to its jobs: functions that build its model, transform and dataset."""
+"""The functions that a user's script brings to its jobs, to build its model, transform and dataset."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ KEYS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemKind:
-    """What the items of a dataset are, by the first that can be loaded."""
+    """The kind of a dataset's items, by the first that can be loaded."""
 
     image: str
     """encoded, pixels, or tensor: model input as it is."""
@@ -126,7 +126,7 @@ class ScriptSamples(Samples):
     def __init__(self, dataset: Any, kind: ItemKind) -> None:
         self._dataset, self._kind = dataset, kind
         self._taken: dict[int, dict[str, Any]] = {}
-        """What came with the items of the batch that is being loaded."""
+        """Values that came with the items of the batch that is being loaded."""
         self._last: tuple[int, Any] | None = None
         """The item that `read` has taken and `load` is about to want."""
 
@@ -318,7 +318,7 @@ def keys_of_some(dataset: Any, stop: int) -> list[str | None]:
 
 
 def in_fork(act: Any) -> Any:
-    """What a function returns in a process that is forked for it.
+    """Call a function in a process that is forked for it, and return what it does.
 
     Raises:
         UsageError: it raises, or its process dies.

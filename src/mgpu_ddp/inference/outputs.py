@@ -1,4 +1,4 @@
-"""What a model's forward returns → the columns of rows, on the model's device.
+"""A model's return value → the columns of rows, on the model's device.
 
 Tensor (B, C)               logits: pred, prob, and the fields that were asked for
 dict of Tensors (B, ...)    a column each
@@ -126,7 +126,7 @@ def _fixed(returned: Mapping[Any, Any], batch_size: int, config: OutputConfig) -
         _check_name(name)
         _check(isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch_size, {name: value})
         columns[name] = column = _of_dtype(name, value, config)
-        ok = column.isfinite().flatten(1).all(dim=1) if column.dim() > 1 else column.isfinite()
+        ok = _all_finite(column)
         finite = ok if finite is None else finite & ok
     return {**columns, FINITE: finite}
 
@@ -148,12 +148,17 @@ def _ragged(returned: Sequence[Mapping[Any, Any]], config: OutputConfig) -> Colu
         lengths = tuple(len(value) for value in tensors)
         entries = _of_dtype(name, torch.cat(tensors), config)
         columns[name] = RaggedTensor(entries, lengths)
-        bad = ~(entries.isfinite().flatten(1).all(dim=1) if entries.dim() > 1 else entries.isfinite())
+        bad = ~_all_finite(entries)
         ends = torch.tensor(lengths, device=bad.device).cumsum(0)
         counts = torch.nn.functional.pad(bad.cumsum(0), (1, 0))
         ok = counts[ends] == torch.nn.functional.pad(counts[ends], (1, 0))[:-1]
         finite = ok if finite is None else finite & ok
     return {**columns, FINITE: finite}
+
+
+def _all_finite(column: torch.Tensor) -> torch.Tensor:
+    """bool (n,): the entries without NaN and Inf."""
+    return column.isfinite().flatten(1).all(dim=1) if column.dim() > 1 else column.isfinite()
 
 
 def _of_dtype(name: str, value: torch.Tensor, config: OutputConfig) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 from mgpu_ddp.errors import Exit
 from mgpu_ddp.job.agreement import Ending
-from mgpu_ddp.job.claim import array_shape
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.run_folder import Status
@@ -107,7 +106,7 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "errors": proof.errors,
         "missing": proof.missing,
         "duplicates": proof.duplicates,
-        "predictions": [proof.rows, *_row_shape(context)],
+        "predictions": [proof.rows, *manifest.row_shape],
         **({} if model.num_classes is not None else {"columns": [each.name for each in context.types]}),
         **({} if context.bitwise else {"bitwise": False}),
         "accuracy": results.stats.accuracy,
@@ -117,13 +116,6 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "precision": manifest.fingerprint["runtime.precision"],
         "run_dir": str(results.home),
     }
-
-
-def _row_shape(context: JobContext) -> tuple[int, ...]:
-    """The shape of a row in the tutorial's array of predictions; empty where the model has columns of its own."""
-    shape = array_shape(context.config, context.types)
-    classes = context.model.num_classes
-    return shape if shape is not None else () if classes is None else (classes,)
 
 
 def _write_metrics(context: JobContext, ranks: Sequence[metrics.RankMetrics], results: JobResults) -> dict[str, Any]:

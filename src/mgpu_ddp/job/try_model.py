@@ -36,7 +36,7 @@ FULL, HALF = 1e-3, 5e-2
 IN_FULL = ("fp32", "tf32")
 NOTHING = Speedups(fold=False, graphs=False)
 STREAMS = 3
-"""Of a model with control flow that depends on data, which waits for the GPU."""
+"""Batches side by side of a model whose control flow depends on data, so that it waits for the GPU."""
 SHARE_OF_MEMORY = 0.6
 """Batches side by side may take so much of the GPU's memory."""
 
@@ -231,10 +231,11 @@ def check_neighbours(setup: Setup) -> Setup:
     """
     if setup.world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.world.device)
-    setup, bitwise = _with_neighbours(setup)
+    bitwise = _keeps_bits(setup)
     if not bitwise and setup.resolved.speedups.fuse and setup.job.config.runtime.deterministic:
         ways = replace(setup.resolved.speedups, fuse=False)
-        setup, bitwise = _with_neighbours(replace(setup, resolved=replace(setup.resolved, speedups=ways)))
+        setup = replace(setup, resolved=replace(setup.resolved, speedups=ways))
+        bitwise = _keeps_bits(setup)
     if not setup.resolved.speedups.graphs:
         ways = replace(setup.resolved.speedups, streams=_streams(setup))
         setup = replace(setup, resolved=replace(setup.resolved, speedups=ways))
@@ -243,7 +244,8 @@ def check_neighbours(setup: Setup) -> Setup:
     return replace(setup, bitwise=bitwise)
 
 
-def _with_neighbours(setup: Setup) -> tuple[Setup, bool]:
+def _keeps_bits(setup: Setup) -> bool:
+    """Compare rows that have other neighbours, zeros among them. Collective."""
     predictor, world, size = setup.predictors.get(setup.resolved), setup.world, setup.resolved.batch_size
     kept = True
     with world.together("try the model with other neighbours"):
@@ -255,7 +257,7 @@ def _with_neighbours(setup: Setup) -> tuple[Setup, bool]:
             first, second = predict_batches([batch, other], predictor, world)
             mine, others = (rows.take(np.arange(half)) for rows in (first, second))
             kept = all(_same_bits(mine.columns[name], others.columns[name]) for name in mine.columns)
-    return setup, bool(world.share("rows keep their bits", kept))
+    return bool(world.share("rows keep their bits", kept))
 
 
 def _streams(setup: Setup) -> int:

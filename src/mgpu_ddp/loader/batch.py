@@ -34,7 +34,7 @@ class Batch:
     read_bytes: int = 0
     """All that its worker read in the meantime."""
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
-    """What came with the samples, see `Rows`."""
+    """Values that came with the samples, see `Rows`."""
 
 
 def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False) -> Batch:

@@ -176,7 +176,7 @@ class Workers:
                 self._selector.register(results, EVENT_READ, worker)
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, Made | Exception]]:
-        """What workers have made, by the number of the order; waits for the first one up to `timeout_s`.
+        """The results of workers, by the number of the order; waits for the first one up to `timeout_s`.
 
         Raises:
             StateError: a worker died.

@@ -46,7 +46,7 @@ def lies_in_the_way(name: str) -> bool:
 
 
 def entries_in(folder: Path) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """What lies in a run folder and in the folders of a result below it, by its name relative to the run folder."""
+    """The entries of a run folder and in the folders of a result below it, by its name relative to the run folder."""
     for below in ("", *FOLDERS):
         with suppress(FileNotFoundError), os.scandir(folder / below) as entries:
             yield from ((os.path.join(below, entry.name), entry) for entry in entries)

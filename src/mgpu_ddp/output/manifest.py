@@ -173,6 +173,13 @@ class Manifest:
         """True where the model returns logits, and rows name classes."""
         return self.fingerprint["model.num_classes"] is not None
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row in the tutorial's array of predictions; empty where the model has columns of its own."""
+        if self.output_format == "npy":
+            return tuple(self.columns[-1]["shape"])
+        return (self.fingerprint["model.num_classes"],) if self.has_classes else ()
+
     @classmethod
     def read(cls, run_dir: Path) -> "Manifest | None":
         """The manifest of a folder, None where there is none.

@@ -31,7 +31,7 @@ log = logging.getLogger("mgpu_ddp")
 
 
 class Numbered(Protocol):
-    """What says which index is which sample."""
+    """A numbering of the samples."""
 
     def digest(self, stop: int) -> str:
         """Tell the samples before `stop` from those of another dataset."""

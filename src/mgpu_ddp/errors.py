@@ -62,7 +62,7 @@ class OutOfMemoryError(StateError):
     """The value of a key needs more memory than there is."""
 
     @classmethod
-    def of(cls, key: str, value: int, error: RuntimeError) -> "OutOfMemoryError":
+    def of(cls, key: str, value: int | str, error: RuntimeError) -> "OutOfMemoryError":
         """Tell it in one line."""
         # CUDA's message is half a screen long; its first sentence says what was asked for.
         why = str(error).splitlines()[0].partition(". GPU ")[0]

@@ -49,7 +49,8 @@ def refused(*words: str) -> str:
 
 def test_a_file_is_an_option_with_other_defaults() -> None:
     write("transform/small.yaml", "defaults: [plain]\nsize: 8\n")
-    assert composed("transform=small").transform == {"name": "plain", "size": 8}
+    small = composed("transform=small").transform
+    assert (small.name, small.size) == ("plain", 8)
     assert composed("transform=small", "transform.size=9").transform.size == 9
     assert composed("transform=small").hydra.runtime.choices.transform == "small"
     assert "must be one of auto, plain, imagenet, small, got 'large'" in refused("transform=large")
@@ -63,7 +64,8 @@ def test_a_sweep_chooses_between_files_and_options() -> None:
         assert command.swept == ("transform",)
         assert command.config_dir == str(Path("mine").absolute())
         assert "mine" not in " ".join(command.argv), "Hydra is not told of the folder"
-    assert composed("transform=tiny").transform == {"name": "plain", "size": 4}
+    tiny = composed("transform=tiny").transform
+    assert (tiny.name, tiny.size) == ("plain", 4)
 
 
 def test_files_share_values_by_their_defaults() -> None:

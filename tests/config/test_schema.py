@@ -44,6 +44,24 @@ SCHEMAS: dict[str, Any] = {
     "sweep": SweepConfig,
 }
 NAN, INF = float("nan"), float("inf")
+SIZES = [0, -1, 1.5, 256.0, True, "256x128", "", [], [0, 8], [8, -8], [8, 8, 8], [8, "8"], [[8, 8]], {"a": 8}, NAN]
+"""What is no size."""
+NUMBERS = [
+    "",
+    "0.5",
+    None,
+    True,
+    NAN,
+    INF,
+    [],
+    [0.5, 0.5],
+    [0.5] * 4,
+    [NAN, 0.5, 0.5],
+    [123.675, 116.28, 103.53],
+    {},
+    10**400,
+]
+"""What is no number for each channel."""
 
 
 def build(key: str, value: Any) -> Any:
@@ -72,6 +90,16 @@ def build(key: str, value: Any) -> Any:
         ("data.root", "a folder", [""]),
         ("transform.name", "one of auto, plain, imagenet", ["crop"]),
         ("transform.size", "at least 1", [0, -224]),
+        ("transform.resize", "one whole number or [height,width], each at least 1, or auto", SIZES),
+        ("transform.resize", "one whole number or [height,width], each at least 1, or auto", [None]),
+        ("transform.crop", "one whole number or [height,width], each at least 1, null or auto", SIZES),
+        ("transform.interpolation", "one of auto, nearest, bilinear, bicubic, lanczos", ["", "BICUBIC", "box"]),
+        ("transform.mean", "three numbers from 0 to 1, or one for all channels", [*NUMBERS, -0.1]),
+        (
+            "transform.std",
+            "three numbers from 1e-06 to 1, or one for all channels",
+            [*NUMBERS, 0, [0.5, 0, 1], 1e-9],
+        ),
         ("model.num_classes", "at least 1", [0]),
         ("model.weights", "null, a name or a path", [""]),
         ("runtime.device", "one of auto, cpu, cuda", ["gpu", "cuda:0"]),
@@ -98,7 +126,7 @@ def test_a_bad_value_is_one_line_with_key_rule_value_and_remedy(key: str, rule: 
         assert text.startswith(f"{key} must be {rule}"), text
         shown = "features" if key == "output.fields" else value
         assert f", got {shown!r}. " in text
-        assert re.search(r"\. (Try|Give|Leave) .+\.$", text), "a remedy"
+        assert re.search(r"\. (Try|Give|Leave|Divide) .+\.$", text), "a remedy"
         assert "\n" not in text
 
 
@@ -132,6 +160,10 @@ def test_a_seed_that_torch_cannot_hold_is_refused(key: str, value: int) -> None:
         ("output.fields", ["logits", "probs", "embedding"]),
         ("output.fields", []),
         ("model.weights", "DEFAULT"),
+        ("transform.resize", [1]),
+        ("transform.crop", None),
+        ("transform.mean", 0),
+        ("transform.std", [1, 0.5, 1e-6]),
     ],
 )
 def test_values_at_the_edge_are_accepted(key: str, value: Any) -> None:

@@ -16,7 +16,8 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.batch import as_batch
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
-from mgpu_ddp.models.build import build_model, choose_transform
+from mgpu_ddp.models.build import build_model
+from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.preprocess.transform import MEAN, Transform, imagenet, plain
 from tests.support.samples import ignore_time
 

@@ -12,11 +12,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, ModelConfig, RuntimeConfig, TransformConfig
+from mgpu_ddp.config.schema import Config, FakeConfig, ModelConfig, RuntimeConfig, TransformConfig
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
-from mgpu_ddp.models.build import build_model, choose_transform, load_model, require_head, try_size
+from mgpu_ddp.models.build import build_model, load_model, require_head, try_size
 from mgpu_ddp.models.head import head_of
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import prepare, speedups_of
@@ -364,6 +364,26 @@ def test_a_size_that_the_model_does_not_take_is_refused_with_the_one_that_it_doe
     try_size(picky, job(), transform.plain(30))
 
 
+@pytest.mark.parametrize(
+    ("keys", "size", "said"),
+    [
+        (
+            {"crop": [30, 8]},
+            (30, 8),
+            "transform.crop must be a size that squeezenet1_1 takes, got 30x8 (",
+        ),
+        ({"resize": [8, 8], "crop": None}, (8, 8), "transform.resize must be a size that squeezenet1_1 takes, got 8 ("),
+    ],
+)
+def test_the_key_that_says_the_size_is_named(keys: dict[str, Any], size: tuple[int, int], said: str) -> None:
+    picky = Model(module=Picky(), num_classes=5, identity={}, origin="", class_names=None, preset=None, input_size=30)
+    chosen = transform.Transform(resize=size, crop=keys["crop"] and size)
+    with pytest.raises(UsageError) as raised:
+        try_size(picky, job(transform=TransformConfig(**keys)), chosen)
+    assert str(raised.value).startswith(said)
+    assert str(raised.value).endswith("Try transform.crop=30." if keys["crop"] else "Try transform.resize=[30,30].")
+
+
 def test_sizes_that_a_model_takes_are_kept() -> None:
     model = build_model(job())
     for size in (32, 224, 300):
@@ -383,15 +403,3 @@ def test_load_model_fills_rank_zero(tmp_path: Path, world: World) -> None:
     model = load_model(job(weights=tmp_path / "w.pt"), Script(), world)
     assert weights_digest(model.module) == weights_digest(module)
     assert str(tmp_path / "w.pt") in model.origin
-
-
-def test_the_transform_follows_data_and_weights() -> None:
-    folder = FolderConfig(root="x")
-    bare, named = build_model(job()), build_model(job("swin_t", weights="DEFAULT", num_classes=1000))
-    assert choose_transform(job(), bare) == transform.plain(224)
-    assert choose_transform(job(), named) == transform.plain(224)
-    assert choose_transform(job(data=folder), bare) == transform.imagenet(224)
-    chosen = choose_transform(job(data=folder), named)
-    assert (chosen.resize, chosen.crop, chosen.interpolation) == ((232,), 224, "bicubic")
-    assert choose_transform(job(data=folder, transform=TransformConfig(name="plain", size=9)), named).resize == (9, 9)
-    assert choose_transform(job(transform=TransformConfig(name="imagenet", size=64)), bare) == transform.imagenet(64)

@@ -8,12 +8,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from mgpu_ddp.config.schema import TransformConfig
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.script_model import build_script_model
 from mgpu_ddp.models.script_transform import script_transform
 
 TO_FLOAT = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
+
+OWN = TransformConfig(name="script")
 
 
 def resized(image: Image.Image, side: int = 32) -> torch.Tensor:
@@ -22,7 +25,7 @@ def resized(image: Image.Image, side: int = 32) -> torch.Tensor:
 
 
 def described(transform: Any) -> str:
-    found = script_transform(Script(transform=lambda: transform), None, "script")
+    found = script_transform(Script(transform=lambda: transform), None, OWN)
     assert found is not None
     return str(found.described()["function"])
 
@@ -42,7 +45,7 @@ def test_a_function_that_leaves_the_program_is_told(argument: str) -> None:
 
     script = Script(**{argument: leave})
     with pytest.raises(UsageError, match=rf"^{argument}: the function raised SystemExit: no net.pt \(test_script_m"):
-        build_script_model(script, 0) if argument == "model" else script_transform(script, None, "script")
+        build_script_model(script, 0) if argument == "model" else script_transform(script, None, OWN)
 
 
 @pytest.mark.parametrize(("name", "warnings"), [("RandomResizedCrop", 1), ("CenterCrop", 0)])

@@ -15,8 +15,9 @@ from timm.data import create_transform, resolve_data_config
 from mgpu_ddp.config.schema import Config, FakeConfig, FolderConfig, OutputConfig, TimmConfig, TransformConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.build import build_model, choose_transform
+from mgpu_ddp.models.build import build_model
 from mgpu_ddp.models.head import embedding_dim, head_of
+from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from tests.support.choices import resolved

@@ -12,7 +12,7 @@ from mgpu_ddp.preprocess.transform import EXIF_ORIENTATION, Transform, from_weig
 
 
 def transforms(size: int) -> dict[str, Transform]:
-    """Everything that `transform.name` and named weights can ask for, and what `Transform` can say beyond it."""
+    """Everything that keys of the transform and named weights can ask for, and what `Transform` can say beyond it."""
     return {
         "plain": plain(size),
         "imagenet": imagenet(size),
@@ -20,6 +20,11 @@ def transforms(size: int) -> dict[str, Transform]:
         "bicubic weights": from_weights(EfficientNet_B1_Weights.IMAGENET1K_V1.transforms(), size),
         "padded": Transform(resize=(size // 2,), crop=size, interpolation="bicubic"),
         "nearest": Transform(resize=(size, size + 9), interpolation="nearest"),
+        "lanczos": Transform(resize=(size + 3,), crop=size, interpolation="lanczos"),
+        "tall": Transform(resize=(2 * size, size), mean=(0.5,) * 3, std=(0.25,) * 3),
+        "wide crop": Transform(resize=(size + 5,), crop=(size // 2, size + 3), interpolation="bicubic"),
+        "both sides, then a crop": Transform(resize=(size, size + 7), crop=(size - 3, size), interpolation="lanczos"),
+        "nearest crop": Transform(resize=(size + 4,), crop=(size + 1, size // 2), interpolation="nearest"),
     }
 
 

@@ -13,7 +13,19 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgpu_ddp.config.checks import protocol_of, require, words_of
-from mgpu_ddp.config.keys import Key, Section, absolute, at_least, each_of, key, keys_of, location, not_empty, one_of
+from mgpu_ddp.config.keys import (
+    Key,
+    Rule,
+    Section,
+    absolute,
+    at_least,
+    each_of,
+    key,
+    keys_of,
+    location,
+    not_empty,
+    one_of,
+)
 from mgpu_ddp.config.script import ITSELF
 from mgpu_ddp.errors import UsageError
 
@@ -158,8 +170,42 @@ Listed = FolderConfig | ListConfig | WebDatasetConfig | ParquetConfig
 """The data that come as encoded images with names."""
 
 
+AUTO = "auto"
+
+
+def _per_channel(low: float) -> Rule:
+    """Three numbers from `low` to 1, or one for all channels; kept as three."""
+
+    def check(key: Key, value: Any) -> Any:
+        if value == AUTO:
+            return value
+        numbers = value if isinstance(value, list) else [value] * 3
+        rule = f"three numbers from {low:g} to 1, or one for all channels"
+        remedy = "Divide numbers that are for levels of 0 to 255 by 255."
+        ok = len(numbers) == 3 and all(type(number) in (int, float) and low <= number <= 1 for number in numbers)
+        key.require(ok, rule, value, remedy)
+        return [float(number) for number in numbers]
+
+    return check
+
+
+def _pixels(*, null: bool = False) -> Rule:
+    """A whole number, or a height and a width; None where it may be."""
+
+    def check(key: Key, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value]
+        ok = len(numbers) in (1, 2) and all(type(number) is int and number >= 1 for number in numbers)
+        rule = f"one whole number or [height,width], each at least 1,{' null' if null else ''} or auto"
+        key.require(ok or value == AUTO or (null and value is None), rule, value, f"Try {key.name}=[256,128].")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    return check
+
+
 @dataclass(kw_only=True, slots=True)
 class TransformConfig(Section):
+    """How an image becomes model input. Keys below `size` replace what the named transform says, one by one."""
+
     prefix: ClassVar[str] = "transform."
 
     name: str = key(
@@ -175,6 +221,45 @@ class TransformConfig(Section):
         " other overrides it.",
         at_least(1),
     )
+    resize: Any = key(
+        AUTO,
+        "One number resizes the shorter side to it, [height,width] both sides. auto: as the transform that is named"
+        " above, or the weights' own.",
+        _pixels(),
+    )
+    crop: Any = key(
+        AUTO,
+        "The centre that is cut out of the resized image: one number for a square, or [height,width]. null: nothing is"
+        " cut off. auto: as for transform.resize.",
+        _pixels(null=True),
+    )
+    interpolation: str = key(
+        AUTO,
+        "nearest, bilinear, bicubic or lanczos, as Pillow resizes (it always smooths when it shrinks, except for"
+        " nearest). auto: as for transform.resize.",
+        one_of(AUTO, "nearest", "bilinear", "bicubic", "lanczos"),
+    )
+    mean: Any = key(
+        AUTO,
+        "Subtracted from values of 0 to 1: [red,green,blue], or one number for all; 0 with transform.std=1 leaves them"
+        " alone. auto: as for transform.resize.",
+        _per_channel(0),
+    )
+    std: Any = key(
+        AUTO, "What is left is divided by: as transform.mean. auto: as for transform.resize.", _per_channel(1e-6)
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that replace something of the named transform, as it calls them."""
+        names = ("resize", "crop", "interpolation", "mean", "std")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != AUTO}
+
+    def size_key(self, *, cropped: bool) -> str:
+        """The key that decides how large the model input is; `cropped`: the image is cut in the end."""
+        if self.crop not in (AUTO, None):
+            return "transform.crop"
+        return "transform.size" if cropped or self.resize == AUTO else "transform.resize"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -114,6 +114,7 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
         "precision": manifest.fingerprint["runtime.precision"],
+        "transform": str(context.resolved.transform),
         "run_dir": str(results.home),
     }
 

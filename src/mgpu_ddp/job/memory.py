@@ -13,6 +13,7 @@ from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.loader import plan_slots
 from mgpu_ddp.models.prepare import DTYPES
+from mgpu_ddp.preprocess.transform import Transform
 
 
 def require_room(setup: Setup) -> None:
@@ -34,10 +35,14 @@ def require_room(setup: Setup) -> None:
     batch_size = batch_size_of(config, resolved.batch_size, len(samples)) if is_known else 1
     rows = -(-(stop - start) // world.size) if is_known else 1
     resolved = replace(resolved, batch_size=batch_size)
-    plan_slots(samples, rows, config.loader, resolved, world, held=held_batches(resolved, world))
+    transform, size_key = resolved.transform, "transform.size"
+    if isinstance(transform, Transform):
+        size_key = config.transform.size_key(cropped=transform.crop is not None)
+    held = held_batches(resolved, world)
+    plan_slots(samples, rows, config.loader, resolved, world, held=held, size_key=size_key)
     if world.device.type == "cuda":
         total, itemsize = torch.cuda.mem_get_info(world.device)[1], DTYPES[resolved.precision].itemsize
         model_bytes = sum(parameter.numel() for parameter in setup.model.module.parameters()) * itemsize
         require_memory("model.name", config.model.name, model_bytes, total, "Choose a smaller model, or fewer classes.")
-        numbers = batch_size * math.prod(resolved.transform.shape)
-        require_memory("batch_size", batch_size, numbers * itemsize, total, "Lower it, or transform.size.")
+        numbers = batch_size * math.prod(transform.shape)
+        require_memory("batch_size", batch_size, numbers * itemsize, total, f"Lower it, or {size_key}.")

@@ -23,8 +23,9 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.memory import require_room
 from mgpu_ddp.job.try_model import check_neighbours, try_model
 from mgpu_ddp.loader.loader import num_workers
-from mgpu_ddp.models.build import choose_transform, load_model, try_size
+from mgpu_ddp.models.build import load_model, try_size
 from mgpu_ddp.models.head import embedding_dim
+from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import precision_of, speedups_of
 from mgpu_ddp.models.script_transform import script_transform
@@ -46,7 +47,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     keep_pandas_out()
     dataset = bring_dataset(job.script, world, in_shards=config.shard is not None)
     with world.together("choose the decoder"):
-        own_transform = script_transform(job.script, dataset, config.transform.name)
+        own_transform = script_transform(job.script, dataset, config.transform)
         decode = decode_of(config, world.device, dataset, own_transform)
     # Before there are threads and workers, which inherit it.
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)

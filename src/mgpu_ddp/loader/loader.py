@@ -33,9 +33,18 @@ def num_workers(config: Config, world: World) -> int:
 
 
 def plan_slots(
-    samples: Samples, rows: int, config: LoaderConfig, resolved: Resolved, world: World, *, held: int
+    samples: Samples,
+    rows: int,
+    config: LoaderConfig,
+    resolved: Resolved,
+    world: World,
+    *,
+    held: int,
+    size_key: str = "transform.size",
 ) -> tuple[int, Layout | None]:
     """The number of slots for so many samples, and the layout of images that a GPU resizes, where one does.
+
+    `size_key` is what says how large the model input is.
 
     Raises:
         OutOfMemoryError: there is no memory for them.
@@ -50,7 +59,8 @@ def plan_slots(
         num_bytes = numbers * transform.dtype.itemsize
         # On the CPU the model's input is there as well, in fp32.
         one = num_bytes if on_gpu else num_bytes + numbers * 4
-        require_memory("transform.size", transform.shape[0], one, room, "Lower it.")
+        side = transform.shape[0] if size_key == "transform.size" else list(transform.shape[:2])
+        require_memory(size_key, side, one, room, "Lower it.")
         remedy = "Lower it, or loader.workers or loader.prefetch, which read batches ahead."
         require_memory("batch_size", batch_size, num_slots * batch_size * num_bytes, room, remedy)
     return num_slots, raw

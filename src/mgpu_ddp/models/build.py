@@ -1,4 +1,4 @@
-"""Builds the model that the configuration names, whatever family it is of, and chooses its transform."""
+"""Builds the model that the configuration names, whatever family it is of."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,24 +8,22 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.keys import Section
-from mgpu_ddp.config.schema import ArrayConfig, Config, ModelConfig, ScriptModelConfig, TimmConfig
+from mgpu_ddp.config.schema import Config, ModelConfig, ScriptModelConfig, TimmConfig
 from mgpu_ddp.config.script import Script
-from mgpu_ddp.data.array import open_array
 from mgpu_ddp.distributed.host import available_bytes, is_out_of_memory, require_memory
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
 from mgpu_ddp.models.class_names import read_class_names
 from mgpu_ddp.models.head import embedding_dim
+from mgpu_ddp.models.input_transform import STANDARD_SIZE
 from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.script_model import build_script_model
 from mgpu_ddp.models.timm_models import build_timm
 from mgpu_ddp.models.torchvision_models import build_torchvision
 from mgpu_ddp.models.weights import in_one_line, load_weights
-from mgpu_ddp.preprocess.transform import AnyTransform, Transform, from_weights, imagenet, plain
+from mgpu_ddp.preprocess.transform import AnyTransform, Transform
 
-STANDARD_SIZE = 224
-"""`transform.size` as it comes: stands for a model's own size."""
 WIDEST = 1 << 14
 """No head sees more features."""
 
@@ -93,11 +91,14 @@ def try_size(model: Model, config: Config, transform: AnyTransform) -> None:
         with torch.no_grad():
             model.module.eval()(torch.zeros(1, 3, *transform.out_size))
     except Exception as error:  # models raise all kinds
-        key, size = "transform.size", transform.out_size[0]
+        key = config.transform.size_key(cropped=transform.crop is not None)
+        height, width = transform.out_size
+        size = height if height == width else f"{height}x{width}"
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise OutOfMemoryError.of(key, size, error) from None
+        remedy = f"[{own},{own}]" if key == "transform.resize" else own
         rule, found = f"a size that {config.model.name} takes", f"{size} ({in_one_line(error)})"
-        raise UsageError(f"{key} must be {rule}, got {found}. Try {key}={own}.") from None
+        raise UsageError(f"{key} must be {rule}, got {found}. Try {key}={remedy}.") from None
 
 
 def name_classes(model: Model, config: Config, world: World) -> Model:
@@ -110,20 +111,3 @@ def name_classes(model: Model, config: Config, world: World) -> Model:
         if world.rank == 0:
             names = read_class_names(Path(path), model.num_classes)
     return replace(model, class_names=tuple(world.share("class names", names)))
-
-
-def choose_transform(config: Config, model: Model, own: AnyTransform | None = None) -> AnyTransform:
-    """`transform` with auto decided: see `TransformConfig`; `own` is the script's."""
-    if own is not None:
-        return own
-    name, size = config.transform.name, config.transform.size
-    transform = imagenet(size)
-    if name == "plain" or (name == "auto" and config.data.name == "fake"):
-        return plain(model.input_size if model.input_size is not None and size == STANDARD_SIZE else size)
-    if name == "auto" and model.preset is not None:
-        transform = from_weights(model.preset, size)
-    if name == "auto" and isinstance(config.data, ArrayConfig):
-        height, width = open_array(config.data.path).shape[1:3]
-        if (height, width) == transform.out_size:
-            return replace(transform, resize=transform.out_size, crop=None)
-    return transform

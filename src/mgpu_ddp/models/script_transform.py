@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.schema import TransformConfig
 from mgpu_ddp.config.script import ITSELF, Script, name_of
 from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import UsageError, place_in_code
@@ -19,7 +20,7 @@ TRIED_SIZES = ((320, 240), (200, 300))
 """(width, height) of the images that a function is tried on."""
 
 
-def script_transform(script: Script, dataset: ScriptDataset | None, wanted: str) -> AnyTransform | None:
+def script_transform(script: Script, dataset: ScriptDataset | None, wanted: TransformConfig) -> AnyTransform | None:
     """The transform that the script brings, or that its dataset makes needless; None for the configuration's.
 
     `wanted` is that of the configuration.
@@ -30,10 +31,12 @@ def script_transform(script: Script, dataset: ScriptDataset | None, wanted: str)
     if dataset is not None and dataset.kind.image == "tensor":
         rule = "left out where the dataset yields float Tensors, which are model input"
         require(script.transform is None, "transform", rule, "one", "Leave it out, or yield images.")
+        for key, value in wanted.given.items():
+            require(False, f"transform.{key}", rule, value, "Leave it out, or yield images.")
         return TensorInput(shape=dataset.kind.shape, example=dataset.kind.example)
     if script.transform is None:
         rule = "one that can be made here"
-        require(wanted != ITSELF, "transform", rule, ITSELF, "Pass transform= to mgpu_ddp.main in a script.")
+        require(wanted.name != ITSELF, "transform", rule, ITSELF, "Pass transform= to mgpu_ddp.main in a script.")
         return None
     import torchvision
 

@@ -6,7 +6,7 @@ Pillow resizes in two passes, one per axis, with weights of 22 fractional bits, 
 other images of the batch.
 
 Each thread holds a few output pixels and loops over their taps in both directions. A sum of the first pass is computed
-again for every output pixel that needs it, two (bilinear) or four (bicubic) times: cheaper than to store it.
+again for every output pixel that needs it, two (bilinear), four (bicubic) or six (lanczos) times: cheaper than to store it.
 
 Import this module only where there is a CUDA device: other builds of torch come without Triton.
 """
@@ -23,7 +23,7 @@ import triton.language as tl
 from mgpu_ddp.preprocess.nvjpeg import Images
 from mgpu_ddp.preprocess.transform import Integers, Transform
 
-RADIUS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+RADIUS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 3}
 """How far a filter reaches, in pixels of the coarser of the two images."""
 TILE_ROWS, TILE_COLUMNS, WARPS = 8, 32, 1
 """Output pixels of one program. With one warp a thread owns a column of the tile, so that a weight once computed serves
@@ -277,12 +277,15 @@ def _weight(taps: tl.tuple, i: tl.tensor, radius: tl.constexpr) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _filter(distance: tl.tensor, radius: tl.constexpr) -> tl.tensor:
-    """The triangle, or the cubic with a = -0.5, float64."""
+    """The triangle, the cubic with a = -0.5, or the sinc windowed by one three times as wide, float64."""
     t = tl.abs(distance)
     if radius == 0:
         weight = t * 0 + 1
     elif radius == 1:
         weight = tl.maximum(1 - t, 0)
+    elif radius == 3:
+        angle = tl.maximum(t, 1e-30) * 3.141592653589793
+        weight = tl.where(t < 3, tl.sin(angle) / angle * (tl.sin(angle / 3) / (angle / 3)), 0)
     else:
         near = (1.5 * t - 2.5) * t * t + 1
         far = (((t - 5) * t + 8) * t - 4) * -0.5

@@ -53,12 +53,12 @@ class Layout:
 class Transform:
     """How an image becomes model input.
 
-    `resize` is (height, width) or (shorter side,), `crop` the side of the centre square or None, both in
-    pixels; `mean` and `std` are per channel, in units of 1, or None to leave values in [0, 1].
+    `resize` is (height, width) or (shorter side,), `crop` the side of the centre square, (height, width) of what is no
+    square, or None, all in pixels; `mean` and `std` are per channel, in units of 1, or None to leave values in [0, 1].
     """
 
     resize: tuple[int, ...]
-    crop: int | None = None
+    crop: int | tuple[int, int] | None = None
     interpolation: str = "bilinear"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -74,10 +74,20 @@ class Transform:
     @property
     def out_size(self) -> tuple[int, int]:
         """(height, width) of the model input, in pixels."""
-        if self.crop is not None:
+        if isinstance(self.crop, int):
             return self.crop, self.crop
-        height, width = self.resize
+        height, width = self.crop or self.resize
         return height, width
+
+    def __str__(self) -> str:
+        resized = "shorter side to " * (len(self.resize) == 1) + "x".join(map(str, self.resize))
+        steps = [f"resize {resized}, {self.interpolation}"]
+        if self.crop is not None:
+            steps.append("crop {}x{}".format(*self.out_size))
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None:
+                steps.append(f"{name} {' '.join(f'{value:.4g}' for value in values)}")
+        return ", ".join(steps)
 
     def geometry(self, image: Image.Image) -> Pixels:
         """Resize and crop an RGB image: uint8 (height, width, 3), bitwise as torchvision does for PIL images.
@@ -92,7 +102,7 @@ class Transform:
             raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to resize and crop")
         image = tvf.resize(image, list(self.resize), InterpolationMode(self.interpolation))
         if self.crop is not None:
-            image = tvf.center_crop(image, [self.crop, self.crop])
+            image = tvf.center_crop(image, list(self.out_size))
         return np.asarray(image, dtype=np.uint8)
 
     def of_pixels(self, pixels: Pixels) -> Pixels:
@@ -149,6 +159,9 @@ class TensorInput:
     """A sample of the dataset, to try the model with."""
 
     dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.name or 'tensors'} of the script, {'x'.join(map(str, self.shape))}"
 
     def geometry(self, image: Image.Image) -> Pixels:
         """Apply the function: float32 of `shape`.

@@ -60,6 +60,7 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
 
 def log_plan(world: World, resolved: Resolved, model_bytes: int, batch_bytes: int) -> None:
     """Log the devices, what `auto` chose and whether model and batch fit."""
+    log.info("preprocessing: %s", resolved.transform)
     chose = f"precision {resolved.precision}, decode {resolved.decode}, compile {resolved.compile}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
@@ -126,6 +127,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         f"{found}  {summary['status']}  {summary['run_dir']}",
         f"{plural(summary['samples'], 'sample')}: {ok}, {errors}, {missing}, {duplicates}",
     ]
+    lines.append(f"preprocessing: {summary['transform']}")
     accuracy = summary["accuracy"]
     if accuracy and accuracy["compared"]:
         top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"

@@ -57,9 +57,14 @@ def point_of(cfg: DictConfig, swept: Sequence[str]) -> Point:
     return Point(
         job=int(composed.job.num),
         repeat=int(cfg.sweep.repeat),
-        values={key: choices[key] if key in GROUPS else OmegaConf.select(cfg, key) for key in swept},
+        values={key: choices[key] if key in GROUPS else _plain(OmegaConf.select(cfg, key)) for key in swept},
         overrides=overrides,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON, a plot's axis and a table can hold: a list as text."""
+    return str(value) if OmegaConf.is_config(value) else value
 
 
 class Sweep:

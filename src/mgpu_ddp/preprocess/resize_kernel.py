@@ -6,7 +6,8 @@ Pillow resizes in two passes, one per axis, with weights of 22 fractional bits, 
 other images of the batch.
 
 Each thread holds a few output pixels and loops over their taps in both directions. A sum of the first pass is computed
-again for every output pixel that needs it, two (bilinear), four (bicubic) or six (lanczos) times: cheaper than to store it.
+again for every output pixel that needs it, two (bilinear), four (bicubic) or six (lanczos) times: cheaper than to store
+it.
 
 Import this module only where there is a CUDA device: other builds of torch come without Triton.
 """

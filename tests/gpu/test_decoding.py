@@ -47,7 +47,7 @@ from mgpu_ddp.loader.loader import load_batches
 from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Decoder
-from mgpu_ddp.preprocess.transform import imagenet
+from mgpu_ddp.preprocess.transform import Transform, imagenet
 from tests.support.choices import resolved
 from tests.support.runs import make_images
 
@@ -84,7 +84,12 @@ def loading(samples: Samples, choices: Resolved, world: World) -> AbstractContex
     return load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held)
 
 
-def rows_of(root: Path, world: World, *, decode: str = "gpu") -> tuple[Rows, Clock]:
+SQUARE = imagenet(64)
+PORTRAIT = Transform(resize=(70,), crop=(64, 40), interpolation="lanczos", mean=(0.5,) * 3, std=(0.25,) * 3)
+"""The parts of a transform that keys can set, with an input that is no square."""
+
+
+def rows_of(root: Path, world: World, *, decode: str = "gpu", transform: Transform = SQUARE) -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
@@ -95,7 +100,7 @@ def rows_of(root: Path, world: World, *, decode: str = "gpu") -> tuple[Rows, Clo
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
-    choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=BATCH_SIZE, transform=imagenet(64))
+    choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=BATCH_SIZE, transform=transform)
     predictor = Predictor(module, config, choices, world.device)
     assert predictor.decodes == (decode != "cpu")
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
@@ -118,27 +123,44 @@ def test_a_late_kernel_reads_what_was_decoded_for_it(root: Path, world: World, m
     assert np.array_equal(calm.columns["logits"], delayed.columns["logits"])
 
 
-def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World) -> None:
+@pytest.mark.parametrize(
+    "transform",
+    [
+        SQUARE,
+        PORTRAIT,
+        Transform(resize=(96, 48)),
+        Transform(resize=(60, 90), crop=(60, 48), interpolation="bicubic"),
+    ],
+    ids=str,
+)
+def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World, transform: Transform) -> None:
     if not decoder_of(world.device).has_engines:
         pytest.skip("this GPU has no JPEG engines")
-    by_cpu, _ = rows_of(root, world, decode="cpu")
-    exact, clock = rows_of(root, world, decode="exact")
+    by_cpu, _ = rows_of(root, world, decode="cpu", transform=transform)
+    exact, clock = rows_of(root, world, decode="exact", transform=transform)
     assert clock.decode_s > 0
     assert np.array_equal(exact.columns["logits"], by_cpu.columns["logits"])
-    quick, _ = rows_of(root, world, decode="gpu")
+    quick, _ = rows_of(root, world, decode="gpu", transform=transform)
     apart = np.abs(quick.columns["logits"] - by_cpu.columns["logits"])
     print(f"decode=gpu: logits differ by {apart.mean():.1e} on average, {apart.max():.1e} at most")
     assert apart.max() > 0
 
 
 @pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("size", [(300, 400), (224, 224)])
+@pytest.mark.parametrize(
+    ("size", "transform"), [((300, 400), imagenet(224)), ((224, 224), imagenet(224)), ((75, 90), PORTRAIT)], ids=str
+)
 def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], planar: bool
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    transform: Transform,
+    planar: bool,
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, *size, 3), dtype=np.uint8)
     np.save(tmp_path / "x.npy", pixels.transpose(0, 3, 1, 2) if planar else pixels)
-    samples, transform = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy"))), imagenet(224)
+    samples = ArraySamples(ArrayConfig(path=str(tmp_path / "x.npy")))
     # Five images at once, the last one alone.
     monkeypatch.setattr(gpu_input, "COPIED_BYTES", 5 * pixels[0].nbytes)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)

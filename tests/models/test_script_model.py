@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from mgpu_ddp.config.schema import TransformConfig
 from mgpu_ddp.config.script import Script
+from mgpu_ddp.data.script_dataset import ItemKind, ScriptDataset
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.script_model import build_script_model
 from mgpu_ddp.models.script_transform import script_transform
@@ -46,6 +47,16 @@ def test_a_function_that_leaves_the_program_is_told(argument: str) -> None:
     script = Script(**{argument: leave})
     with pytest.raises(UsageError, match=rf"^{argument}: the function raised SystemExit: no net.pt \(test_script_m"):
         build_script_model(script, 0) if argument == "model" else script_transform(script, None, OWN)
+
+
+@pytest.mark.parametrize("wanted", [{"mean": 0.5}, {"crop": None}], ids=str)
+def test_keys_that_tensors_of_a_dataset_leave_nothing_to_do_are_refused(wanted: dict[str, Any]) -> None:
+    kind = ItemKind(image="tensor", carried={}, shape=(3, 8, 8))
+    dataset = ScriptDataset(dataset=[], kind=kind, in_shards=False)
+    said = rf"^transform\.{next(iter(wanted))} must be left out where the dataset yields float Tensors"
+    with pytest.raises(UsageError, match=said):
+        script_transform(Script(), dataset, TransformConfig(**wanted))
+    assert script_transform(Script(), dataset, TransformConfig()) is not None
 
 
 @pytest.mark.parametrize(("name", "warnings"), [("RandomResizedCrop", 1), ("CenterCrop", 0)])

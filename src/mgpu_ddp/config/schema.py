@@ -181,7 +181,7 @@ def _per_channel(low: float) -> Rule:
             return value
         numbers = value if isinstance(value, list) else [value] * 3
         rule = f"three numbers from {low:g} to 1, or one for all channels"
-        remedy = "Divide numbers that are for levels of 0 to 255 by 255."
+        remedy = "Give those for levels of 0 to 255 divided by 255."
         ok = len(numbers) == 3 and all(type(number) in (int, float) and low <= number <= 1 for number in numbers)
         key.require(ok, rule, value, remedy)
         return [float(number) for number in numbers]

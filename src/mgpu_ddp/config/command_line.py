@@ -88,7 +88,8 @@ def _check(argv: Sequence[str]) -> Command:
     multirun = "-m" in flags or cfg.hydra.mode == RunMode.MULTIRUN
     for override in overrides:
         ok = multirun or not override.is_sweep_override()
-        require(ok, override.key_or_group, "one value", override.input_line, "Add --multirun to sweep, [] for a list, or quotes.")
+        remedy = "Add --multirun to sweep, [] for a list, or quotes."
+        require(ok, override.key_or_group, "one value", override.input_line, remedy)
     if asked.informational:
         return asked
     # Hydra's own resolvers look there.

@@ -121,6 +121,7 @@ def test_a_plan_of_missing_data_is_refused_by_every_rank_in_one_line(tmp_path: P
 def test_a_plan_needs_no_writable_folder(tmp_path: Path, key: str) -> None:
     ended = run(ranks(1, *SMALL, "data.size=20", "dry_run=true", f"{key}=/proc/nowhere/at/all"), tmp_path)
     assert ended.code == 0, ended.err
+    assert "\npreprocessing  resize 32x32, bilinear\n" in ended.out
     assert ended.summary["run_dir"] == "/proc/nowhere/at/all"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
 

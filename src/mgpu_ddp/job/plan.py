@@ -108,7 +108,7 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print_lines(describe_plan(job, plan, types))
+        print_lines([*describe_plan(job, plan, types), f"preprocessing  {setup.resolved.transform}"])
         console.print_summary(summary)
     return summary
 

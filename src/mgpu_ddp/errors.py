@@ -4,6 +4,7 @@ import sysconfig
 import traceback
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 NOT_THE_USERS = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen")
 """In the file names of code that is not the user's own."""
@@ -108,6 +109,12 @@ def reason_of(error: BaseException) -> str:
     return (
         text if isinstance(error, MgpuError) and not isinstance(error, PeerError) else f"{type(error).__name__}: {text}"
     )
+
+
+def kind_of(value: Any) -> str:
+    """A tensor or an array by its dtype and shape, anything else by its type."""
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.") if is_array else type(value).__name__
 
 
 def place_in_code(error: BaseException) -> str:

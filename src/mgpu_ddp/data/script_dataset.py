@@ -19,7 +19,7 @@ from mgpu_ddp.config.script import Script
 from mgpu_ddp.data.listing import no_names
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import UsageError, place_in_code
+from mgpu_ddp.errors import UsageError, kind_of, place_in_code
 from mgpu_ddp.preprocess.transform import AnyTransform, Pixels, StageClock, TensorInput, decode, to_rgb, upright
 
 ITEMS = (
@@ -246,9 +246,7 @@ def _as_input(image: Any, transform: AnyTransform) -> Pixels:
 
 
 def _no_image(found: Any) -> TypeError:
-    is_array = isinstance(found, np.ndarray | torch.Tensor)
-    what = f"{found.dtype} {tuple(found.shape)}" if is_array else type(found).__name__
-    return TypeError(f"the item must be {ITEMS}, not {what.removeprefix('torch.')}")
+    return TypeError(f"the item must be {ITEMS}, not {kind_of(found)}")
 
 
 def look_at(dataset: Any) -> ItemKind:

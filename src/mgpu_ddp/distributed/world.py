@@ -25,7 +25,7 @@ from mgpu_ddp.distributed import slurm, torchrun_env
 from mgpu_ddp.distributed.heartbeat import Heartbeat
 from mgpu_ddp.distributed.place import Place
 from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
-from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError
+from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError, kind_of
 
 CONNECTIONS = 32
 """Connections of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and
@@ -209,7 +209,7 @@ def share_weights(module: nn.Module, world: World) -> None:
     tensors = {
         name: tensor.detach() for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
     }
-    shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    shapes = {name: kind_of(tensor) for name, tensor in tensors.items()}
     shapes |= {name or "the module": type(part).__qualname__ for name, part in module.named_modules()}
     digests = world.exchange("weights", hashlib.sha256(json.dumps(shapes).encode()).hexdigest())
     if len(set(digests)) > 1:
@@ -224,10 +224,10 @@ def _refuse_different_models(everybodys: list[dict[str, str]]) -> None:
     first = everybodys[0]
     for rank, shapes in enumerate(everybodys):
         for name in [*first, *shapes]:
-            mine, other = first.get(name, "nothing").removeprefix("torch."), shapes.get(name, "nothing")
-            if mine != other.removeprefix("torch."):
+            mine, other = first.get(name, "nothing"), shapes.get(name, "nothing")
+            if mine != other:
                 raise UsageError(
-                    f"model must be the same on all ranks, got {name} as {mine} on rank 0 and"
-                    f" {other.removeprefix('torch.')} on rank {rank}. Build it from the same code everywhere."
+                    f"model must be the same on all ranks, got {name} as {mine} on rank 0 and {other} on rank {rank}."
+                    " Build it from the same code everywhere."
                 )
     raise UsageError("model must have its parameters in the same order on all ranks. Build it alike everywhere.")

@@ -11,7 +11,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import TransformConfig
 from mgpu_ddp.config.script import ITSELF, Script, name_of
 from mgpu_ddp.data.script_dataset import ScriptDataset
-from mgpu_ddp.errors import UsageError, place_in_code
+from mgpu_ddp.errors import UsageError, kind_of, place_in_code
 from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, from_weights
 
 log = logging.getLogger("mgpu_ddp")
@@ -66,10 +66,8 @@ def shape_of(transform: Callable[[Image.Image], Any]) -> tuple[int, ...]:
             why, pixels = place_in_code(error), f"{size[0]}x{size[1]}"
             raise UsageError(f"transform raised {why} for an image of {pixels}. Fix it and start again.") from error
         is_input = isinstance(made, torch.Tensor) and made.is_floating_point() and made.dim() == 3
-        found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
-        found = found.removeprefix("torch.")
         remedy = "End it with ToTensor(), or v2.ToImage() and v2.ToDtype(torch.float32, scale=True)."
-        require(is_input, "transform", "a function that returns a float Tensor (3, H, W)", found, remedy)
+        require(is_input, "transform", "a function that returns a float Tensor (3, H, W)", kind_of(made), remedy)
         shapes.append(tuple(made.shape))
         is_random |= not torch.equal(made, again)
     remedy = "Resize or crop to one size: images are predicted in batches."

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from mgpu_ddp.errors import kind_of
+
 Pixels = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 StageClock = Callable[[str, float], None]
@@ -180,8 +182,7 @@ class TensorInput:
         """
         ok = isinstance(value, torch.Tensor) and value.is_floating_point() and tuple(value.shape) == self.shape
         if not ok:
-            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"{what} gave {found.removeprefix('torch.')}, not a float Tensor {self.shape} as at first")
+            raise ValueError(f"{what} gave {kind_of(value)}, not a float Tensor {self.shape} as at first")
         made: Pixels = value.detach().to(torch.float32).numpy()
         return made
 

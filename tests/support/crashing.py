@@ -487,7 +487,7 @@ def main(folder: str, *cases: str) -> None:
         place = Path(folder) / how / name
         place.mkdir(parents=True)
         reports[f"{how}/{name}"] = asdict(try_all(name, how, place, int(every)))
-    print(json.dumps({"reports": reports, "imported": sorted(sys.modules)}))
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -35,20 +35,22 @@ class Labelled(FakeSamples):
         return int(LABELS[index])
 
 
-def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
+def written(run_dir: Path, how: str, *stops: int, topk: int = 5, classes: int = CLASSES) -> Manifest:
     """A folder with these parts, of the 97 rows."""
-    job = {"output.format": how, "output.fields": ["topk"], "output.topk": topk, "model.num_classes": CLASSES}
+    logits = LOGITS[:, :classes]
+    order = np.argsort(-logits, axis=1)
+    job = {"output.format": how, "output.fields": ["topk"], "output.topk": topk, "model.num_classes": classes}
     manifest = Manifest(fingerprint=job, start=0, stop=ROWS, batch_size=4)
-    columns = CLASSES if how == "npy" else None
+    columns = classes if how == "npy" else None
     with RunFolder.place(run_dir) as folder:
         manifest = folder.claim(
             manifest, None, resume=True, batch_size_given=False, array_shape=None if columns is None else (columns,)
         )
     writer = open_writer(run_dir, how, lambda indices: texts(map(str, indices)), NAMES, "t", 0)
-    probs = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     for first, stop in zip((0, *stops), stops, strict=False):
         index = np.arange(first, stop)
-        best = ORDER[index, :topk].astype(np.int32)
+        best = order[index, :topk].astype(np.int32)
         columns_of = {
             "pred": best[:, 0],
             "prob": probs[index, best[:, 0]],
@@ -56,7 +58,7 @@ def written(run_dir: Path, how: str, *stops: int, topk: int = 5) -> Manifest:
             "topk_prob": np.take_along_axis(probs[index], best, axis=1),
         }
         if how == "npy":
-            columns_of["logits"] = LOGITS[index]
+            columns_of["logits"] = logits[index]
         errors = {i: reason for i, reason in FAILED.items() if first <= i < stop}
         rows = Rows(index=index, label=LABELS[index].astype(np.int32), columns=columns_of, errors=errors)
         Table(run_dir, manifest, writer).add(rows)
@@ -112,6 +114,20 @@ def test_without_five_best_there_is_no_top_5(tmp_path: Path) -> None:
     assert accuracy is not None
     assert accuracy["top1"] > 0
     assert accuracy["top5"] is None
+
+
+@pytest.mark.parametrize("how", ["parquet", "npy"])
+@pytest.mark.parametrize(("num_classes", "has_top5"), [(3, False), (5, False), (6, True)])
+def test_there_is_no_top_5_where_any_guess_would_be_among_them(
+    tmp_path: Path, how: str, num_classes: int, has_top5: bool
+) -> None:
+    manifest = written(tmp_path, how, ROWS, classes=num_classes)
+    classes = ClassTable(num_classes=num_classes, names=None, label_names=None, num_labels=None)
+    found = counted(tmp_path, manifest, classes)
+    assert found.accuracy is not None
+    assert found.accuracy["top1"] > 0
+    assert (found.accuracy["top5"] is not None) == has_top5
+    assert all((row["top5"] is not None) == has_top5 for row in found.per_class(classes))
 
 
 def test_labels_that_mean_no_class_are_not_compared(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def accuracy(stats: TableStats, classes: ClassTable) -> Section | None:
         "labelled": shares["labelled"],
         "how": shares["how"],
         "tops": [(name, shares[key]) for key, name in TOPS.items() if shares[key] is not None],
+        "has_top5": stats.top5 is not None,
         "labels": worst[:LABELS_SHOWN],
         "num_labels": len(worst),
     }

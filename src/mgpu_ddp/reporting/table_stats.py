@@ -66,7 +66,7 @@ class TableStats:
     top1: Numbers
     """Those of the compared rows whose prediction is right."""
     top5: Numbers | None
-    """Those with the right class among their best five; None where rows name fewer."""
+    """Those with the right class among their best five; None where rows name fewer, or there are no more."""
     picked: list[PickedRow]
 
     @property
@@ -129,10 +129,12 @@ def count_rows(
 
 
 def _has_best(job: dict[str, Any], num_classes: int) -> bool:
-    """True where rows name their best five classes, or all where there are fewer."""
-    if job["output.format"] == "npy" and job["output.fields"] != ["embedding"]:
-        return True
-    return num_classes > 0 and "topk" in job["output.fields"] and job["output.topk"] >= min(TOP, num_classes)
+    """True where rows name their best five classes, and a guess may miss those."""
+    if num_classes <= TOP:
+        return False
+    if job["output.format"] == "npy":
+        return bool(job["output.fields"] != ["embedding"])
+    return "topk" in job["output.fields"] and job["output.topk"] >= TOP
 
 
 def _pick(block: RowBlock, wanted: npt.NDArray[Any]) -> Iterator[PickedRow]:
@@ -220,9 +222,8 @@ def _read_array(
         logits = np.array(array[first - manifest.start : stop - manifest.start], dtype=np.float32)
         pred = logits.argmax(axis=1)
         top = logits[np.arange(len(index)), pred]
-        reach = min(TOP, logits.shape[1])
         wants_best = best and max(label) >= 0
-        order = np.argpartition(-logits, reach - 1, axis=1)[:, :reach] if wants_best else None
+        order = np.argpartition(-logits, TOP - 1, axis=1)[:, :TOP] if wants_best else None
         yield RowBlock(
             index=index,
             label=labels,

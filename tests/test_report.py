@@ -87,6 +87,9 @@ def test_accuracy_counts_the_rows_of_all_starts(root: Path, world: World) -> Non
     ended = predict(root, "again", world)
     metrics = json.loads((root / "again" / "metrics.json").read_text())
     assert metrics["rows_this_run"] == 121 - stopped["rows"]
+    assert ended["all_starts"] == metrics["all_starts"]
+    assert (ended["all_starts"]["starts"], ended["all_starts"]["rows"]) == (2, 121)
+    assert ended["all_starts"]["wall_s"] == pytest.approx(ended["wall_s"] + stopped["wall_s"], rel=0.2)
     assert ended["accuracy"] == metrics["accuracy"]
     assert_accuracy(metrics, root / "again")
 

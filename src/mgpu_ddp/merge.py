@@ -162,6 +162,8 @@ def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
         parts=[part for shard in shards for part in shard.manifest.parts],
         world_sizes=sorted({size for shard in shards for size in shard.manifest.world_sizes}),
         shard=None,
+        # Shards run at the same time: their seconds do not add up.
+        starts=[],
         token=secrets.token_hex(3),
     )
     if (run_dir / MANIFEST).exists():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mgpu_ddp.errors import StateError, UsageError
-from mgpu_ddp.output.manifest import LARGEST_MANIFEST, Manifest, Part, write_status
+from mgpu_ddp.output.manifest import LARGEST_MANIFEST, Manifest, Part, Start, write_status
 from tests.support.run_folders import SAMPLES, claim, wanted, write_parts
 
 FILE = "predictions/part-000000000000-ab12.parquet"
@@ -18,7 +18,9 @@ FILE = "predictions/part-000000000000-ab12.parquet"
 def test_it_comes_back_as_written(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path) is None
     part = Part(file="predictions.npy", first=0, rows=7, errors=1, num_bytes=9, sha256="0" * 64, reasons={"3": "why"})
-    manifest = wanted("npy", parts=[part], world_sizes=[2, 1], versions={"torch": "2"}, stop=7, complete=True)
+    starts = [Start(began=1.5e9, ranks=2, wall_s=9.25, rows=7)]
+    more: dict[str, Any] = {"world_sizes": [2, 1], "versions": {"torch": "2"}, "starts": starts}
+    manifest = wanted("npy", parts=[part], stop=7, complete=True, **more)
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     assert (manifest.prefix, manifest.errors, wanted(start=5).prefix) == (7, 1, 5)
@@ -92,6 +94,11 @@ KEYS: dict[str, list[Any]] = {
     "complete": [None, 1, "true"],
     "token": [None, 5, "AB", "../x", "a\n"],
     "slurm_job": [None, 5, []],
+    "starts": [
+        *(None, {}, 3, [None], [[]], [{}]),
+        *([{"began": 1.0, "ranks": 1} | spoilt] for spoilt in ({"more": 1}, {"began": "x"}, {"began": float("nan")})),
+        *([{"began": 1.0, "ranks": 1} | spoilt] for spoilt in ({"ranks": 0}, {"wall_s": -1.0}, {"rows": 1.5})),
+    ],
     "shard": [3, "", "a/b", "1/0", "2/2", "1/2\x1b[2J"],
     "more": [1],
 }

@@ -1,6 +1,7 @@
 """Whose folder it is, what a claim makes of it, and how it ends."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 
 from mgpu_ddp.errors import ProofError, StateError, UsageError
 from mgpu_ddp.output.folders import LOCK
-from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.manifest import Manifest, Start
 from mgpu_ddp.output.run_folder import RunFolder
-from tests.support.run_folders import CLASSES, SAMPLES, claim, files_below, wanted, write_parts, writer_of
+from tests.support.run_folders import CLASSES, FAILED, SAMPLES, claim, files_below, wanted, write_parts, writer_of
 from tests.support.samples import make_rows
 
 
@@ -46,6 +47,27 @@ def test_a_complete_folder_stays_complete(tmp_path: Path) -> None:
     again = claim(tmp_path)
     assert (again.claimed.complete, again.claimed.prefix) == (False, 0)
     assert status_of(tmp_path)["status"] == "running"
+
+
+def test_the_time_of_every_start_that_had_something_to_do_is_kept(tmp_path: Path) -> None:
+    """Also of one that was killed, until its last commit, and of one that retried."""
+
+    def start(rows_before: int) -> RunFolder:
+        return claim(tmp_path, manifest=wanted(starts=[Start(began=time.time() - 100 - rows_before, ranks=2)]))
+
+    write_parts(start(0), 8)
+    write_parts(folder := start(8), 12, 20, token="u")
+    folder.finish("complete", SAMPLES.path)
+    idle = start(20)
+    idle.finish("complete", SAMPLES.path)
+    retrying = start(20)
+    retried = np.array(FAILED)
+    retrying.open_table(writer_of(retrying, "v"), retried).add(make_rows(0, len(retried), classes=CLASSES))
+    retrying.finish("complete", SAMPLES.path)
+    manifest = Manifest.read(tmp_path)
+    assert manifest is not None
+    assert [(each.ranks, each.rows) for each in manifest.starts] == [(2, 8), (2, 12), (2, 2)]
+    assert [each.wall_s for each in manifest.starts] == pytest.approx([100, 108, 120], abs=20)
 
 
 @pytest.mark.parametrize("how", ["parquet", "npy"])

@@ -1,13 +1,25 @@
 """The bottleneck that the report names."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.reporting.metrics import FORWARD_ON_CPU, REMEDIES, RankMetrics, bottleneck, measure, write_metrics
+from mgpu_ddp.output.manifest import Start
+from mgpu_ddp.reporting.metrics import (
+    FORWARD_ON_CPU,
+    REMEDIES,
+    RankMetrics,
+    all_starts,
+    bottleneck,
+    measure,
+    write_metrics,
+)
+from tests.support.run_folders import claim, wanted, write_parts
 
 WAITS = ("wait_s", "input_s", "predict_s", "peers_s")
 
@@ -41,8 +53,21 @@ def test_a_job_that_had_nothing_to_do_has_no_bottleneck(world: World) -> None:
 
 def test_a_forward_pass_on_cpus_is_not_sped_up_by_what_helps_a_gpu(world: World, tmp_path: Path) -> None:
     rank = replace(metrics(world), rows=1, predict_s=9.0, wall_s=9.0)
+    others: dict[str, Any] = {"rows": 1, "deterministic": True, "manifest": wanted(), "accuracy": {}}
     remedies = [
-        write_metrics(tmp_path, [replace(rank, device=device)], rows=1, deterministic=True, accuracy={})["remedy"]
-        for device in ("cpu", "NVIDIA H200")
+        write_metrics(tmp_path, [replace(rank, device=device)], **others)["remedy"] for device in ("cpu", "NVIDIA H200")
     ]
     assert remedies == [FORWARD_ON_CPU, REMEDIES["forward"]]
+
+
+def test_starts_are_told_together() -> None:
+    starts = [Start(began=0.0, ranks=2, wall_s=6.0, rows=8), Start(began=9.0, ranks=1, wall_s=4.0, rows=12)]
+    together = all_starts(wanted(starts=starts))
+    assert together == {"starts": 2, "rows": 20, "wall_s": 10.0, "images_per_s": 2.0, "timed": True}
+
+
+def test_starts_of_before_they_were_timed_are_told_apart(tmp_path: Path) -> None:
+    write_parts(claim(tmp_path), 8)
+    write_parts(folder := claim(tmp_path, manifest=wanted(starts=[Start(began=time.time(), ranks=1)])), 20, token="u")
+    together = all_starts(folder.claimed)
+    assert (together["starts"], together["rows"], together["timed"]) == (1, 12, False)

@@ -9,7 +9,8 @@ from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.predictor import Predictor
-from mgpu_ddp.job.context import Setup
+from mgpu_ddp.job.cache import Kept
+from mgpu_ddp.job.context import Predictors, Setup
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.output.run_folder import RunFolder
@@ -51,5 +52,5 @@ def setup(job: Job, model: Model, world: World, predictors: Any = None, **change
         files=None,
         folder=RunFolder.place(job.run_dir, overwrite=job.config.overwrite),
         resolved=resolved(**changes),
-        predictors=predictors,
+        predictors=predictors or Predictors(kept=Kept(), model=model, config=job.config, world=world, warm=None),
     )

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,7 +30,7 @@ from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.columns import ColumnType, as_json
 from mgpu_ddp.output.layout import check_layout, lies_in_the_way
-from mgpu_ddp.output.manifest import Manifest
+from mgpu_ddp.output.manifest import Manifest, Start
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.output.run_folder import RunFolder
 
@@ -164,6 +165,7 @@ def _fresh_manifest(setup: Setup) -> Manifest:
     config, files = setup.job.config, setup.files
     length = len(open_samples(config, files))
     start, stop = dataset_range(config, length)
+    age_s = time.perf_counter() - setup.predictors.kept.began
     manifest = Manifest(
         fingerprint=fingerprint(setup),
         start=start,
@@ -174,6 +176,7 @@ def _fresh_manifest(setup: Setup) -> Manifest:
         slurm_job=slurm.job_id(),
         shard=config.shard,
         columns=as_json([*carried_types(files), *setup.types]),
+        starts=[Start(began=round(time.time() - age_s, 3), ranks=setup.world.size)],
     )
     if files is not None:
         manifest.fingerprint["listing"] = files.digest(stop)

@@ -129,5 +129,6 @@ def _write_metrics(context: JobContext, ranks: Sequence[metrics.RankMetrics], re
         ranks,
         rows=rows,
         deterministic=context.config.runtime.deterministic,
+        manifest=manifest,
         accuracy={"accuracy": stats.accuracy, "accuracy_per_class": stats.per_class(results.classes)},
     )

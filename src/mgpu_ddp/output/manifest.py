@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import re
 import stat
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +35,10 @@ def _is_count(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_count(value) and value > 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def _is_text(value: Any) -> bool:
@@ -79,6 +85,12 @@ PART_RULES: Rules = {
     "split_rows": (_is_count, "a count"),
     "reasons": (_map_of(_matches(r"[0-9]{1,18}"), _is_text), "reasons by index"),
 }
+START_RULES: Rules = {
+    "began": (_is_seconds, "seconds"),
+    "wall_s": (_is_seconds, "seconds"),
+    "rows": (_is_count, "a count"),
+    "ranks": (_is_positive, "at least 1"),
+}
 MANIFEST_RULES: Rules = {
     "fingerprint": (
         lambda value: type(value) is dict and value.get("output.format") in [*FORMATS, "npy"],
@@ -95,6 +107,7 @@ MANIFEST_RULES: Rules = {
     "slurm_job": (_is_text, "a text"),
     "shard": (lambda value: value is None or _is_shard(value), "i/n or null"),
     "columns": (_list_of(_is_column), "a list of columns"),
+    "starts": (_list_of(lambda value: type(value) is dict), "a list of starts"),
 }
 
 
@@ -133,6 +146,19 @@ class Part:
 
 
 @dataclass(kw_only=True, slots=True)
+class Start:
+    """One of the times that the job was started."""
+
+    began: float
+    """Seconds since 1970."""
+    ranks: int
+    wall_s: float = 0.0
+    """Until its last commit, if it was killed."""
+    rows: int = 0
+    """Rows that it committed, retried ones included."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Manifest:
     """The job's identity and the parts that are done."""
 
@@ -153,6 +179,8 @@ class Manifest:
     """i/n, where it is one of n independent jobs."""
     columns: list[dict[str, Any]] = field(default_factory=list)
     """The columns that samples carry and that become of the model's outputs, as `ColumnType` has them."""
+    starts: list[Start] = field(default_factory=list)
+    """In order. Manifests written before there was this list lack the earlier ones."""
 
     @property
     def prefix(self) -> int:
@@ -202,6 +230,14 @@ class Manifest:
         content = {"token": self.token, **asdict(self)}
         replace_json(run_dir / MANIFEST, content | {CHECKSUM: _checksum(content)})
 
+    def count_work(self, rows: int) -> None:
+        """Note that the last start has been at work until now, and has committed so many more rows."""
+        if self.starts:
+            last = self.starts[-1]
+            last.rows += rows
+            # Clocks may be set back.
+            last.wall_s = max(last.wall_s, round(time.time() - last.began, 3))
+
     def check_claim(self, run_dir: Path) -> None:
         """Require that nobody else has claimed the folder since this manifest did.
 
@@ -240,7 +276,13 @@ def _parse(raw: Any) -> Manifest:
     required = _required(Part)
     for number, part in enumerate(values.get("parts", [])):
         _check_keys(part, PART_RULES, required, f"parts[{number}].")
-    manifest = Manifest(**{**values, "parts": [Part(**part) for part in values.get("parts", [])]})
+    for number, start in enumerate(values.get("starts", [])):
+        _check_keys(start, START_RULES, _required(Start), f"starts[{number}].")
+    lists = {
+        "parts": [Part(**part) for part in values.get("parts", [])],
+        "starts": [Start(**start) for start in values.get("starts", [])],
+    }
+    manifest = Manifest(**{**values, **lists})
     _check_parts(manifest)
     return manifest
 

@@ -299,6 +299,7 @@ class Table:
                     " the ranks share no file system. Use output.collect=gather."
                 )
             self._manifest.parts.append(part)
+            self._manifest.count_work(part.rows)
         self._list_all()
 
     def replace_errors(self, rows: Rows) -> None:
@@ -314,6 +315,7 @@ class Table:
             if not len(within):
                 continue
             self._manifest.parts[number] = self._writer.rewrite(part, rows.take(within))
+            self._manifest.count_work(len(within))
             self._list_all()
             if self._manifest.parts[number].file != part.file:
                 (self._run_dir / part.file).unlink()

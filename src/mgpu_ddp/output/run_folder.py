@@ -177,6 +177,7 @@ class RunFolder:
             wanted,
             parts=list(_whole_parts(self.path, found.parts)),
             world_sizes=list(dict.fromkeys([*found.world_sizes, *wanted.world_sizes])),
+            starts=[*found.starts, *wanted.starts],
         )
         if not batch_size_given or (found.complete and found.stop == wanted.stop):
             manifest.batch_size = found.batch_size
@@ -230,6 +231,10 @@ class RunFolder:
         """
         manifest = self.claimed
         manifest.check_claim(self.path)
+        if manifest.complete:
+            # Nothing was left to do, which is no start worth telling of.
+            manifest.starts = manifest.starts[:-1]
+        manifest.count_work(0)
         # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
         remove_unlisted(self.path, manifest)
         try:

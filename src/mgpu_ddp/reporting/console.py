@@ -17,7 +17,7 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
 from mgpu_ddp.reporting.terminal import OneLine, print_lines
-from mgpu_ddp.reporting.text import hours_minutes_seconds, plural
+from mgpu_ddp.reporting.text import duration, hours_minutes_seconds, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -141,6 +141,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             rates = f"{steady:,.1f} images/s steady, {overall:,.1f} {start}"
         lines += [
             f"{summary['wall_s']:.1f} s, {rates}",
+            *_all_starts(summary["all_starts"]),
             *_bottleneck(summary),
             *_warnings(summary),
             "",
@@ -154,6 +155,15 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
     print_lines(lines)
     print_summary(summary)
+
+
+def _all_starts(together: dict[str, Any]) -> Iterator[str]:
+    untimed = "" if together["timed"] else "; earlier starts were not timed"
+    if together["starts"] > 1 or untimed:
+        rate = f"{together['images_per_s']:,.1f} images/s with start-up"
+        starts = plural(together["starts"], "start") + " together" if together["starts"] > 1 else "this start"
+        rows = plural(together["rows"], "row")
+        yield f"{starts}: {duration(together['wall_s'])}, {rows}, {rate}{untimed}"
 
 
 def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from mgpu_ddp.distributed.host import peaks
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.output.atomic_files import replace_json
+from mgpu_ddp.output.manifest import Manifest
 
 MORE_CORES = "give the job more CPU cores, which loader.workers=auto takes"
 REMEDIES = {
@@ -155,12 +156,29 @@ def throughput(ranks: Sequence[RankMetrics]) -> dict[str, Any]:
     }
 
 
+def all_starts(manifest: Manifest) -> dict[str, Any]:
+    """Rows, time and rate of all starts of a job together.
+
+    `timed` is false where an older version, which kept no times, committed some of the rows.
+    """
+    rows = sum(start.rows for start in manifest.starts)
+    wall_s = round(sum(start.wall_s for start in manifest.starts), 3)
+    return {
+        "starts": len(manifest.starts),
+        "rows": rows,
+        "wall_s": wall_s,
+        "images_per_s": rows / wall_s if wall_s else 0.0,
+        "timed": rows >= manifest.prefix - manifest.start,
+    }
+
+
 def write_metrics(
     run_dir: Path,
     ranks: Sequence[RankMetrics],
     *,
     rows: int,
     deterministic: bool,
+    manifest: Manifest,
     accuracy: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `metrics.json` and return its figures of all ranks together. Rank 0 only."""
@@ -180,6 +198,7 @@ def write_metrics(
         "startup_s": max(r.startup_s for r in ranks),
         "reused": list(ranks[0].reused),
         "rows_this_run": rows,
+        "all_starts": all_starts(manifest),
         "nonfinite": sum(r.nonfinite for r in ranks),
         "split_rows": sum(r.split_rows for r in ranks),
         "read_bytes": sum(r.read_bytes for r in ranks),

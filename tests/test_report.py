@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+from mgpu_ddp.config.schema import ITSELF, ScriptDataConfig, ScriptModelConfig
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.report import main, rebuild
@@ -100,15 +104,17 @@ def test_the_page_is_whole_and_nothing_in_it_runs(root: Path) -> None:
     assert len(text) < 2_000_000
     for heading in (
         *("Throughput over time", "Time per stage", "Accuracy", "Predicted classes", "Confidence", "Samples"),
-        *("Errors", "What ran where", "Bottleneck: ", "121 of 121"),
+        *("Errors", "What ran where", "Bottleneck: ", "121 of 121", "Samples by predicted class", "What produced"),
     ):
         assert heading in page.text
     assert "0 <script>alert(1)< \ufffdgnp.\ufffd.jpg" in page.text
     assert "1 \"><img src=x onerror='alert(3)'>.jpg" in page.text
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "iframe", "object", "form", "a"}
+    assert not tags & {"iframe", "object", "form", "a"}
+    assert [tag for tag, _ in page.tags].count("script") == 1
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 24
+    assert len(images) == [attributes.get("class") for _, attributes in page.tags].count("thumb")
+    assert len(images) > 24
     assert all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on") or key == "style"]
     assert "default-src 'none'" in text.split("<title>")[0]
@@ -122,6 +128,7 @@ def test_the_page_is_written_again(root: Path) -> None:
     (root / "photos").rename(root / "elsewhere")
     rebuild(root / "out")
     assert "<img" not in page.read_text(), "the images are gone"
+    assert "images can no longer be read" in page.read_text()
     (root / "elsewhere").rename(root / "photos")
     rebuild(root / "out")
     assert page.read_text() == before
@@ -253,6 +260,43 @@ def test_a_folder_whose_name_is_not_utf8_is_refused(
     assert "run must be UTF-8" in refused(monkeypatch, capsys, "run=" + str(tmp_path / "caf\udce9"))
 
 
+def test_a_page_that_is_made_in_haste_has_no_empty_boxes(
+    root: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgpu_ddp.reporting.page.THUMBNAILS_S", 0.0)
+    predict(root, "hasty", world)
+    page = Reader((root / "hasty" / "report.html").read_text())
+    assert "samples left out, to save time" in page.text
+    assert not [attributes for _, attributes in page.tags if "thumb" in (attributes.get("class") or "").split()]
+
+
+class Scans(torch.utils.data.Dataset[dict[str, Any]]):
+    """Model input with keys, and a number with each."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(index))
+        return {"image": image, "key": f"scan <{index}>", "age": 20.0 + index}
+
+
+class Ages(nn.Module):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        means = images.mean(dim=(1, 2, 3))
+        return {"bone_age": means, "spread": torch.stack([means - 1, means + 1], dim=1)}
+
+
+def test_the_page_of_a_model_without_classes_shows_keys_and_columns(tmp_path: Path, world: World) -> None:
+    config = tiny(data=ScriptDataConfig(), model=ScriptModelConfig(), transform={"name": ITSELF})
+    run_job(config, tmp_path / "out", world, Script(model=Ages, dataset=Scans))
+    page = Reader((tmp_path / "out" / "report.html").read_text())
+    assert [tag for tag, _ in page.tags].count("img") == len(Scans())
+    assert "scan <0>" in page.text
+    assert re.search(r"age 20\s.*bone_age -?\d.*spread -?\d.*, -?\d", page.text, re.DOTALL)
+    assert "the dataset yields model input of 1 × 8 × 8" in page.text
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")
 @pytest.mark.parametrize("look", ["light", "dark phone"])
 def test_a_browser_has_no_complaint(root: Path, tmp_path: Path, look: str) -> None:
@@ -263,9 +307,11 @@ def test_a_browser_has_no_complaint(root: Path, tmp_path: Path, look: str) -> No
     options += [f"--user-data-dir={tmp_path}", f"--window-size={width},900", f"--screenshot={tmp_path / 'page.png'}"]
     if look != "light":
         options.append("--blink-settings=preferredColorScheme=0")
-    ended = subprocess.run(
-        [BROWSER, *options, f"file://{root / 'out' / 'report.html'}"], capture_output=True, text=True, timeout=120
-    )
+    page = root / "out" / "report.html"
+    ended = subprocess.run([BROWSER, *options, f"file://{page}"], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in ended.stderr
+    options.append("--dump-dom")
+    dumped = subprocess.run([BROWSER, *options, f"file://{page}"], capture_output=True, text=True, timeout=120).stdout
+    assert '<p class="filter">' in dumped, "the filter shows itself once its script has run"
     corner = Image.open(tmp_path / "page.png").convert("RGB").getpixel((2, 2))
     assert corner == ((255, 255, 255) if look == "light" else (13, 17, 23))

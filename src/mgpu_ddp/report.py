@@ -16,7 +16,7 @@ from mgpu_ddp.reporting.class_table import read_classes
 from mgpu_ddp.reporting.page import JobResults, write_page
 from mgpu_ddp.reporting.table_stats import count_rows
 from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake
-from mgpu_ddp.reporting.thumbnails import THUMBNAILS, reopen_samples
+from mgpu_ddp.reporting.thumbnails import reopen_samples
 from mgpu_ddp.sweep.page import write_sweep_page
 from mgpu_ddp.sweep.results import SWEEP_FILE
 
@@ -74,7 +74,7 @@ def _rebuild_job(run_dir: Path) -> Path:
         assert manifest is not None
         classes = read_classes(run_dir, manifest)
         samples = reopen_samples(run_dir, manifest)
-        stats = count_rows(run_dir, manifest, classes, samples, num_picked=THUMBNAILS)
+        stats = count_rows(run_dir, manifest, classes, samples)
         results = JobResults(
             run_dir=run_dir,
             home=run_dir,

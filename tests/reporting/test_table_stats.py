@@ -18,6 +18,7 @@ from mgpu_ddp.output.parts import Table, open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.run_folder import RunFolder
 from mgpu_ddp.reporting.class_table import ClassTable, find_classes, read_classes
+from mgpu_ddp.reporting.picked_rows import EACH, SPREAD, PickedRows
 from mgpu_ddp.reporting.table_stats import BINS, TableStats, count_rows
 from tests.support.samples import texts
 
@@ -70,7 +71,7 @@ def named(label_names: tuple[str, ...] | None, num_labels: int | None) -> ClassT
 
 
 def counted(run_dir: Path, manifest: Manifest, classes: ClassTable) -> TableStats:
-    return count_rows(run_dir, manifest, classes, Labelled(FakeConfig(size=ROWS)), num_picked=5)
+    return count_rows(run_dir, manifest, classes, Labelled(FakeConfig(size=ROWS)))
 
 
 @pytest.mark.parametrize("stops", [(97,), (1, 4, 41, 97), (60,)])
@@ -102,10 +103,25 @@ def test_counts_are_those_of_a_plain_loop(tmp_path: Path, how: str, stops: tuple
     assert list(per_class) == ["Dog", "snow_leopard", "bee"]
     assert [row["rows"] for row in per_class.values()] == [rows[label] for label in meant]
     assert [row["top5"] for row in per_class.values()] == [top5[label] / rows[label] for label in meant]
-    last = stops[-1] - 1
-    assert [row.index for row in found.picked] == [0, last // 4, last // 2, 3 * last // 4, last]
-    shown = {row.index: row for row in found.picked}
-    assert (shown[last].pred, shown[last].label) == (-1 if last in FAILED else ORDER[last, 0], LABELS[last])
+    assert_picked(found.picked, stops[-1])
+
+
+def assert_picked(picked: PickedRows, stop: int) -> None:
+    """Equal to a plain loop over the rows."""
+    good = [i for i in range(stop) if i not in FAILED]
+    wanted = [int(place) for place in np.linspace(0, stop - 1, min(SPREAD, stop))]
+    nearest = {min((i for i in good if i >= place), default=None) for place in wanted} - {None}
+    assert {row.index for row in picked.spread} <= nearest
+    assert len(picked.spread) >= len(nearest) - len(FAILED)
+    probs = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+    for number in range(CLASSES):
+        rows = sorted((i for i in good if ORDER[i, 0] == number), key=lambda i: (-probs[i, ORDER[i, 0]], i))
+        most, least = picked.of_class(number)
+        assert [row.index for row in most] == rows[:EACH]
+        assert [row.index for row in least] == rows[: EACH - 1 : -1][:EACH]
+        assert [row.label for row in most] == [LABELS[row.index] for row in most]
+        for row in [*most, *least]:
+            assert row.prob == pytest.approx(probs[row.index, number], rel=1e-5)
 
 
 def test_without_five_best_there_is_no_top_5(tmp_path: Path) -> None:
@@ -141,7 +157,7 @@ def test_labels_that_mean_no_class_are_not_compared(tmp_path: Path) -> None:
 
 def test_a_folder_without_rows_counts_nothing(tmp_path: Path) -> None:
     found = counted(tmp_path, written(tmp_path, "csv"), named(None, None))
-    assert (found.accuracy, found.preds.sum(), found.picked) == (None, 0, [])
+    assert (found.accuracy, found.preds.sum(), found.picked.spread) == (None, 0, [])
 
 
 def test_labels_mean_nothing_to_a_model_without_classes() -> None:

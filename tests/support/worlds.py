@@ -73,14 +73,15 @@ def folder(root: Path) -> FolderConfig:
     return FolderConfig(root=str(root))
 
 
-def run_job(config: Config, run_dir: Path, world: Any) -> dict[str, Any]:
+def run_job(config: Config, run_dir: Path, world: Any, script: Script | None = None) -> dict[str, Any]:
     """Run a job in this process; return its summary, or raise what it raises."""
     from mgpu_ddp.distributed.signals import StopWish
     from mgpu_ddp.infer import infer
     from mgpu_ddp.job.cache import Kept
     from mgpu_ddp.job.job import Job
 
-    return infer(Job(name=run_dir.name, config=config, run_dir=run_dir), world, StopWish(), Kept())
+    job = Job(name=run_dir.name, config=config, run_dir=run_dir, script=script or Script())
+    return infer(job, world, StopWish(), Kept())
 
 
 def run_world(size: int, cases: Iterable[Case], out: Path) -> None:

@@ -14,7 +14,6 @@ from mgpu_ddp.reporting import console, metrics
 from mgpu_ddp.reporting.class_table import find_classes
 from mgpu_ddp.reporting.page import JobResults, try_write_page
 from mgpu_ddp.reporting.table_stats import count_rows
-from mgpu_ddp.reporting.thumbnails import THUMBNAILS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +87,7 @@ def _count(context: JobContext) -> JobResults:
         home=folder.home,
         manifest=folder.claimed,
         classes=classes,
-        stats=count_rows(folder.path, folder.claimed, classes, samples, num_picked=THUMBNAILS),
+        stats=count_rows(folder.path, folder.claimed, classes, samples),
         samples=samples,
     )
 

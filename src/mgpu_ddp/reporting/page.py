@@ -15,14 +15,14 @@ from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.regular_files import read_object
 from mgpu_ddp.reporting import page_sections
 from mgpu_ddp.reporting.class_table import ClassTable
+from mgpu_ddp.reporting.gallery import gallery
 from mgpu_ddp.reporting.render import render
 from mgpu_ddp.reporting.table_stats import TableStats
-from mgpu_ddp.reporting.thumbnails import samples_shown
 
 log = logging.getLogger("mgpu_ddp")
 
 PAGE = "report.html"
-THUMBNAILS_S = 2.0
+THUMBNAILS_S = 5.0
 """After so many seconds, a job reads no further image."""
 
 
@@ -64,8 +64,9 @@ def write_page(results: JobResults, *, thumbnails_s: float) -> Path:
         stages=page_sections.stages(metrics),
         accuracy=page_sections.accuracy(stats, results.classes),
         classes=page_sections.predicted_classes(stats, results.classes),
-        samples=samples_shown(stats, results.classes, manifest, results.samples, time.monotonic() + thumbnails_s),
+        samples=gallery(run_dir, manifest, results.classes, stats, results.samples, time.monotonic() + thumbnails_s),
         errors=page_sections.errors(run_dir, manifest),
+        starts=page_sections.starts(manifest),
         setup=page_sections.setup(manifest, metrics),
     )
     replace_bytes(run_dir / PAGE, text.encode())

@@ -3,16 +3,22 @@
 import json
 import logging
 from collections import Counter
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.regular_files import open_regular
 from mgpu_ddp.reporting.class_table import ClassTable
+from mgpu_ddp.reporting.metrics import all_starts
+from mgpu_ddp.reporting.provenance import provenance, source
+from mgpu_ddp.reporting.render import shorten
 from mgpu_ddp.reporting.table_stats import TableStats
-from mgpu_ddp.reporting.text import duration, gibibytes
+from mgpu_ddp.reporting.text import duration, gibibytes, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -21,39 +27,85 @@ Section = dict[str, Any]
 CLASSES_SHOWN = 20
 LABELS_SHOWN = 200
 RANKS_SHOWN = 32
-ERRORS_SHOWN = 50
+STARTS_SHOWN = 20
+ERRORS_SHOWN = 500
+ERRORS_OF_A_KIND = 100
+ERRORS_CHARACTERS = 200_000
 ERRORS_READ = 100_000
+FEWEST_BINS = 8
+"""Fewer stretches of time make no curve."""
 LONGEST_LINE = 1 << 20
 STAGES = {"startup_s": "start-up", **clock.STAGES}
 TOPS = {"top1": "top-1", "top5": "top-5"}
 
 
 def summary(manifest: Manifest, accuracy: Section | None, status: Section, metrics: Section, home: Path) -> Section:
-    job, rows = manifest.fingerprint, manifest.prefix - manifest.start
+    rows = manifest.prefix - manifest.start
     cards = [
         ("status", status.get("status", "unknown")),
         ("rows", f"{rows:,} of {manifest.stop - manifest.start:,}"),
         ("errors", f"{manifest.errors:,}"),
     ]
-    if "images_per_s" in metrics:
-        rate = "images/s, steady" if metrics.get("steady", True) else "images/s"
-        cards += [(rate, f"{metrics['images_per_s']:,.1f}"), ("wall time", duration(metrics["wall_s"]))]
     shares = accuracy or {}
     cards += [(name, f"{shares[key]:.2%}") for key, name in TOPS.items() if shares.get(key) is not None]
+    starts = len(manifest.starts)
+    of_last = " of the last start" if starts > 1 else ""
+    if "images_per_s" in metrics:
+        rate = "images/s, steady" if metrics.get("steady", True) else "images/s"
+        cards.append((f"{rate}{of_last}", f"{metrics['images_per_s']:,.1f}"))
+    if starts > 1:
+        cards.append((f"time of all {starts:,} starts", duration(all_starts(manifest)["wall_s"])))
+    if "wall_s" in metrics:
+        cards.append((f"time{of_last}", duration(metrics["wall_s"])))
     return {
-        "model": job.get("model.name"),
-        "source": job.get("data.root") or job.get("data.path") or job.get("data.name"),
-        "device": job.get("runtime.device"),
-        "precision": job.get("runtime.precision"),
+        "model": manifest.fingerprint.get("model.name"),
+        "source": source(manifest),
+        "device": manifest.fingerprint.get("runtime.device"),
+        "precision": manifest.fingerprint.get("runtime.precision"),
+        "provenance": provenance(manifest),
         "folder": home,
-        "reason": status.get("reason"),
+        "notices": notices(manifest, status, metrics),
         "cards": cards,
+    }
+
+
+def notices(manifest: Manifest, status: Section, metrics: Section) -> list[str]:
+    """Sentences that a reader should not miss."""
+    found = []
+    if status.get("reason"):
+        found.append(str(status["reason"]))
+    if metrics.get("nonfinite"):
+        found.append(f"{plural(metrics['nonfinite'], 'row')} with NaN or Inf in the outputs, recorded as errors")
+    if split := sum(part.split_rows for part in manifest.parts):
+        found.append(f"{plural(split, 'row')} predicted in smaller batches, for lack of memory")
+    if manifest.starts and not all_starts(manifest)["timed"]:
+        found.append("earlier starts were not timed: times and rates are of the later ones")
+    return found
+
+
+def starts(manifest: Manifest) -> Section | None:
+    if len(manifest.starts) < 2:
+        return None
+    shown = manifest.starts[-STARTS_SHOWN:]
+    return {
+        "rows": [
+            {
+                "number": len(manifest.starts) - len(shown) + place,
+                "began": f"{datetime.fromtimestamp(each.began, UTC):%Y-%m-%d %H:%M} UTC",
+                "ranks": each.ranks,
+                "rows": each.rows,
+                "wall_s": each.wall_s,
+                "images_per_s": each.rows / each.wall_s if each.wall_s else 0.0,
+            }
+            for place, each in enumerate(shown, start=1)
+        ],
+        "together": all_starts(manifest),
     }
 
 
 def throughput(metrics: Section) -> Section | None:
     found = metrics.get("throughput", {})
-    if not found.get("rows"):
+    if len(found.get("rows", [])) < FEWEST_BINS:
         return None
     begin_s, bin_s = found["from_s"], found["bin_s"]
     return {
@@ -133,11 +185,16 @@ def predicted_classes(stats: TableStats, classes: ClassTable) -> Section | None:
     others = int((stats.preds > 0).sum()) - len(rows)
     if others:
         rows.append({"name": None, "rows": total - sum(row["rows"] for row in rows), "others": others})
+    bins = np.flatnonzero(stats.confidence).tolist()
+    width = 1 / len(stats.confidence)
+    words = [f"{stats.confidence[i]:,} from {i * width:.2f} to {(i + 1) * width:.2f}" for i in bins]
     return {
         "rows": rows,
         "largest": max(row["rows"] for row in rows),
         "total": total,
         "confidence": stats.confidence.tolist(),
+        "confidence_has_shape": len(bins) > 2,
+        "confidence_words": "; ".join(words),
     }
 
 
@@ -146,13 +203,18 @@ def errors(run_dir: Path, manifest: Manifest) -> Section | None:
         return None
     kinds: Counter[str] = Counter()
     rows: list[Section] = []
+    characters = 0
     try:
         with open_regular(run_dir / "errors.jsonl") as file:
             for line in islice(iter(lambda: file.readline(LONGEST_LINE), b""), ERRORS_READ):
                 error = json.loads(line)
-                kinds[str(error["reason"]).partition(":")[0]] += 1
-                if len(rows) < ERRORS_SHOWN:
-                    rows.append({"index": error["index"], "path": error["path"] or "", "reason": error["reason"]})
+                row = {"index": error["index"], "path": error["path"] or "", "reason": error["reason"]}
+                kind = str(row["reason"]).partition(":")[0]
+                kinds[kind] += 1
+                # Of each kind some, so that none is crowded out.
+                if len(rows) < ERRORS_SHOWN and kinds[kind] <= ERRORS_OF_A_KIND and characters < ERRORS_CHARACTERS:
+                    rows.append(row)
+                    characters += len(shorten(row["path"])) + len(shorten(row["reason"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s cannot be read: %s", run_dir / "errors.jsonl", error)
     return {

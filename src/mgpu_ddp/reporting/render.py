@@ -1,4 +1,4 @@
-"""Jinja2 templates → a page in one file, which runs nothing and asks for nothing from outside.
+"""Jinja2 templates → a page in one file, which asks for nothing from outside and runs one script, of `templates`.
 
 Autoescaping is on, and whatever is not markup is also cleaned of unprintable characters. Templates join markup and text
 by writing them side by side, never with `~`, which would skip that cleaning.
@@ -39,9 +39,10 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = (TEMPLATES / "style.css").read_text()
-    environment.globals["style"] = Markup(style)
-    environment.globals["style_sha256"] = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    for name, file in (("style", "style.css"), ("script", "filter.js")):
+        text = (TEMPLATES / file).read_text()
+        environment.globals[name] = Markup(text)
+        environment.globals[f"{name}_sha256"] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     environment.filters |= {
         "count": "{:,}".format,
         "rate": "{:,.1f}".format,

@@ -13,40 +13,11 @@ from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.manifest import ARRAY, Manifest, Part
 from mgpu_ddp.output.regular_files import map_array
 from mgpu_ddp.reporting.class_table import ClassTable
+from mgpu_ddp.reporting.picked_rows import Numbers, PickedRows, RowBlock
 
 BINS = 20
 TOP = 5
 ARRAY_ROWS = 4096
-Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowBlock:
-    """Columns of consecutive rows, as far as they are counted.
-
-    `index`, `label`, `pred`: int64 (n,), -1 where null. `prob`: float32 (n,), NaN where null. `failed`: bool (n,).
-    `best`: the classes of the highest scores, (n, k), or None.
-    """
-
-    index: Numbers
-    label: Numbers
-    pred: Numbers
-    prob: npt.NDArray[np.float32]
-    failed: npt.NDArray[np.bool_]
-    best: npt.NDArray[Any] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PickedRow:
-    """One row for the page to show."""
-
-    index: int
-    label: int
-    """-1 without one."""
-    pred: int
-    """-1 in an error row, and where the model names no classes."""
-    prob: float
-    failed: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,7 +38,7 @@ class TableStats:
     """Those of the compared rows whose prediction is right."""
     top5: Numbers | None
     """Those with the right class among their best five; None where rows name fewer, or there are no more."""
-    picked: list[PickedRow]
+    picked: PickedRows
 
     @property
     def accuracy(self) -> dict[str, Any] | None:
@@ -99,10 +70,8 @@ class TableStats:
         ]
 
 
-def count_rows(
-    run_dir: Path, manifest: Manifest, classes: ClassTable, samples: Samples | None, *, num_picked: int = 0
-) -> TableStats:
-    """Count all rows that the manifest lists, and pick some of them, evenly spread. Rank 0 only.
+def count_rows(run_dir: Path, manifest: Manifest, classes: ClassTable, samples: Samples | None) -> TableStats:
+    """Count all rows that the manifest lists, and pick some of them. Rank 0 only.
 
     `samples` know the labels of an array, which holds none itself.
     """
@@ -117,14 +86,12 @@ def count_rows(
         compared=None if class_of is None else np.zeros(labels, np.int64),
         top1=np.zeros(labels, np.int64),
         top5=np.zeros(labels, np.int64) if has_best else None,
-        picked=[],
+        picked=PickedRows(manifest.start, manifest.prefix, classes.num_classes),
     )
-    rows = manifest.prefix - manifest.start
-    wanted = manifest.start + np.unique(np.linspace(0, rows - 1, num_picked).astype(np.int64)) if rows else np.zeros(0)
     for part in manifest.parts:
         for block in _read(run_dir, manifest, part, samples, best=has_best and class_of is not None):
             _count(stats, block, class_of)
-            stats.picked += _pick(block, wanted)
+            stats.picked.add(block)
     return stats
 
 
@@ -135,17 +102,6 @@ def _has_best(job: dict[str, Any], num_classes: int) -> bool:
     if job["output.format"] == "npy":
         return bool(job["output.fields"] != ["embedding"])
     return "topk" in job["output.fields"] and job["output.topk"] >= TOP
-
-
-def _pick(block: RowBlock, wanted: npt.NDArray[Any]) -> Iterator[PickedRow]:
-    for place in np.flatnonzero(np.isin(block.index, wanted)).tolist():
-        yield PickedRow(
-            index=int(block.index[place]),
-            label=int(block.label[place]),
-            pred=int(block.pred[place]),
-            prob=float(block.prob[place]),
-            failed=bool(block.failed[place]),
-        )
 
 
 def _count(stats: TableStats, block: RowBlock, class_of: Numbers | None) -> None:

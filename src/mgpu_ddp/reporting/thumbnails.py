@@ -1,9 +1,12 @@
-"""Some of a job's samples, with small copies of their images."""
+"""Small copies of samples' images."""
 
 import base64
 import io
 import logging
 import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.preprocess.transform import Transform
-from mgpu_ddp.reporting.class_table import ClassTable
-from mgpu_ddp.reporting.table_stats import TableStats
+from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, Transform, decode, to_rgb, upright
 
 log = logging.getLogger("mgpu_ddp")
 
-THUMBNAILS = 24
-THUMBNAIL_PIXELS = 128
+PIXELS = 128
+MAX_CHARACTERS = 1_300_000
+"""Of all thumbnails of a page."""
+THREADS = 4
 
 
 def reopen_samples(run_dir: Path, manifest: Manifest) -> Samples | None:
@@ -41,53 +44,83 @@ def reopen_samples(run_dir: Path, manifest: Manifest) -> Samples | None:
         return None
 
 
-def samples_shown(
-    stats: TableStats, classes: ClassTable, manifest: Manifest, samples: Samples | None, deadline: float
-) -> list[dict[str, Any]]:
-    """Describe the rows that were picked, reading no image after `deadline`, by `time.monotonic`."""
+def make_thumbnails(
+    samples: Samples, indices: Iterable[int], manifest: Manifest, deadline: float
+) -> tuple[dict[int, str | None], int]:
+    """Make small copies of images, reading none after `deadline`, by `time.monotonic`.
+
+    Returns data URIs by index, None for an image that can no longer be read; and how many images were left out, for
+    lack of time or because the page would become too large.
+    """
+    wanted = list(dict.fromkeys(indices))
     transform = _transform_of(manifest)
-    shown = []
-    for row in stats.picked:
-        failed, thumbnail = row.failed, None
-        if samples is not None and transform is not None and not failed and time.monotonic() < deadline:
-            thumbnail = _thumbnail(samples, transform, row.index)
-        shown.append(
-            {
-                "name": (samples.path(row.index) if samples is not None else None) or f"sample {row.index}",
-                "thumbnail": thumbnail,
-                "failed": failed,
-                "class_name": classes.name(row.pred) if row.pred >= 0 else None,
-                "prob": row.prob,
-                "label": classes.label_name(row.label) if row.label >= 0 else None,
-            }
-        )
-    return shown
+    found: dict[int, str | None] = {}
+    characters = 0
+    # Set once for all threads, because `decode` does so for itself alone, which other threads would undo.
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")
+        for first in range(0, len(wanted), THREADS):
+            if time.monotonic() >= deadline:
+                break
+            some = wanted[first : first + THREADS]
+            images = [_read(samples, index, transform) for index in some]
+            for index, uri in zip(some, pool.map(_thumbnail, some, images), strict=True):
+                characters += len(uri or "")
+                if characters > MAX_CHARACTERS:
+                    return found, len(wanted) - len(found)
+                found[index] = uri
+    return found, len(wanted) - len(found)
 
 
-def _transform_of(manifest: Manifest) -> Transform | None:
-    """The transform of the job, None for a folder that does not know it."""
-    found = {k.removeprefix("transform."): v for k, v in manifest.fingerprint.items() if k.startswith("transform.")}
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+def _transform_of(manifest: Manifest) -> AnyTransform:
+    """A transform that keeps all of an image, or takes the model input that a dataset yields as it is."""
+    job = manifest.fingerprint
+    if job.get("transform.name") == "script" and job.get("transform.function") is None:
+        return TensorInput(shape=tuple(job.get("transform.shape", ())))
+    return Transform(resize=(PIXELS,))
+
+
+def _no_clock(_stage: str, _spent_s: float) -> None: ...
+
+
+def _read(samples: Samples, index: int, transform: AnyTransform) -> Image.Image | bytes | Exception:
     try:
-        return Transform(**values)
-    except TypeError:
-        return None
+        data = samples.read(index, _no_clock)
+        return _image_of(samples.load(index, transform, _no_clock)[0]) if data is None else data
+    except Exception as error:
+        return error
 
 
-def _thumbnail(samples: Samples, transform: Transform, index: int) -> str | None:
-    """A small copy of an image as a data URI, None where it can no longer be read."""
+def _thumbnail(index: int, image: Image.Image | bytes | Exception) -> str | None:
     try:
-        pixels, _ = samples.load(index, transform, lambda stage, spent_s: None)
+        if isinstance(image, Exception):
+            raise image
+        image = _decode(image) if isinstance(image, bytes) else image
+        image.thumbnail((PIXELS, PIXELS))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=75)
     except Exception as error:
         # The row holds its prediction: the image may have gone since.
         log.warning("no thumbnail of row %d: %s", index, error)
         return None
-    return _jpeg_uri(pixels)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _jpeg_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=75)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+def _decode(data: bytes) -> Image.Image:
+    if not data.startswith(b"\xff\xd8"):
+        return decode(data)
+    image = Image.open(io.BytesIO(data), formats=("JPEG",))
+    # At an eighth of its size, or so, a photo takes a fraction of the time.
+    image.draft("RGB", (2 * PIXELS, 2 * PIXELS))
+    return to_rgb(upright(image))
+
+
+def _image_of(values: npt.NDArray[Any]) -> Image.Image:
+    """An image of uint8 (height, width, 3), or of model input (channels, height, width) in its own range of values."""
+    if values.dtype == np.uint8:
+        return Image.fromarray(values)
+    if values.ndim != 3 or values.shape[0] not in (1, 3):
+        raise ValueError(f"model input of the shape {values.shape} is no picture")
+    low, high = values.min(), values.max()
+    values = (values - low) * (255 / (high - low) if high > low else 0.0)
+    return Image.fromarray(values.astype(np.uint8).transpose(1, 2, 0).repeat(3 // len(values), axis=2))

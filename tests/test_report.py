@@ -85,10 +85,18 @@ def test_names_and_accuracy_are_those_of_a_plain_loop(root: Path) -> None:
     assert_accuracy(json.loads((run_dir / "metrics.json").read_text()), run_dir)
 
 
-def test_accuracy_counts_the_rows_of_all_starts(root: Path, world: World) -> None:
+def test_accuracy_and_time_are_those_of_all_starts(
+    root: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped = predict(root, "again", world, max_errors=0)
     assert 0 < stopped["rows"] < 121
+    assert "in all" not in capsys.readouterr().out
     ended = predict(root, "again", world)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^in all: [0-9.]+ s, 121 rows, [0-9.]+ images/s with start-up, over 2 starts$", said, re.MULTILINE
+    )
+    assert re.search(rf"^this start: {ended['wall_s']:.1f} s, ", said, re.MULTILINE)
     metrics = json.loads((root / "again" / "metrics.json").read_text())
     assert metrics["rows_this_run"] == 121 - stopped["rows"]
     assert ended["all_starts"] == metrics["all_starts"]
@@ -96,6 +104,12 @@ def test_accuracy_counts_the_rows_of_all_starts(root: Path, world: World) -> Non
     assert ended["all_starts"]["wall_s"] == pytest.approx(ended["wall_s"] + stopped["wall_s"], rel=0.2)
     assert ended["accuracy"] == metrics["accuracy"]
     assert_accuracy(metrics, root / "again")
+    text = (root / "again" / "report.html").read_text()
+    assert "time of all 2 starts" in text
+    assert "<h2>Starts</h2>" in text
+    idle = predict(root, "again", world)
+    assert idle["all_starts"] == ended["all_starts"], "nothing was left to do"
+    assert "over 2 starts" in capsys.readouterr().out
 
 
 def test_the_page_is_whole_and_nothing_in_it_runs(root: Path) -> None:

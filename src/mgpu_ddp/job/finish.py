@@ -109,6 +109,7 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         **({} if model.num_classes is not None else {"columns": [each.name for each in context.types]}),
         **({} if context.bitwise else {"bitwise": False}),
         "accuracy": results.stats.accuracy,
+        "all_starts": metrics.all_starts(manifest),
         "world_size": context.world.size,
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
@@ -128,6 +129,9 @@ def _write_metrics(context: JobContext, ranks: Sequence[metrics.RankMetrics], re
         ranks,
         rows=rows,
         deterministic=context.config.runtime.deterministic,
-        manifest=manifest,
-        accuracy={"accuracy": stats.accuracy, "accuracy_per_class": stats.per_class(results.classes)},
+        of_all_starts={
+            "all_starts": metrics.all_starts(manifest),
+            "accuracy": stats.accuracy,
+            "accuracy_per_class": stats.per_class(results.classes),
+        },
     )

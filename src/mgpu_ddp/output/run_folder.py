@@ -234,7 +234,8 @@ class RunFolder:
         if manifest.complete:
             # Nothing was left to do, which is no start worth telling of.
             manifest.starts = manifest.starts[:-1]
-        manifest.count_work(0)
+        else:
+            manifest.count_work(0)
         # Ranks past the first one that stopped, or a late writer of a dead attempt, have left what nobody committed.
         remove_unlisted(self.path, manifest)
         try:

@@ -133,6 +133,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"
         rows = plural(accuracy["compared"], "row")
         lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {rows} ({accuracy['how']})")
+    lines += _all_starts(summary["all_starts"])
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
         start = f"with {summary['startup_s']:.1f} s of start-up"
@@ -140,8 +141,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         if summary["steady"]:
             rates = f"{steady:,.1f} images/s steady, {overall:,.1f} {start}"
         lines += [
-            f"{summary['wall_s']:.1f} s, {rates}",
-            *_all_starts(summary["all_starts"]),
+            f"{'this start: ' if summary['all_starts']['starts'] > 1 else ''}{summary['wall_s']:.1f} s, {rates}",
             *_bottleneck(summary),
             *_warnings(summary),
             "",
@@ -158,12 +158,11 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
 
 
 def _all_starts(together: dict[str, Any]) -> Iterator[str]:
-    untimed = "" if together["timed"] else "; earlier starts were not timed"
-    if together["starts"] > 1 or untimed:
+    untimed = "" if together["timed"] else "; earlier ones were not timed"
+    if together["starts"] > 1 or (together["starts"] and untimed):
         rate = f"{together['images_per_s']:,.1f} images/s with start-up"
-        starts = plural(together["starts"], "start") + " together" if together["starts"] > 1 else "this start"
-        rows = plural(together["rows"], "row")
-        yield f"{starts}: {duration(together['wall_s'])}, {rows}, {rate}{untimed}"
+        rows, starts = plural(together["rows"], "row"), plural(together["starts"], "start")
+        yield f"in all: {duration(together['wall_s'])}, {rows}, {rate}, over {starts}{untimed}"
 
 
 def _bottleneck(summary: dict[str, Any]) -> Iterator[str]:

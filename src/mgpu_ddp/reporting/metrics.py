@@ -178,10 +178,9 @@ def write_metrics(
     *,
     rows: int,
     deterministic: bool,
-    manifest: Manifest,
-    accuracy: dict[str, Any],
+    of_all_starts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `metrics.json` and return its figures of all ranks together. Rank 0 only."""
+    """Write `metrics.json` and return its figures of this start, all ranks together. Rank 0 only."""
     wall_s = max(r.wall_s for r in ranks)
     steady_s = max(r.steady_s for r in ranks)
     remedies = REMEDIES
@@ -198,7 +197,6 @@ def write_metrics(
         "startup_s": max(r.startup_s for r in ranks),
         "reused": list(ranks[0].reused),
         "rows_this_run": rows,
-        "all_starts": all_starts(manifest),
         "nonfinite": sum(r.nonfinite for r in ranks),
         "split_rows": sum(r.split_rows for r in ranks),
         "read_bytes": sum(r.read_bytes for r in ranks),
@@ -210,5 +208,7 @@ def write_metrics(
         "remedy": remedies[stage] if stage else None,
     }
     each = [{name: value for name, value in asdict(r).items() if name != "pace"} for r in ranks]
-    replace_json(run_dir / "metrics.json", {**together, **accuracy, "throughput": throughput(ranks), "ranks": each})
+    replace_json(
+        run_dir / "metrics.json", {**together, **of_all_starts, "throughput": throughput(ranks), "ranks": each}
+    )
     return together

@@ -20,7 +20,7 @@ from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.manifest import Manifest
-from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, Transform, decode, to_rgb, upright
+from mgpu_ddp.preprocess.transform import AnyTransform, Pixels, TensorInput, Transform, decode, to_rgb, upright
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -77,7 +77,17 @@ def _transform_of(manifest: Manifest) -> AnyTransform:
     job = manifest.fingerprint
     if job.get("transform.name") == "script" and job.get("transform.function") is None:
         return TensorInput(shape=tuple(job.get("transform.shape", ())))
-    return Transform(resize=(PIXELS,))
+    return _Whole(resize=(PIXELS,))
+
+
+class _Whole(Transform):
+    """Leaves an image as it is."""
+
+    def geometry(self, image: Image.Image) -> Pixels:
+        return np.asarray(image)
+
+    def of_pixels(self, pixels: Pixels) -> Pixels:
+        return pixels
 
 
 def _no_clock(_stage: str, _spent_s: float) -> None: ...
@@ -118,7 +128,7 @@ def _decode(data: bytes) -> Image.Image:
 def _image_of(values: npt.NDArray[Any]) -> Image.Image:
     """An image of uint8 (height, width, 3), or of model input (channels, height, width) in its own range of values."""
     if values.dtype == np.uint8:
-        return Image.fromarray(values)
+        return Image.fromarray(np.ascontiguousarray(values))
     if values.ndim != 3 or values.shape[0] not in (1, 3):
         raise ValueError(f"model input of the shape {values.shape} is no picture")
     low, high = values.min(), values.max()

@@ -7,6 +7,7 @@ import pytest
 from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput, imagenet, plain
 from mgpu_ddp.reporting.provenance import provenance
 from tests.support.run_folders import wanted
+from tests.support.runs import ROOT
 
 
 def words(**fingerprint: Any) -> dict[str, str]:
@@ -34,6 +35,11 @@ def words(**fingerprint: Any) -> dict[str, str]:
 def test_the_preprocessing_is_told(transform: AnyTransform, expected: str) -> None:
     described = {f"transform.{key}": value for key, value in transform.described().items()}
     assert words(**described)["preprocessing"] == expected
+
+
+def test_the_docs_show_it_as_it_is() -> None:
+    described = {f"transform.{key}": value for key, value in imagenet(224).described().items()}
+    assert f"> {words(**described)['preprocessing']}\n" in (ROOT / "docs" / "report.md").read_text()
 
 
 def test_a_job_is_told() -> None:

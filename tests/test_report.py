@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -282,6 +283,29 @@ def test_a_page_that_is_made_in_haste_has_no_empty_boxes(
     page = Reader((root / "hasty" / "report.html").read_text())
     assert "samples left out, to save time" in page.text
     assert not [attributes for _, attributes in page.tags if "thumb" in (attributes.get("class") or "").split()]
+
+
+def test_a_page_stays_small_whatever_names_there_are(
+    root: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images whose thumbnails are large, and quotes in names, each of which becomes five characters."""
+    random, folders = np.random.default_rng(0), [tmp_path / "photos" / (f"{i:02d}" + 200 * '"') for i in range(12)]
+    for i in range(240):
+        folder_of = folders[i % 12] / (200 * '"') / (200 * '"')
+        folder_of.mkdir(parents=True, exist_ok=True)
+        path = folder_of / f"{i}.png"
+        if i % 3:
+            Image.fromarray(random.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(path)
+        else:
+            path.write_bytes(b"no image")
+    shutil.copy(root / "names.txt", tmp_path / "names.txt")
+    predict(tmp_path, "out", world)
+    page = tmp_path / "out" / "report.html"
+    assert 400_000 < page.stat().st_size < 2_000_000
+    monkeypatch.setattr("mgpu_ddp.reporting.page.MAX_BYTES", 400_000)
+    rebuild(tmp_path / "out")
+    assert page.stat().st_size < 400_000
+    assert "<h2>Errors</h2>" in page.read_text()
 
 
 class Scans(torch.utils.data.Dataset[dict[str, Any]]):

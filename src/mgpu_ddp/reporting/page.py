@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.errors import reason_of
@@ -16,12 +17,13 @@ from mgpu_ddp.output.regular_files import read_object
 from mgpu_ddp.reporting import page_sections
 from mgpu_ddp.reporting.class_table import ClassTable
 from mgpu_ddp.reporting.gallery import gallery
-from mgpu_ddp.reporting.render import render
+from mgpu_ddp.reporting.render import render, shorten
 from mgpu_ddp.reporting.table_stats import TableStats
 
 log = logging.getLogger("mgpu_ddp")
 
 PAGE = "report.html"
+MAX_BYTES = 2_000_000
 THUMBNAILS_S = 5.0
 """After so many seconds, a job reads no further image."""
 
@@ -56,18 +58,22 @@ def write_page(results: JobResults, *, thumbnails_s: float) -> Path:
     """
     run_dir, manifest, stats = results.run_dir, results.manifest, results.stats
     status, metrics = read_object(run_dir / "status.json"), read_object(run_dir / "metrics.json")
-    text = render(
-        "job.html",
-        title=f"{manifest.fingerprint.get('model.name')} · {results.home.name}",
-        summary=page_sections.summary(manifest, stats.accuracy, status, metrics, results.home),
-        throughput=page_sections.throughput(metrics),
-        stages=page_sections.stages(metrics),
-        accuracy=page_sections.accuracy(stats, results.classes),
-        classes=page_sections.predicted_classes(stats, results.classes),
-        samples=gallery(run_dir, manifest, results.classes, stats, results.samples, time.monotonic() + thumbnails_s),
-        errors=page_sections.errors(run_dir, manifest),
-        starts=page_sections.starts(manifest),
-        setup=page_sections.setup(manifest, metrics),
-    )
-    replace_bytes(run_dir / PAGE, text.encode())
+    deadline = time.monotonic() + thumbnails_s
+    sections: dict[str, Any] = {
+        "title": shorten(f"{manifest.fingerprint.get('model.name')} · {results.home.name}"),
+        "summary": page_sections.summary(manifest, stats.accuracy, status, metrics, results.home),
+        "throughput": page_sections.throughput(metrics),
+        "stages": page_sections.stages(metrics),
+        "accuracy": page_sections.accuracy(stats, results.classes),
+        "classes": page_sections.predicted_classes(stats, results.classes),
+        "samples": gallery(run_dir, manifest, results.classes, stats, results.samples, deadline),
+        "errors": page_sections.errors(run_dir, manifest),
+        "starts": page_sections.starts(manifest),
+        "setup": page_sections.setup(manifest, metrics),
+    }
+    page = render("job.html", **sections).encode()
+    if len(page) > MAX_BYTES:
+        # Of hundreds of names of hundreds of characters, each of which takes several bytes.
+        page = render("job.html", **sections | {"samples": None}).encode()
+    replace_bytes(run_dir / PAGE, page)
     return run_dir / PAGE

@@ -28,9 +28,10 @@ CLASSES_SHOWN = 20
 LABELS_SHOWN = 200
 RANKS_SHOWN = 32
 STARTS_SHOWN = 20
+FACTS_SHOWN = 200
 ERRORS_SHOWN = 500
 ERRORS_OF_A_KIND = 100
-ERRORS_CHARACTERS = 200_000
+ERRORS_CHARACTERS = 100_000
 ERRORS_READ = 100_000
 FEWEST_BINS = 8
 """Fewer stretches of time make no curve."""
@@ -238,4 +239,4 @@ def setup(manifest: Manifest, metrics: Section) -> Section:
         **manifest.versions,
         **manifest.fingerprint,
     }
-    return {"machines": machines.most_common(RANKS_SHOWN), "facts": list(facts.items())}
+    return {"machines": machines.most_common(RANKS_SHOWN), "facts": list(facts.items())[:FACTS_SHOWN]}

@@ -25,7 +25,7 @@ from mgpu_ddp.preprocess.transform import AnyTransform, Pixels, TensorInput, Tra
 log = logging.getLogger("mgpu_ddp")
 
 PIXELS = 128
-MAX_CHARACTERS = 1_300_000
+MAX_CHARACTERS = 1_200_000
 """Of all thumbnails of a page."""
 THREADS = 4
 

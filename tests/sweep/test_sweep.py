@@ -183,6 +183,8 @@ def test_every_shape_of_sweep_has_a_table_and_a_picture(
     page = (tmp_path / "report.html").read_bytes()
     text = page.decode()
     assert len(page) < 2_000_000
+    measured_points = sum(1 for each in sweep.points if each["images_per_s"])
+    assert ("<img" in text) == (measured_points > 2), "of two points the table says all"
     assert text.count("<tr>") == 2 + len(sweep.points) + len(rows), "a line for each point and each job"
     assert ("Recommended: " in text) == (not none and shape != "nothing swept")
     (tmp_path / "report.html").unlink()

@@ -35,7 +35,8 @@ def write_sweep_page(folder: Path) -> Path:
         devices=", ".join(sorted({str(job["device"]) for job in jobs if job.get("device")})),
         summary=_cards(results, jobs),
         recommended=" or ".join(map(named, chosen)),
-        plot=_plot(folder),
+        # Two points make no curve.
+        plot=_plot(folder) if sum(bool(point["images_per_s"]) for point in points) > 2 else None,
         swept=swept,
         memory=memory,
         best_images_per_s=max((point["images_per_s"] or 0.0 for point in points), default=0.0),

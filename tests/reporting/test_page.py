@@ -161,6 +161,24 @@ def test_starts_are_listed_where_there_are_several() -> None:
     assert 'all 50 starts</th><td class="n">3,000</td><td class="n">0:25:00</td><td class="n">2.0</td>' in text
 
 
+@pytest.mark.parametrize(
+    ("wall_s", "metrics", "expected"),
+    [
+        ([], {}, []),
+        ([], {"images_per_s": 2.0, "wall_s": 7.0}, [("images/s, steady", "2.0"), ("time", "7.0 s")]),
+        ([3.0], {}, [("time", "3.0 s")]),
+        ([3.0, 5.0], {}, [("time of all 2 starts", "8.0 s"), ("time of the last start", "5.0 s")]),
+    ],
+    ids=["shards that were merged", "older version", "killed", "resumed and killed"],
+)
+def test_the_time_of_all_starts_is_told_however_they_ended(
+    wall_s: list[float], metrics: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    manifest = wanted(starts=[Start(began=0.0, ranks=1, wall_s=each) for each in wall_s])
+    summary = page_sections.summary(manifest, None, {"status": "running"}, metrics, Path("run"))
+    assert summary["cards"][3:] == expected
+
+
 def test_what_a_reader_should_not_miss_stands_on_top() -> None:
     part = Part(file="predictions.npy", first=0, rows=8, errors=1, num_bytes=9, sha256="", split_rows=1)
     manifest = wanted("npy", parts=[part], starts=[Start(began=0.0, ranks=1, rows=4)])

@@ -49,15 +49,17 @@ def summary(manifest: Manifest, accuracy: Section | None, status: Section, metri
     ]
     shares = accuracy or {}
     cards += [(name, f"{shares[key]:.2%}") for key, name in TOPS.items() if shares.get(key) is not None]
-    starts = len(manifest.starts)
-    of_last = " of the last start" if starts > 1 else ""
+    of_last = ""
+    if len(manifest.starts) > 1:
+        of_last = " of the last start"
+        cards.append((f"time of all {len(manifest.starts):,} starts", duration(all_starts(manifest)["wall_s"])))
     if "images_per_s" in metrics:
         rate = "images/s, steady" if metrics.get("steady", True) else "images/s"
         cards.append((f"{rate}{of_last}", f"{metrics['images_per_s']:,.1f}"))
-    if starts > 1:
-        cards.append((f"time of all {starts:,} starts", duration(all_starts(manifest)["wall_s"])))
-    if "wall_s" in metrics:
-        cards.append((f"time{of_last}", duration(metrics["wall_s"])))
+    if manifest.starts or "wall_s" in metrics:
+        # One that was killed has left no metrics.
+        wall_s = manifest.starts[-1].wall_s if manifest.starts else metrics["wall_s"]
+        cards.append((f"time{of_last}", duration(wall_s)))
     return {
         "model": manifest.fingerprint.get("model.name"),
         "source": source(manifest),

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import mgpu_ddp
 from mgpu_ddp.config.schema import ITSELF, ScriptDataConfig, ScriptModelConfig
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.report import main, rebuild
+from mgpu_ddp.reporting.provenance import provenance
 from tests.support.runs import assert_proved, make_images, read_rows, recipes
 from tests.support.starting import BIN, SMALL_IMAGES, run
 from tests.support.worlds import folder, run_job, tiny
@@ -134,6 +136,18 @@ def test_the_page_is_whole_and_nothing_in_it_runs(root: Path) -> None:
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on") or key == "style"]
     assert "default-src 'none'" in text.split("<title>")[0]
     assert not re.search(r"https?://", text)
+
+
+def test_the_face_in_a_notebook_says_the_same(root: Path) -> None:
+    page, face = ((root / "out" / "report.html").read_text(), mgpu_ddp.open(root / "out")._repr_html_())
+    manifest = Manifest.read(root / "out")
+    assert manifest is not None
+    for words in provenance(manifest).values():
+        assert f"<bdi>{words}</bdi>" in page
+        assert f"<bdi>{words}</bdi>" in face
+    cards = re.findall(r"<td>(.*?)</td>", face)
+    assert cards == re.findall(r'<div class="card">.*?<b>(.*?)</b></div>', page)
+    assert "121 of 121" in cards
 
 
 def test_the_page_is_written_again(root: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ log = logging.getLogger("mgpu_ddp")
 PIXELS = 128
 MAX_CHARACTERS = 1_200_000
 """Of all thumbnails of a page."""
-THREADS = 4
+MAX_THREADS = 4
 
 
 def reopen_samples(run_dir: Path, manifest: Manifest) -> Samples | None:
@@ -56,13 +57,14 @@ def make_thumbnails(
     transform = _transform_of(manifest)
     found: dict[int, str | None] = {}
     characters = 0
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     # Set once for all threads, because `decode` does so for itself alone, which other threads would undo.
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
-        for first in range(0, len(wanted), THREADS):
+        for first in range(0, len(wanted), threads):
             if time.monotonic() >= deadline:
                 break
-            some = wanted[first : first + THREADS]
+            some = wanted[first : first + threads]
             images = [_read(samples, index, transform) for index in some]
             for index, uri in zip(some, pool.map(_thumbnail, some, images), strict=True):
                 characters += len(uri or "")

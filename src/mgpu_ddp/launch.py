@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from mgpu_ddp.config.script import THIS_PACKAGE
-from mgpu_ddp.distributed.launcher import OUTCOME_FILE, explained_torchrun, num_processes
+from mgpu_ddp.distributed.launcher import OUTCOME_FILE, explained_torchrun, literal, num_processes
 from mgpu_ddp.reporting.terminal import make_output_safe
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     make_output_safe()
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
         os.environ[OUTCOME_FILE] = str(Path(folder) / "outcome")
-        code = explained_torchrun([f"--nproc_per_node={num_processes('auto')}", *script, *words])
+        code = explained_torchrun([f"--nproc_per_node={num_processes('auto')}", *script, *literal(words)])
     sys.exit(code)
 
 

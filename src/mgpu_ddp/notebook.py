@@ -21,7 +21,7 @@ import cloudpickle
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
-from mgpu_ddp.distributed.launcher import OUTCOME_FILE, num_processes, outcome_in
+from mgpu_ddp.distributed.launcher import OUTCOME_FILE, literal, num_processes, outcome_in
 from mgpu_ddp.errors import Exit, PeerFailedError, PeerLostError, RunError, UsageError
 from mgpu_ddp.program import check_functions
 from mgpu_ddp.run import Run
@@ -82,7 +82,7 @@ def predict(
         # 2) The ranks.
         start = [f"--nproc_per_node={num_processes(processes)}", f"--log-dir={folder}", "--no-python"]
         launcher = python("from mgpu_ddp.distributed.launcher import main; main()")
-        command = [*launcher, *start, *python("from mgpu_ddp.notebook import be_rank; be_rank()"), *words]
+        command = [*launcher, *start, *python("from mgpu_ddp.notebook import be_rank; be_rank()"), *literal(words)]
         files = {FUNCTIONS_FILE: str(folder / "functions"), OUTCOME_FILE: str(folder / "outcome")}
         run_ranks(command, os.environ | files)
         # 3) How it went.

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.runs import LAUNCH, assert_proved, read_rows
+from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
 from tests.support.starting import (
     BIN,
     SMALL,
     SMALL_IMAGES,
     forked_mgpu_infer,
+    launched,
     mgpu_infer,
     python_m,
     ranks,
@@ -124,6 +126,27 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     # torchrun does not repeat with a stack what one line has said.
     assert "x.jpg" in raised.err
     assert "Traceback" not in raised.err
+
+
+@pytest.mark.parametrize("name", ["it's {x}=(日本), $$#1 ", "-My Photos\\~"])
+def test_a_path_is_taken_as_typed_however_the_command_starts(tmp_path: Path, name: str) -> None:
+    make_images(tmp_path / name, 6)
+    settings = (*SMALL_IMAGES, "data=folder", f"data.root={tmp_path}/{name}", f"output.dir={name}")
+    # torchrun itself makes one $ of two.
+    ways = {"mgpu-infer": forked_mgpu_infer, "alone": partial(ranks, 1), "torchrun": partial(launched, 2)}
+    if "$$" in name:
+        del ways["torchrun"]
+    for way in ways:
+        (tmp_path / way).mkdir()
+    commands = [start(*settings) for start in ways.values()]
+    for way, ended in zip(ways, run_all(commands, [tmp_path / way for way in ways]), strict=True):
+        assert ended.code == 0, ended.err
+        assert ended.summary["run_dir"] == f"{tmp_path}/{way}/{name}"
+        assert_proved(tmp_path / way / name, 6)
+    again = run(ranks(1, *settings), tmp_path / "alone")
+    assert (again.code, again.summary["run_dir"]) == (0, f"{tmp_path}/alone/{name}"), again.err
+    shown = run([sys.executable, "-m", "mgpu_ddp.report", f"run={name}"], tmp_path / "alone")
+    assert shown.summary == {"report": f"{tmp_path}/alone/{name}/report.html"}, shown.err
 
 
 def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(

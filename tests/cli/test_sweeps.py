@@ -74,6 +74,19 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
     assert [(row["batch_size"], row["on_error"]) for row in table[:2]] == [("4", "raise"), ("4", "record")]
 
 
+@pytest.mark.parametrize("launcher", ["basic", "torchrun"])
+def test_a_sweep_over_paths_takes_each_as_typed(tmp_path: Path, launcher: str) -> None:
+    names = ["it's (one)", "Fotos, 日本", "{a}=$#"]
+    for count, name in enumerate(names, start=1):
+        make_images(tmp_path / name, count)
+    sweep = ("--multirun", "hydra.sweep.dir=My {sweep}, it's", f"hydra/launcher={launcher}")
+    words = (*SMALL_IMAGES, "data=folder", f"data.root={names[0]},'{names[1]}',{names[2]}", *sweep)
+    ended = run(ranks(1, *words), tmp_path)
+    assert ended.code == 0, ended.err
+    for count in (1, 2, 3):
+        assert_proved(tmp_path / "My {sweep}, it's" / str(count - 1), count)
+
+
 def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

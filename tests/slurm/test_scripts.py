@@ -174,6 +174,17 @@ def test_a_run_folder_of_any_name_reaches_the_command_as_it_is(
         assert check_command(plain.words[-1:]).folder == str(Path(name).absolute())
 
 
+def test_the_folder_that_a_command_names_is_read_as_the_command_reads_it(
+    tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["it's", "'a b'", '"a, b"', "~/my runs", "~", "x~/y", "a=b", "{x}"]
+    named = start_all(tmp_path, "slurm.sbatch", [Start(arguments=(f"++output.dir={text}",)) for text in typed])
+    for text, started in zip(typed, named, strict=True):
+        (seen,) = (line for line in started.seen.splitlines() if line.startswith("MGPU_DDP_FOLDER="))
+        assert str(Path(seen.partition("=")[2]).absolute()) == check_command([f"output.dir={text}"]).folder
+
+
 @pytest.mark.parametrize("name", ["PROCESSES", "SLURM_JOB_ID", "SHARDS"])
 def test_what_must_be_a_number_is_one(name: str, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "7"}

@@ -1,8 +1,8 @@
 """From what the user typed to a command that is safe to run, before Hydra acts on it.
 
-In this order: no flag or override can run code (`allowlist`), each one fits the schema (`overrides`), and so do the
-files of a config folder that they choose (`options`), and all compose (`compose`). A mistake becomes one line in this
-package's words.
+In this order: paths are taken as typed (`paths`), no flag or override can run code (`allowlist`), each one fits the
+schema (`overrides`), and so do the files of a config folder that they choose (`options`), and all compose (`compose`).
+A mistake becomes one line in this package's words.
 """
 
 import os
@@ -21,6 +21,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import compose_config, explain, quote
 from mgpu_ddp.config.options import Options
 from mgpu_ddp.config.overrides import check_number_of_jobs, check_point, lines_of, points_of, values_of
+from mgpu_ddp.config.paths import as_typed
 from mgpu_ddp.config.schema import SweepConfig, to_config
 from mgpu_ddp.errors import UsageError
 
@@ -71,6 +72,8 @@ def check_command(argv: Sequence[str]) -> Command:
 
 def _check(argv: Sequence[str]) -> Command:
     flags, words = split(argv)
+    sweeps = "-m" in flags or any(word.startswith("+sweep=") for word in words)
+    words = [as_typed(word, sweeps=sweeps) for word in words]
     overrides = parse(words)
     config_dir = flags.pop("-cd", None)
     options = Options(config_dir)
@@ -103,7 +106,7 @@ def _check(argv: Sequence[str]) -> Command:
 
 
 def _folder(cfg: DictConfig, key: str) -> str:
-    return str(Path(str(OmegaConf.select(cfg, key))).absolute())
+    return str(Path(os.path.expanduser(str(OmegaConf.select(cfg, key)))).absolute())
 
 
 def _sweep(asked: Command, cfg: DictConfig, flags: list[str], overrides: list[Override], options: Options) -> Command:

@@ -64,10 +64,10 @@ def explain(error: Exception) -> str:
     return f"Hydra refuses the configuration: {': '.join(said)}. See --help."
 
 
-def quote(value: str) -> str:
-    """Quote a string for Hydra's override grammar."""
+def quote(value: str, *, interpolates: bool = False) -> str:
+    """Quote a string for Hydra's override grammar. One that `interpolates` may refer to other values by ${...}."""
     # Inside quotes a backslash is itself, but for those that stand before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     # OmegaConf reads ${ as its own unless it is escaped, and then backslashes before it as well.
-    escaped = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped)
+    escaped = escaped if interpolates else re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped)
     return f"'{escaped}'"

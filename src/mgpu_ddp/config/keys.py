@@ -40,6 +40,8 @@ class Key:
     """The types its values may have."""
     doc: str
     rule: Rule | None = None
+    path: bool = False
+    """Its value is a path or a URL, which is taken as it is typed."""
 
     @property
     def kind(self) -> str:
@@ -51,9 +53,9 @@ class Key:
         require(ok, self.name, rule, value, remedy or f"Try {self.name}={self.default}.")
 
 
-def key(default: T, doc: str, rule: Rule | None = None) -> T:
+def key(default: T, doc: str, rule: Rule | None = None, *, path: bool = False) -> T:
     """Make the field of a section: its default, its documentation and what its value must be."""
-    metadata = {"doc": doc, "rule": rule}
+    metadata = {"doc": doc, "rule": rule, "path": path}
     if isinstance(default, list):
         return cast(T, field(default_factory=default.copy, metadata=metadata))
     return field(default=default, metadata=metadata)

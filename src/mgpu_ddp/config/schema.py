@@ -67,6 +67,7 @@ class FolderConfig(DataConfig):
         MISSING,
         "The folder, or the URL of one: s3://BUCKET/PREFIX, gs://, hf://, https:// (extra [cloud]).",
         location("a folder", "Give data.root=DIR."),
+        path=True,
     )
     follow_outside: bool = key(False, "Also follow symbolic links that lead out of the root.")
 
@@ -81,8 +82,9 @@ class ListConfig(DataConfig):
         "The list, a path or a URL: .csv or .parquet with a column path and maybe a column label (whole numbers), or"
         " a text of one path or URL a line.",
         location("a file", "Give data.path=FILE.csv."),
+        path=True,
     )
-    root: str | None = key(None, "Where relative paths begin. null: the folder of data.path.")
+    root: str | None = key(None, "Where relative paths begin. null: the folder of data.path.", path=True)
 
     def check_together(self) -> None:
         self.root = absolute(keys_of(ListConfig)["root"], self.root or os.path.dirname(self.path))
@@ -106,9 +108,10 @@ class WebDatasetConfig(DataConfig):
     name: str = "webdataset"
     urls: str = key(
         MISSING,
-        "The tars, as a pattern of paths or URLs with braces or *, quoted:"
-        " 'data.urls=\"tars/train-{0000..0127}.tar\"'.",
+        "The tars, as a pattern of paths or URLs with braces or *, quoted for the shell:"
+        " 'data.urls=tars/train-{0000..0127}.tar'.",
         PATTERN,
+        path=True,
     )
     extensions: list[str] = key(
         [],
@@ -128,8 +131,10 @@ class ParquetConfig(DataConfig):
     name: str = "parquet"
     urls: str = key(
         MISSING,
-        "The files, as a pattern of paths or URLs with braces or *, quoted: 'data.urls=\"photos/*.parquet\"'.",
+        "The files, as a pattern of paths or URLs with braces or *, quoted for the shell:"
+        " 'data.urls=photos/*.parquet'.",
         PATTERN,
+        path=True,
     )
     column: str = key(
         "image",
@@ -156,7 +161,7 @@ class ArrayConfig(DataConfig):
     """Images that were decoded before: one .npy of uint8, mapped into memory."""
 
     name: str = "array"
-    path: str = key(MISSING, "The .npy, (n, height, width, 3) or (n, 3, height, width).", _mapped)
+    path: str = key(MISSING, "The .npy, (n, height, width, 3) or (n, 3, height, width).", _mapped, path=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -272,12 +277,14 @@ class ModelConfig(Section):
         "null: random, from `seed`. DEFAULT or a torchvision weights name: downloaded once. A path ending in .pt, .pth"
         " or .safetensors: a checkpoint.",
         not_empty("null, a name or a path", "Leave it out for null."),
+        path=True,
     )
     num_classes: int = key(1000, "Number of classes of the last layer.", at_least(1))
     class_names: str | None = key(
         None,
         f"{CLASS_NAMES} null: the weights' own names, where they have any.",
         not_empty("null or a file", "Leave it out for null."),
+        path=True,
     )
 
 
@@ -297,7 +304,7 @@ class ScriptModelConfig(Section):
     prefix: ClassVar[str] = "model."
 
     name: str = ITSELF
-    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."))
+    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."), path=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -387,7 +394,7 @@ class OutputConfig(Section):
 
     prefix: ClassVar[str] = "output."
 
-    dir: str | None = key(None, "The run folder. null: Hydra's run dir.", _folder)
+    dir: str | None = key(None, "The run folder. null: Hydra's run dir.", _folder, path=True)
     format: str = key(
         "parquet",
         "parquet, csv, jsonl or npy: one array of logits, (samples, classes), or of output.fields=[embedding].",

@@ -39,6 +39,11 @@ def torchrun(argv: Sequence[str]) -> None:
     runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
 
 
+def literal(words: Sequence[str]) -> list[str]:
+    """Words that torchrun hands to its workers as they are: it takes $$ for $, and ${local_rank} for a number."""
+    return [word.replace("$", "$$") for word in words]
+
+
 def outcome_in(file: Path) -> dict[str, Any]:
     """Read what rank 0 left of its last job, with its exit code; empty if it died."""
     try:

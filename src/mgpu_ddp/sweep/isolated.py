@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
-from mgpu_ddp.distributed.launcher import OUTCOME_FILE, num_processes, outcome_in
+from mgpu_ddp.distributed.launcher import OUTCOME_FILE, literal, num_processes, outcome_in
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.errors import Exit
 from mgpu_ddp.reporting import console
@@ -35,8 +35,11 @@ def run_isolated(program: Sequence[str], overrides: Sequence[str], sweep_dir: Pa
     logs = sweep_dir / "logs" / str(composed.job.num)
     # In the sweep's folder, because the job may run on another host.
     outcome_file = logs / "outcome.json"
-    start = (_torchrun if composed.launcher.kind == "torchrun" else _srun)(composed.launcher, logs)
-    command = [*start, *program, *job_words(overrides, composed.runtime.output_dir)]
+    words = [*program, *job_words(overrides, composed.runtime.output_dir)]
+    is_torchrun = composed.launcher.kind == "torchrun"
+    command = (
+        [*_torchrun(composed.launcher, logs), *literal(words)] if is_torchrun else [*_srun(composed.launcher), *words]
+    )
     logs.mkdir(parents=True, exist_ok=True)
     outcome_file.unlink(missing_ok=True)
     # stdout is for results, which this process prints.
@@ -72,7 +75,7 @@ def _torchrun(launcher: Any, logs: Path) -> list[str]:
     ]
 
 
-def _srun(launcher: Any, logs: Path) -> list[str]:
+def _srun(launcher: Any) -> list[str]:
     """Source: srun(1)."""
     words = ["srun", "--kill-on-bad-exit=1"]
     for key, value in launcher.items():

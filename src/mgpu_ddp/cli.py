@@ -20,11 +20,13 @@ from mgpu_ddp.config.command_line import Command, check_command
 from mgpu_ddp.config.compose import VERSION_BASE, explain, register
 from mgpu_ddp.config.schema import to_config
 from mgpu_ddp.config.script import Script
+from mgpu_ddp.distributed.command import start_command
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World, join
 from mgpu_ddp.errors import Exit, UsageError
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
+from mgpu_ddp.job.next_command import next_words, shell_line
 from mgpu_ddp.job.session import Session
 from mgpu_ddp.output.folders import check_utf8, make_folder, remove_empty
 from mgpu_ddp.reporting import console
@@ -40,6 +42,7 @@ def main(infer: Infer, script: Script) -> None:
     make_output_safe()
     # A thread that returns from a decoder or a device must not wait 5 ms, the default, for the GIL.
     sys.setswitchinterval(0.0005)
+    start = start_command()
     stop = StopWish()
     stop.install()
     try:
@@ -49,7 +52,7 @@ def main(infer: Infer, script: Script) -> None:
         sys.exit(int(Exit.USAGE))
     console.start_logging(world)
     kept = Kept()
-    session = Session(world, stop, kept, script, lambda job: infer(job, world, stop, kept))
+    session = Session(world, stop, kept, script, lambda job: infer(job, world, stop, kept), start)
     error: BaseException | None = None
     try:
         if world.rank == 0:
@@ -101,7 +104,7 @@ def run_hydra(command: Command, act: Callable[[DictConfig], Any]) -> None:
 
 def run_job(session: Session, command: Command, cfg: DictConfig) -> None:
     """Run the one job of a command. Rank 0 only."""
-    session.lead(partial(configure, cfg, session.script, command.folder, in_sweep=False))
+    session.lead(partial(configure, cfg, session, command, command.folder))
 
 
 def run_sweep(session: Session, command: Command) -> None:
@@ -113,7 +116,10 @@ def run_sweep(session: Session, command: Command) -> None:
     run_hydra(command, points.run)
     if isinstance(points.error, UsageError):
         raise points.error
-    console.print_summary(points.sweep.conclude(int(Exit.FAILED) if points.error else session.exit_code))
+    code = int(Exit.FAILED) if points.error else session.exit_code
+    folder, start = Path(command.folder), session.start
+    again = None if code == Exit.COMPLETE or start is None else shell_line(start, next_words(start, folder, sweep=True))
+    console.print_summary(points.sweep.conclude(code) | {"next": again})
     if points.error is not None:
         raise points.error
 
@@ -141,18 +147,20 @@ class Points:
 
     def _run_job(self, cfg: DictConfig, point: Point) -> dict[str, Any]:
         session = self._session
-        make = partial(configure, cfg, session.script, HydraConfig.get().runtime.output_dir, in_sweep=True)
+        make = partial(configure, cfg, session, self._command, HydraConfig.get().runtime.output_dir)
         if not self._command.isolated:
             return session.lead(make)
         words = point.overrides
         if self._command.config_dir is not None:
             words = [f"--config-dir={self._command.config_dir}", *words]
-        start = session.script.start
-        return session.lead(make, partial(run_isolated, start, words, self.sweep.folder, session.stop))
+        start, folder = session.start, self.sweep.folder
+        again = [] if start is None else next_words(start, folder, sweep=True)
+        return session.lead(make, partial(run_isolated, session.script.start, words, again, folder, session.stop))
 
 
-def configure(cfg: DictConfig, script: Script, folder: str, *, in_sweep: bool) -> Job:
+def configure(cfg: DictConfig, session: Session, command: Command, folder: str) -> Job:
     """Make the job that Hydra composed, in a folder unless another is configured."""
+    in_sweep = command.multirun
     composed = HydraConfig.get()
     settings = to_config(cfg)
     if in_sweep and settings.runtime.on_oom == "auto":
@@ -166,6 +174,8 @@ def configure(cfg: DictConfig, script: Script, folder: str, *, in_sweep: bool) -
         run_dir=run_dir,
         batch_size_given=any(override.lstrip("+").startswith("batch_size=") for override in overrides),
         in_sweep=in_sweep,
-        script=script,
+        start=session.start,
+        sweep_dir=command.folder if in_sweep else None,
+        script=session.script,
         hydra_files={"config.yaml": cfg, "hydra.yaml": composed, "overrides.yaml": composed.overrides.task},
     )

@@ -24,9 +24,12 @@ class MgpuError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = Exit.FAILED
+    words: tuple[str, ...] = ()
+    """Overrides with which the same command would get past it."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, words: tuple[str, ...] = ()) -> None:
         super().__init__(printable(text))
+        self.words = words
 
 
 class UsageError(MgpuError):
@@ -67,7 +70,8 @@ class OutOfMemoryError(StateError):
         """Tell it in one line."""
         # CUDA's message is half a screen long; its first sentence says what was asked for.
         why = str(error).splitlines()[0].partition(". GPU ")[0]
-        return cls(f"{key} must fit into memory, got {value} ({why}). Lower it.")
+        words = (f"{key}={value // 2}",) if key == "batch_size" and value > 1 else ()
+        return cls(f"{key} must fit into memory, got {value} ({why}). Lower it.", words)
 
 
 class ProtocolError(MgpuError):
@@ -115,6 +119,11 @@ def kind_of(value: Any) -> str:
     """A tensor or an array by its dtype and shape, anything else by its type."""
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.") if is_array else type(value).__name__
+
+
+def words_past(error: BaseException | None) -> tuple[str, ...]:
+    """Overrides with which the command that met an error would get past it."""
+    return error.words if isinstance(error, MgpuError) else ()
 
 
 def place_in_code(error: BaseException) -> str:

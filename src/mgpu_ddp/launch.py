@@ -4,10 +4,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mgpu_ddp.config.script import THIS_PACKAGE
-from mgpu_ddp.distributed.launcher import OUTCOME_FILE, explained_torchrun, literal, num_processes
-from mgpu_ddp.reporting.terminal import make_output_safe
+from mgpu_ddp.distributed.launcher import OUTCOME_FILE, explained_torchrun, literal, num_processes, outcome_in
+from mgpu_ddp.errors import Exit, MgpuError
+from mgpu_ddp.output.run_folder import mark_lost
+from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake, print_next, print_traceback
 
 
 def main() -> None:
@@ -17,9 +20,26 @@ def main() -> None:
         script, words = words[:1], words[1:]
     make_output_safe()
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
-        os.environ[OUTCOME_FILE] = str(Path(folder) / "outcome")
-        code = explained_torchrun([f"--nproc_per_node={num_processes('auto')}", *script, *literal(words)])
+        file = Path(folder) / "outcome"
+        os.environ[OUTCOME_FILE] = str(file)
+        try:
+            code = explained_torchrun([f"--nproc_per_node={num_processes('auto')}", *script, *literal(words)])
+        except Exception as error:
+            print_traceback(error)
+            code = int(Exit.FAILED)
+        tell(outcome_in(file))
     sys.exit(code)
+
+
+def tell(outcome: dict[str, Any]) -> None:
+    """Say how to go on after what rank 0 has left, and mark its job as failed where it died."""
+    if "status" not in outcome and "run_dir" in outcome:
+        outcome["status"] = "failed"
+        try:
+            mark_lost(Path(outcome["run_dir"]), "rank 0 died")
+        except (MgpuError, OSError) as error:
+            print_mistake(error)
+    print_next(outcome)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import cloudpickle
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
+from mgpu_ddp.distributed.command import COMMAND
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, literal, num_processes, outcome_in
 from mgpu_ddp.errors import Exit, PeerFailedError, PeerLostError, RunError, UsageError
 from mgpu_ddp.program import check_functions
@@ -83,7 +84,7 @@ def predict(
         start = [f"--nproc_per_node={num_processes(processes)}", f"--log-dir={folder}", "--no-python"]
         launcher = python("from mgpu_ddp.distributed.launcher import main; main()")
         command = [*launcher, *start, *python("from mgpu_ddp.notebook import be_rank; be_rank()"), *literal(words)]
-        files = {FUNCTIONS_FILE: str(folder / "functions"), OUTCOME_FILE: str(folder / "outcome")}
+        files = {FUNCTIONS_FILE: str(folder / "functions"), OUTCOME_FILE: str(folder / "outcome"), COMMAND: ""}
         run_ranks(command, os.environ | files)
         # 3) How it went.
         outcome, failures = outcome_in(folder / "outcome"), sorted(failures_in(folder))

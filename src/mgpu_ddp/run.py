@@ -73,6 +73,7 @@ class Run:
             "device": manifest.fingerprint.get("runtime.device"),
             "precision": manifest.fingerprint.get("runtime.precision"),
             "run_dir": str(self.folder),
+            "next": status.get("next"),
             **{name: value for name, value in metrics.items() if name not in OF_MANY},
         }
 

@@ -209,9 +209,10 @@ def test_a_claim_is_lost_to_another_token(tmp_path: Path) -> None:
 def test_status_counts_every_sample(tmp_path: Path, status: str, reason: str | None) -> None:
     folder = claim(tmp_path)
     write_parts(folder, 8)
-    write_status(tmp_path, status, folder.claimed, reason)
+    write_status(tmp_path, status, folder.claimed, reason, "again")
     assert json.loads((tmp_path / "status.json").read_text()) == {
         "status": status,
         "reason": reason,
+        "next": "again",
         "counts": {"total": 20, "ok": 7, "error": 1, "missing": 12},
     }

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import Cluster, status_of
-from tests.support.runs import LAUNCH, assert_proved, read_rows
-from tests.support.starting import SMALL, committed_rows, python_m, ranks, run
+from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
+from tests.support.starting import SMALL, SMALL_IMAGES, committed_rows, python_m, ranks, run
 
 SIZE = 6001
 LONG = (*SMALL, f"data.size={SIZE}", "output.commit_every=120")
@@ -116,6 +116,24 @@ def test_an_array_of_shards_is_restartable_alone_and_merges(
     assert json.loads(merged.stdout)["rows"] == SIZE
     assert_proved(run_dir, SIZE)
     assert read_rows(run_dir) == read_rows(undisturbed)
+
+
+def test_a_job_that_fails_is_continued_by_the_command_in_its_status(cluster: Cluster, tmp_path: Path) -> None:
+    root = tmp_path / "it's bad"
+    sorted(make_images(root, 9))[1].write_bytes(b"no image")
+    settings = (*SMALL_IMAGES, "data=folder", "data.root=it's bad", "on_error=raise")
+    job = cluster.submit("--nodes=1", "--ntasks-per-node=2", str(LAUNCH / "slurm.sbatch"), *settings, cwd=tmp_path)
+    assert cluster.wait(job)["JobState"] == "FAILED"
+    run_dir = tmp_path / "outputs" / f"slurm-{job}"
+    line = status_of(run_dir)["next"]
+    assert f"mgpu_ddp: to continue: {line}\n" in (tmp_path / f"mgpu_ddp-{job}.out").read_text()
+    said = subprocess.run(
+        ["bash", "-c", line], cwd="/", env=cluster.environ, capture_output=True, text=True, timeout=60
+    )
+    assert said.returncode == 0, said.stderr
+    again = int(said.stdout.split()[-1])
+    assert cluster.wait(again)["JobState"] == "COMPLETED", (tmp_path / f"mgpu_ddp-{again}.out").read_text()
+    assert_proved(run_dir, 9, errors=1)
 
 
 @pytest.mark.slow

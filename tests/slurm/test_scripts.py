@@ -150,7 +150,8 @@ def test_srun_is_given_what_the_allocation_asks_for(case: str, tmp_path: Path) -
     started = start(tmp_path, script, *arguments, **environ)
     # The recorder leaves no run folder, so no job was complete.
     assert started.code == 1, started.err
-    assert_golden(f"{case}.txt", "\n".join([*started.words, "--", started.seen]))
+    text = "\n".join([*started.words, "--", started.seen])
+    assert_golden(f"{case}.txt", text.replace(str(LAUNCH), "LAUNCH"))
 
 
 def test_what_is_typed_reaches_the_command_as_it_is(tmp_path: Path) -> None:
@@ -183,6 +184,16 @@ def test_the_folder_that_a_command_names_is_read_as_the_command_reads_it(
     for text, started in zip(typed, named, strict=True):
         (seen,) = (line for line in started.seen.splitlines() if line.startswith("MGPU_DDP_FOLDER="))
         assert str(Path(seen.partition("=")[2]).absolute()) == check_command([f"output.dir={text}"]).folder
+
+
+def test_the_command_that_continues_has_what_was_typed_word_by_word(tmp_path: Path) -> None:
+    words = [word for word in HOSTILE if "\n" not in word]
+    (started,) = start_all(
+        tmp_path, "slurm.sbatch", [Start(arguments=tuple(words), environ={"SCRIPT": "it's mine.py"})]
+    )
+    (seen,) = (line for line in started.seen.splitlines() if line.startswith("MGPU_DDP_COMMAND="))
+    expected = ["env", "SCRIPT=it's mine.py", "sbatch", "--nodes=2", str(LAUNCH / "slurm.sbatch"), *words]
+    assert shlex.split(seen.partition("=")[2]) == expected
 
 
 @pytest.mark.parametrize("name", ["PROCESSES", "SLURM_JOB_ID", "SHARDS"])

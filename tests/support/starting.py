@@ -7,6 +7,7 @@ take `ranks`, or `launched`, which is torchrun itself in a fork.
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mgpu_ddp.distributed.command import COMMAND
 from tests.support import forks
 
 BIN = Path(sys.executable).parent
@@ -75,7 +77,9 @@ class Forks:
 
 def ranks(size: int, *settings: str) -> Forks:
     """The ranks of `torchrun(size, ...)` without a launcher, or for one rank `python_m(...)`."""
-    return Forks(function=infer, arguments=settings, environs=[{}] if size == 1 else places_in_world(size))
+    command = {COMMAND: shlex.join(python_m(*settings) if size == 1 else torchrun(size, *settings))}
+    environs = [{}] if size == 1 else places_in_world(size)
+    return Forks(function=infer, arguments=settings, environs=[environ | command for environ in environs])
 
 
 def script_ranks(size: int, script: Path, *settings: str, **environ: str) -> Forks:
@@ -86,12 +90,13 @@ def script_ranks(size: int, script: Path, *settings: str, **environ: str) -> For
 
 def launched(processes: int, *settings: str, options: tuple[str, ...] = ("--standalone",)) -> Forks:
     """`torchrun(processes, ...)` in a forked process; its ranks are started as it always does."""
-    return Forks(function=_torchrun, arguments=tuple(torchrun(processes, *settings, options=options)), environs=[{}])
+    command = torchrun(processes, *settings, options=options)
+    return Forks(function=_torchrun, arguments=tuple(command), environs=[{COMMAND: shlex.join(command)}])
 
 
 def forked_mgpu_infer(*settings: str) -> Forks:
     """`mgpu_infer(...)` in a forked process; its ranks are started as it always does."""
-    return Forks(function=_mgpu_infer, arguments=settings, environs=[{}])
+    return Forks(function=_mgpu_infer, arguments=settings, environs=[{COMMAND: shlex.join(mgpu_infer(*settings))}])
 
 
 def under_nohup(command: Forks) -> Forks:

@@ -41,6 +41,11 @@ def as_typed(word: str, *, sweeps: bool) -> str:
     return f"{key}={','.join(map(_in_grammar, _choices(text)))}"
 
 
+def to_type(path: str) -> str:
+    """An absolute path as it has to be typed to be taken for itself."""
+    return quote(path) if "${" in path or ESCAPE.search(path) else path
+
+
 def _in_grammar(text: str) -> str:
     read = _read(text)
     value = None if read is None else read.value()

@@ -45,7 +45,7 @@ def literal(words: Sequence[str]) -> list[str]:
 
 
 def outcome_in(file: Path) -> dict[str, Any]:
-    """Read what rank 0 left of its last job, with its exit code; empty if it died."""
+    """Read what rank 0 left of its last job, with its status and exit code; without these if it died in it."""
     try:
         return dict(json.loads(file.read_text()))
     except (FileNotFoundError, ValueError):
@@ -64,7 +64,7 @@ def explained_torchrun(argv: Sequence[str]) -> int:
         code = int(outcome.get("exit_code", Exit.FAILED))
         # Of a rank that died torchrun knows more than the other ranks do.
         is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
-        is_explained = outcome and code != Exit.COMPLETE and not is_lost
+        is_explained = "status" in outcome and code != Exit.COMPLETE and not is_lost
         if not is_explained and not isinstance(error, SystemExit | SignalException):
             raise
         return code

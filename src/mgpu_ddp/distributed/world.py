@@ -25,7 +25,7 @@ from mgpu_ddp.distributed import slurm, torchrun_env
 from mgpu_ddp.distributed.heartbeat import Heartbeat
 from mgpu_ddp.distributed.place import Place
 from mgpu_ddp.distributed.store import store_must_answer, wait_for_keys
-from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError, kind_of
+from mgpu_ddp.errors import PeerFailedError, PeerLostError, ProtocolError, UsageError, kind_of, words_past
 
 CONNECTIONS = 32
 """Connections of a process to its GPU, the most there are. Streams that share one wait for each other's kernels, and
@@ -111,18 +111,18 @@ class World:
             raise
         except Exception as raised:
             error = raised
-        mine = None if error is None else [type(error).__name__, str(error), isinstance(error, UsageError)]
+        is_usage = isinstance(error, UsageError)
+        mine = None if error is None else [type(error).__name__, str(error), is_usage, words_past(error)]
         outcomes = self.exchange(topic, mine)
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):
             if outcome is not None:
-                name, text, is_usage = outcome
-                raise (
-                    UsageError(text)
-                    if is_usage
-                    else PeerFailedError(f"rank {rank} of {self.size} raised {name}: {' '.join(text.split())}")
-                )
+                name, text, is_usage, words = outcome
+                if is_usage:
+                    raise UsageError(text)
+                told = f"rank {rank} of {self.size} raised {name}: {' '.join(text.split())}"
+                raise PeerFailedError(told, tuple(words))
 
     def raise_alarm(self, job: str, text: str) -> None:
         """Have every rank see within a beat that this job cannot go on."""
@@ -135,6 +135,16 @@ class World:
         A restarted attempt so hears what the dead one chose.
         """
         return bytes(self.link.launch.compare_set(f"first/{key}", "", value)).decode()
+
+    def stands_in_for_rank_0(self, error: PeerLostError) -> bool:
+        """Tell whether rank 0 is the one that is lost, and this rank speaks in its place: one of the others does."""
+        if self.rank == 0 or not any("rank 0" in said for said in (str(error), self.heartbeat.lost or "")):
+            return False
+        try:
+            return bool(self.link.store.add("stands in for rank 0", 1) == 1)
+        except RuntimeError:
+            # The store was rank 0's own.
+            return self.rank == 1
 
     def is_done(self, key: str) -> bool:
         """Tell whether this launch has marked a key, in this attempt or in one before. Rank 0 only."""

@@ -33,6 +33,8 @@ class Payload:
     """Since its window before."""
     part: Part | None
     """Where this rank has written its rows, unless rank 0 writes."""
+    words: tuple[str, ...] = ()
+    """Overrides with which the job would get past what failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,8 @@ class Decision:
     slowest_s: float
     failure: str | None
     """Names the first rank that failed."""
+    words: tuple[str, ...]
+    """Overrides with which the job would get past that."""
     ending: Ending | None
     """How the task ends here before its last window, if it does."""
 
@@ -86,6 +90,7 @@ def decide(payloads: Sequence[Payload], window: Window, limits: Limits) -> Decis
         parts=tuple(sorted(parts, key=lambda part: part.first)),
         slowest_s=max(payload.seconds for payload in payloads),
         failure=failures[0] if failures else None,
+        words=next((payload.words for payload in payloads if payload.state == "failed"), ()),
         ending=None if failures else _ending(payloads, frontier, limits),
     )
 

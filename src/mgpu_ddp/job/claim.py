@@ -87,11 +87,13 @@ def _place(job: Job, world: World) -> RunFolder:
         check_layout(job.run_dir)
         return RunFolder(home=job.run_dir, before=Manifest.read(job.run_dir))
     # Neither a restart by torchrun nor a requeue by SLURM is another launch.
-    return RunFolder.place(
+    folder = RunFolder.place(
         job.run_dir,
         overwrite=job.config.overwrite and not world.is_done(f"overwrite/{job.run_dir}"),
         requeued_job=slurm.job_id() if slurm.is_requeued() else "",
     )
+    folder.next_command = job.next_command
+    return folder
 
 
 def refuse_inputs_in_the_way(job: Job) -> None:

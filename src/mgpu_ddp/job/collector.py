@@ -14,7 +14,7 @@ from types import TracebackType
 
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.sharding import Plan, Window
-from mgpu_ddp.errors import PeerFailedError, reason_of
+from mgpu_ddp.errors import PeerFailedError, reason_of, words_past
 from mgpu_ddp.job.agreement import Decision, Ending, Limits, Payload, State, decide
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.output.parts import PartWriter, Table
@@ -95,7 +95,7 @@ class Committer:
 
     def _gather(self, payload: Payload) -> list[Payload]:
         if self.error is not None:
-            payload = replace(payload, state="failed", reason=reason_of(self.error))
+            payload = replace(payload, state="failed", reason=reason_of(self.error), words=words_past(self.error))
         with self._clock.measuring("gather_s"):
             return self._channel.gather(payload.window, payload)
 
@@ -116,7 +116,7 @@ class Committer:
 
     def _note_failure(self, decision: Decision) -> None:
         if decision.failure is not None and self.error is None:
-            self.error = PeerFailedError(decision.failure)
+            self.error = PeerFailedError(decision.failure, decision.words)
 
 
 class Collector:
@@ -185,7 +185,7 @@ class Collector:
             reason = reason_of(raised) if raised is not None else self._stop.signal_name or "another rank ended"
             # The others cut their window short as well, rather than finish it first.
             self._world.raise_alarm(self._job, reason)
-            self._hand_over(self._window, "stop" if raised is None else "failed", reason)
+            self._hand_over(self._window, "stop" if raised is None else "failed", reason, words_past(raised))
         self._thread.join()
         late = raised if self._window is None and isinstance(raised, Exception) else None
         error = self._committer.error
@@ -202,9 +202,10 @@ class Collector:
             self._chunks, self._window_rows = [], 0
             self._window = self._plan.window(self._window.number + 1)
 
-    def _hand_over(self, window: Window, state: State, reason: str) -> bool:
+    def _hand_over(self, window: Window, state: State, reason: str, words: tuple[str, ...] = ()) -> bool:
         """Give a window to the collecting thread, once it is done with the one before. False when it has ended."""
-        finished = self._payload(window, state, reason), concatenate(self._chunks) if self._chunks else None
+        payload = replace(self._payload(window, state, reason), words=words)
+        finished = payload, concatenate(self._chunks) if self._chunks else None
         with self._clock.measuring("peers_s"):
             is_wanted = not self._ended and self._wants.get()
         if is_wanted:

@@ -14,6 +14,7 @@ from mgpu_ddp.reporting import console, metrics
 from mgpu_ddp.reporting.class_table import find_classes
 from mgpu_ddp.reporting.page import JobResults, try_write_page
 from mgpu_ddp.reporting.table_stats import count_rows
+from mgpu_ddp.reporting.text import plural
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,8 @@ class Outcome:
     status: Status
     exit_code: Exit
     reason: str | None = None
+    next_command: str | None = None
+    """Goes on with what is left of it."""
 
 
 def finish_job(context: JobContext, ending: Ending) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def finish_job(context: JobContext, ending: Ending) -> dict[str, Any]:
 def _conclude(context: JobContext, ending: Ending, ranks: Sequence[metrics.RankMetrics]) -> dict[str, Any]:
     folder = context.folder
     outcome = _outcome(context, ending)
-    proof = folder.finish(outcome.status, context.claim.samples.path, outcome.reason)
+    proof = folder.finish(outcome.status, context.claim.samples.path, outcome.reason, outcome.next_command)
     results = _count(context)
     summary = _summarise(context, outcome, proof, results)
     if sum(rank.rows for rank in ranks) or not (folder.path / "metrics.json").exists():
@@ -61,20 +64,22 @@ def _conclude(context: JobContext, ending: Ending, ranks: Sequence[metrics.RankM
 
 
 def _outcome(context: JobContext, ending: Ending) -> Outcome:
-    manifest = context.folder.claimed
+    manifest, job = context.folder.claimed, context.job
     if ending == "too many errors":
         reason = (
             f"max_errors must be at least the errors found, got {context.config.max_errors} and {manifest.errors}"
             " errors. Raise it to continue."
         )
-        return Outcome(status="failed", exit_code=Exit.TOO_MANY_ERRORS, reason=reason)
+        again = job.next_command(("max_errors=null",))
+        return Outcome(status="failed", exit_code=Exit.TOO_MANY_ERRORS, reason=reason, next_command=again)
     if ending == "preempted":
-        remedy = f"resume with output.dir={context.folder.home}"
-        if context.job.in_sweep:
-            remedy = "start the sweep again with its hydra.sweep.dir"
-        reason = f"stopped on request; {manifest.stop - manifest.prefix} rows are left, {remedy}"
-        return Outcome(status="preempted", exit_code=Exit.PREEMPTED, reason=reason)
-    return Outcome(status="complete", exit_code=Exit.COMPLETE)
+        reason = f"stopped on request; {plural(manifest.stop - manifest.prefix, 'row')} left"
+        again = job.next_command()
+        return Outcome(status="preempted", exit_code=Exit.PREEMPTED, reason=reason, next_command=again)
+    # A sweep does not run its complete jobs again.
+    retries = manifest.errors > 0 and not job.in_sweep
+    again = job.next_command(("retry_failed=true",)) if retries else None
+    return Outcome(status="complete", exit_code=Exit.COMPLETE, next_command=again)
 
 
 def _count(context: JobContext) -> JobResults:
@@ -116,6 +121,7 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "precision": manifest.fingerprint["runtime.precision"],
         "transform": str(context.resolved.transform),
         "run_dir": str(results.home),
+        "next": outcome.next_command,
     }
 
 

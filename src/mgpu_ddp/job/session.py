@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from mgpu_ddp.config.script import Script
+from mgpu_ddp.distributed.command import StartCommand
 from mgpu_ddp.distributed.host import peaks
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE
 from mgpu_ddp.distributed.signals import StopWish
@@ -33,12 +34,16 @@ from mgpu_ddp.errors import (
     StateError,
     UsageError,
     reason_of,
+    words_past,
 )
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.output.folders import remove_empty
+from mgpu_ddp.output.layout import NEXT
+from mgpu_ddp.output.manifest import STATUS
+from mgpu_ddp.output.run_folder import mark_lost
 from mgpu_ddp.reporting import console
-from mgpu_ddp.reporting.terminal import print_mistake, print_traceback
+from mgpu_ddp.reporting.terminal import print_mistake, print_next, print_traceback
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -49,9 +54,15 @@ class Session:
     """Runs jobs, remembers how they ended, and leaves the process with the exit code that follows."""
 
     def __init__(
-        self, world: World, stop: StopWish, kept: Kept, script: Script, act: Callable[[Job], dict[str, Any]]
+        self,
+        world: World,
+        stop: StopWish,
+        kept: Kept,
+        script: Script,
+        act: Callable[[Job], dict[str, Any]],
+        start: StartCommand | None = None,
     ) -> None:
-        self.world, self.stop, self.script = world, stop, script
+        self.world, self.stop, self.script, self.start = world, stop, script, start
         self._kept = kept
         self.outcomes: list[dict[str, Any]] = []
         self.made: list[Path] = []
@@ -59,6 +70,8 @@ class Session:
         self._act = act
         self._others_wait = True
         """The other ranks wait for another job."""
+        self._job: Job | None = None
+        """The last one that was run."""
 
     def lead(self, make: Callable[[], Job], apart: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Make a job, run it on all ranks and return its outcome. Rank 0 only; the others `follow`.
@@ -105,6 +118,9 @@ class Session:
         """
         self.world.heartbeat.check()
         self.world.heartbeat.watch_alarm(f"alarm/{job.name}")
+        self._job = job
+        # For the launcher, which outlives this process.
+        self._leave_word({"run_dir": str(job.run_dir), "next": job.next_command()})
         try:
             with self.world.together(f"job {job.name}"):
                 outcome = self._act(job)
@@ -113,7 +129,8 @@ class Session:
             return self._refuse(error)
         except Exception as error:
             self._kept.forget()
-            outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error)}
+            again = self._next_after(job, error)
+            outcome = {"status": "failed", "exit_code": int(Exit.FAILED), "reason": reason_of(error), "next": again}
             raised = not job.in_sweep or isinstance(error, PeerLostError | HangError)
             if not raised:
                 _log_error(error)
@@ -131,6 +148,23 @@ class Session:
         if job.in_sweep:
             _free_memory()
         return outcome
+
+    def _next_after(self, job: Job, error: Exception) -> str | None:
+        """The command that goes on after an error: in the run folder, or as it was typed where none was claimed."""
+        words = words_past(error)
+        if isinstance(error, OutOfMemoryError) and not words:
+            # The same command would end the same way.
+            return None
+        try:
+            begun = any((folder / STATUS).exists() for folder in (job.run_dir, job.run_dir / NEXT))
+        except OSError:
+            begun = True
+        return job.next_command(words) if begun or job.in_sweep else job.typed_command(words)
+
+    def _leave_word(self, outcome: dict[str, Any]) -> None:
+        """Leave an outcome for the process that asked for it. Rank 0 only."""
+        if self.world.rank == 0 and OUTCOME_FILE in os.environ:
+            Path(os.environ[OUTCOME_FILE]).write_text(json.dumps(outcome))
 
     def _what_failed(self, error: Exception) -> dict[str, Any]:
         """Describe a failure by the rank that could not go on, with the most memory that any rank used. Collective."""
@@ -159,6 +193,23 @@ class Session:
             print_mistake(error)
         self.world.exchange("told", None)
 
+    def _last_outcome(self) -> dict[str, Any]:
+        """The outcome to tell of: the last one, or the last that was not complete."""
+        bad = [outcome for outcome in self.outcomes if outcome["status"] != "complete"]
+        return (bad or self.outcomes or [{}])[-1]
+
+    def _stand_in(self, error: PeerLostError) -> None:
+        """Say in the place of rank 0, where that is lost, how the job ended and how to go on. One rank does."""
+        job, again = self._job, self._job.next_command() if self._job is not None else None
+        if job is None or not self.world.stands_in_for_rank_0(error):
+            return
+        try:
+            mark_lost(job.run_dir, reason_of(error))
+        except (OSError, UsageError) as why:
+            log.error("%s could not be marked as failed: %s", job.run_dir, why)
+        if OUTCOME_FILE not in os.environ:
+            print_next({"status": "failed", "next": again})
+
     @property
     def exit_code(self) -> int:
         """The worst of all jobs' exit codes; in a sweep, running out of memory counts only where no job did better."""
@@ -172,10 +223,15 @@ class Session:
         code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
         if error is not None and not isinstance(error, UsageError):
             _log_error(error)
-        if self.world.rank == 0 and OUTCOME_FILE in os.environ:
-            refused = {"status": "failed", "reason": str(error)} if isinstance(error, UsageError) else {}
-            last = {**(self.outcomes[-1] if self.outcomes else refused), "exit_code": int(code)}
-            Path(os.environ[OUTCOME_FILE]).write_text(json.dumps(last))
+        refused = {"status": "failed", "reason": str(error)} if isinstance(error, UsageError) else {}
+        last = self._last_outcome() or refused
+        self._leave_word({**last, "exit_code": int(code)})
+        if error is not None and self.world.attempt < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            log.info("torchrun starts the ranks again")
+        elif self.world.rank == 0 and OUTCOME_FILE not in os.environ:
+            print_next(last)
+        elif isinstance(error, PeerLostError):
+            self._stand_in(error)
         if isinstance(error, UsageError):
             self._tell(error)
         # What was refused, or only planned, leaves no trace.

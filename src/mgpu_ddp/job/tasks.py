@@ -146,7 +146,8 @@ def refuse_bad_samples(rows: Rows, config: Config, samples: Samples) -> None:
         key = "output.nonfinite" if reason == NONFINITE else "on_error"
         if (config.output.nonfinite if reason == NONFINITE else config.on_error) == "raise":
             name = samples.path(index) or f"sample {index}"
-            raise SampleError(f"{name} (index {index}) cannot be predicted: {reason}. Fix it or set {key}=record.")
+            text = f"{name} (index {index}) cannot be predicted: {reason}. Fix it or set {key}=record."
+            raise SampleError(text, (f"{key}=record",))
 
 
 def predict_task(context: JobContext, task: Task, collector: Collector) -> None:

@@ -331,8 +331,13 @@ def _file_of(part: Part, output_format: str) -> str | None:
     return part.file if ok else None
 
 
-def write_status(run_dir: Path, status: str, manifest: Manifest, reason: str | None = None) -> None:
-    """Write `status.json`: running, complete, failed or preempted, with counts. Rank 0 only."""
+def write_status(
+    run_dir: Path, status: str, manifest: Manifest, reason: str | None = None, next_command: str | None = None
+) -> None:
+    """Write `status.json`: running, complete, failed or preempted, with counts, and how to go on. Rank 0 only.
+
+    Also while the job runs: a job that is killed writes no more.
+    """
     total, rows = manifest.stop - manifest.start, manifest.prefix - manifest.start
     counts = {"total": total, "ok": rows - manifest.errors, "error": manifest.errors, "missing": total - rows}
-    replace_json(run_dir / STATUS, {"status": status, "reason": reason, "counts": counts})
+    replace_json(run_dir / STATUS, {"status": status, "reason": reason, "next": next_command, "counts": counts})

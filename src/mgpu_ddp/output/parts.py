@@ -269,6 +269,8 @@ class Table:
 
     def __init__(self, run_dir: Path, manifest: Manifest, writer: PartWriter) -> None:
         self._run_dir, self._manifest, self._writer = run_dir, manifest, writer
+        self.next_command: str | None = None
+        """Continues the job that writes it."""
 
     def add(self, rows: Rows) -> None:
         """Write and list rows that follow the prefix.
@@ -326,7 +328,7 @@ class Table:
             return
         self._manifest.complete = False
         try:
-            write_status(self._run_dir, "running", self._manifest)
+            write_status(self._run_dir, "running", self._manifest, next_command=self.next_command)
         except OSError as error:
             raise write_error(self._run_dir, error) from error
         self._list_all()

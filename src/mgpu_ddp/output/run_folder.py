@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing
-from mgpu_ddp.errors import ProofError, UsageError, reason_of
+from mgpu_ddp.errors import ProofError, UsageError, reason_of, words_past
 from mgpu_ddp.output.atomic_files import TEMPORARY, replace_bytes, sync_folder
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.folders import add_folders, hold_folder, holding, unwritable
 from mgpu_ddp.output.layout import NEXT, check_layout, check_unclaimed, remove_result, result_in
 from mgpu_ddp.output.manifest import ARRAY, PARTS, STATUS, Manifest, Part, write_status
 from mgpu_ddp.output.parts import PartWriter, RetriedTable, Table, allocate_array, blank_errors
+from mgpu_ddp.output.regular_files import read_object
 from mgpu_ddp.output.replace import is_half_replaced, put_in_place
 from mgpu_ddp.output.verify import Proof, prove, write_errors
 
@@ -39,6 +40,7 @@ class Numbered(Protocol):
 
 
 Status = Literal["complete", "preempted", "failed"]
+NextCommand = Callable[[tuple[str, ...]], str | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +67,8 @@ class RunFolder:
     """The manifest that the job goes on with, as it was found; None for a fresh start."""
     manifest: Manifest | None = None
     """The manifest of the claimed folder."""
+    next_command: NextCommand = field(default=lambda _words: None)
+    """Gives the command that continues the job with these further overrides, if a command has started it."""
     _lock: int | None = field(default=None, init=False)
 
     @property
@@ -192,7 +196,7 @@ class RunFolder:
         add_folders(self.path)
         if found is not None and found.complete and not manifest.complete:
             # Before anything changes that a reader may trust as long as the status says complete.
-            write_status(self.path, "running", manifest)
+            write_status(self.path, "running", manifest, next_command=self.next_command(()))
         grown = found is None or found.stop != manifest.stop
         if isinstance(files, Listing) and (grown or files.refreshed):
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
@@ -211,18 +215,26 @@ class RunFolder:
         """Say that a job is at work here, unless nothing is left to do."""
         self.claimed.check_claim(self.path)
         if not self.claimed.complete:
-            write_status(self.path, "running", self.claimed)
+            write_status(self.path, "running", self.claimed, next_command=self.next_command(()))
 
     def open_table(self, writer: PartWriter, retried: npt.NDArray[np.int64] | None = None) -> Table:
         """The table of the parts that the manifest lists.
 
         With `retried`, rows that are added take the place of error rows: row i is that of sample retried[i].
         """
+        table = Table(self.path, self.claimed, writer)
         if retried is not None:
-            return RetriedTable(self.path, self.claimed, writer, retried)
-        return Table(self.path, self.claimed, writer)
+            table = RetriedTable(self.path, self.claimed, writer, retried)
+        table.next_command = self.next_command(())
+        return table
 
-    def finish(self, status: Status, path_of: Callable[[int], str | None], reason: str | None = None) -> Proof:
+    def finish(
+        self,
+        status: Status,
+        path_of: Callable[[int], str | None],
+        reason: str | None = None,
+        next_command: str | None = None,
+    ) -> Proof:
         """Prove what the folder holds, and mark it. No rank writes any more.
 
         Raises:
@@ -245,13 +257,13 @@ class RunFolder:
         except ProofError as error:
             # It may have been complete before.
             manifest.complete = False
-            write_status(self.path, "failed", manifest, reason_of(error))
+            write_status(self.path, "failed", manifest, reason_of(error), self.next_command(error.words))
             manifest.write(self.path)
             raise
         write_errors(self.path, manifest, path_of)
         manifest.complete = status == "complete"
         manifest.write(self.path)
-        write_status(self.path, status, manifest, reason)
+        write_status(self.path, status, manifest, reason, next_command)
         return proof
 
     def publish(self) -> None:
@@ -267,20 +279,21 @@ class RunFolder:
     ) -> None:
         try:
             if isinstance(error, Exception) and self.manifest is not None:
-                self._mark_failed(reason_of(error))
+                self._mark_failed(error)
         finally:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
 
-    def _mark_failed(self, reason: str) -> None:
+    def _mark_failed(self, error: Exception) -> None:
+        next_command = self.next_command(words_past(error))
         try:
             # What is on disk counts, not what a failed commit left in memory.
             manifest = Manifest.read(self.path)
             if manifest is not None and manifest.token == self.claimed.token and not manifest.complete:
-                write_status(self.path, "failed", manifest, reason)
-        except (OSError, UsageError) as error:
-            log.error("%s could not be marked as failed: %s", self.path / STATUS, error)
+                write_status(self.path, "failed", manifest, reason_of(error), next_command)
+        except (OSError, UsageError) as why:
+            log.error("%s could not be marked as failed: %s", self.path / STATUS, why)
 
 
 def _words(columns: list[dict[str, Any]]) -> str:
@@ -299,6 +312,21 @@ def _whole_parts(run_dir: Path, parts: list[Part]) -> Iterator[Part]:
         if not part.has_its_size(run_dir):
             return
         yield part
+
+
+def mark_lost(home: Path, reason: str) -> None:
+    """Mark as failed a job that its rank 0 left without a word. Other jobs are left alone, and so is what is marked.
+
+    Raises:
+        OSError: the folder cannot be written to.
+        UsageError: a job holds it, or its status cannot be read.
+    """
+    for folder in (home, home / NEXT):
+        if read_object(folder / STATUS).get("status") == "running":
+            with holding(home):
+                status, manifest = read_object(folder / STATUS), Manifest.read(folder)
+                if status.get("status") == "running" and manifest is not None:
+                    write_status(folder, "failed", manifest, reason, status.get("next"))
 
 
 def remove_unlisted(folder: Path, manifest: Manifest) -> None:

@@ -153,6 +153,9 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             )
             batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
+    elif summary["status"] == "complete":
+        retry = f", retry_failed=true retries the {errors}" if summary["errors"] else ""
+        lines.append(f"complete already: no row was left to predict. overwrite=true starts anew{retry}.")
     print_lines(lines)
     print_summary(summary)
 

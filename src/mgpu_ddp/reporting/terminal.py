@@ -7,7 +7,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mgpu_ddp.errors import printable
@@ -67,6 +67,13 @@ def print_lines(lines: Iterable[str]) -> None:
 def print_mistake(error: object) -> None:
     """Print on stderr, in one line, what is wrong."""
     print(f"mgpu_ddp: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def print_next(outcome: Mapping[str, Any]) -> None:
+    """Print on stderr the command that goes on after an outcome, if there is one."""
+    if outcome.get("next"):
+        why = "to retry the errors" if outcome["status"] == "complete" else "to continue"
+        print(f"mgpu_ddp: {why}: {printable(outcome['next'])}", file=sys.stderr, flush=True)
 
 
 def print_traceback(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
+from mgpu_ddp.distributed.command import COMMAND
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, literal, num_processes, outcome_in
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.errors import Exit
@@ -21,10 +23,13 @@ from mgpu_ddp.reporting import console
 POLL_S = 0.2
 
 
-def run_isolated(program: Sequence[str], overrides: Sequence[str], sweep_dir: Path, stop: StopWish) -> dict[str, Any]:
+def run_isolated(
+    program: Sequence[str], overrides: Sequence[str], again: Sequence[str], sweep_dir: Path, stop: StopWish
+) -> dict[str, Any]:
     """Run the job that Hydra has composed in processes of its own and return its outcome.
 
-    `program` are the arguments of the interpreter that start this program.
+    `program` are the arguments of the interpreter that start this program, and `again` is the command that continues
+    the sweep.
 
     The ranks log into SWEEP/logs/<job>; this terminal shows the output of rank 0.
 
@@ -43,7 +48,8 @@ def run_isolated(program: Sequence[str], overrides: Sequence[str], sweep_dir: Pa
     logs.mkdir(parents=True, exist_ok=True)
     outcome_file.unlink(missing_ok=True)
     # stdout is for results, which this process prints.
-    child = subprocess.Popen(command, env=_environ() | {OUTCOME_FILE: str(outcome_file)}, stdout=sys.stderr)
+    environ = _environ() | {OUTCOME_FILE: str(outcome_file), COMMAND: shlex.join(again)}
+    child = subprocess.Popen(command, env=environ, stdout=sys.stderr)
     _wait(child, stop)
     outcome = outcome_in(outcome_file)
     if "status" not in outcome:

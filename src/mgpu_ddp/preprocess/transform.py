@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.errors import kind_of
+from mgpu_ddp.preprocess import heic
 
 Pixels = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 StageClock = Callable[[str, float], None]
 """Takes a stage (`read`, `pack`, `decode`, `resize`, `generate`) and the seconds it took."""
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-"""The decoders that Pillow may use, whatever a file's name says."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
+"""The decoders that Pillow may use, whatever a file's name says. HEIC has one of its own."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 EXIF_ORIENTATION = 0x0112
@@ -250,10 +251,17 @@ def decode(data: bytes) -> Image.Image:
 
     Raises whatever Pillow raises: OSError for most broken files, but ValueError, SyntaxError and others too.
     """
+    if heic.is_heic(data):
+        heic.register()
+        return heic.decode_apart(lambda: _decode(data, (heic.FORMAT,)))
+    return _decode(data, FORMATS)
+
+
+def _decode(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of large images; those past its limit are errors all the same.
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
         image.load()
         return to_rgb(upright(image))
 

@@ -70,7 +70,7 @@ class OutOfMemoryError(StateError):
         """Tell it in one line."""
         # CUDA's message is half a screen long; its first sentence says what was asked for.
         why = str(error).splitlines()[0].partition(". GPU ")[0]
-        words = (f"{key}={value // 2}",) if key == "batch_size" and value > 1 else ()
+        words = (f"{key}={value // 2}",) if key == "batch_size" and isinstance(value, int) and value > 1 else ()
         return cls(f"{key} must fit into memory, got {value} ({why}). Lower it.", words)
 
 

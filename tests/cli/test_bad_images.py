@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import warnings
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from mgpu_ddp.preprocess import heic
 from mgpu_ddp.preprocess.transform import FORMATS, MEAN, STD
+from tests.support.heics import PLAIN, ROTATED
 from tests.support.runs import assert_proved, read_rows
 from tests.support.samples import encoded, photo
 from tests.support.starting import SMALL_IMAGES, ranks, run
@@ -77,6 +80,10 @@ GOOD: dict[str, tuple[bytes, Callable[[], Image.Image]]] = {
         lambda: photo().quantize(16).convert("RGB"),
     ),
     "lossless.webp": (encoded(photo(), "WEBP", lossless=True), photo),
+    "AVIF in disguise.jpg": (encoded(photo(), "AVIF"), photo),
+    "photo.avif": (encoded(photo(), "AVIF"), photo),
+    "HEIC in disguise.jpg": (PLAIN, photo),
+    "on its side.HEIC": (ROTATED, photo),
     **{f"orientation {n}.png": (oriented(n), photo) for n in range(1, 9)},
     "line\nbreak.png": (encoded(photo(), "PNG"), photo),
     "snow ☃.png": (encoded(photo(), "PNG"), photo),
@@ -89,6 +96,14 @@ BAD: dict[str, tuple[bytes, str]] = {
     "cut.png": (encoded(photo(), "PNG")[:500], "truncated"),
     "cut in the header.jpg": (encoded(photo(), "JPEG")[:10], "Truncated"),
     "bomb.png": (bomb(), "exceeds limit of 2000000 pixels"),
+    "bomb.heic": (
+        # It also says what to cut out of the larger one.
+        PLAIN.replace(struct.pack(">II", 64, 64), struct.pack(">II", 16000, 12000)).replace(b"clap", b"free"),
+        "exceeds limit of 2000000 pixels",
+    ),
+    "cut.heic": (PLAIN[:-100], "OSError: "),
+    "cut in the header.heif": (PLAIN[:300], "broken HEIC"),
+    "cut.avif": (encoded(photo(), "AVIF")[:-100], "Error: "),
     "one by 80000.png": (encoded(photo(1, 80000), "PNG"), "too narrow a strip"),
 }
 
@@ -115,9 +130,19 @@ def test_each_odd_image_has_one_row_and_costs_its_neighbours_nothing(tmp_path: P
     (root / "folder.jpg").mkdir()
     (root / "dangling.jpg").symlink_to("nowhere")
     (root / "device.jpg").symlink_to("/dev/zero")
+    for name in ("._progressive.jpg", "notes.txt", "scan.jp2"):
+        (root / name).touch()
     ended = run(ranks(2, *SETTINGS, "data.root=images"), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", len(GOOD) + len(BAD) + 1, errors=len(BAD))
+    left_out = {".jp2": 1, ".txt": 1, "of the system": 1, "no regular files": 1, "links to nothing": 1}
+    left_out["behind links out of data.root (data.follow_outside)"] = 1
+    assert ended.summary["left_out"] == left_out
+    said = (
+        "6 files left out: 1 .jp2, 1 .txt, 1 behind links out of data.root (data.follow_outside), 1 links to nothing, "
+    )
+    assert (ended.err.count(said), ended.out.count(said)) == (1, 1), "in the log and in the last table"
+    assert said in (tmp_path / "out" / "report.html").read_text()
     rows = {row["path"]: row for row in read_rows(tmp_path / "out")}
     assert set(rows) == {*GOOD, *BAD, "caf\\udce9.png"}
     for name, (_, reason) in BAD.items():
@@ -128,7 +153,8 @@ def test_each_odd_image_has_one_row_and_costs_its_neighbours_nothing(tmp_path: P
     assert found == set(BAD)
     names = list(GOOD)
     # Where the format loses something, the loss is part of what should be predicted.
-    lossy = {name for name in names if name.endswith(".jpg")}
+    lossy = {name for name in names if name.lower().endswith((".jpg", ".avif", ".heic"))}
+    heic.register()
     images = [
         Image.open(io.BytesIO(GOOD[name][0])).convert("RGB") if name in lossy else GOOD[name][1]() for name in names
     ]

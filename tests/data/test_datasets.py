@@ -73,7 +73,7 @@ def test_folder_samples_load_by_the_listing(tmp_path: Path) -> None:
         path = Path(str(tmp_path)) / name.decode("utf-8", "surrogateescape")
         path.parent.mkdir()
         path.write_bytes(encoded(photo(30, 20, seed), "PNG"))
-    samples = FileSamples(str(tmp_path), Listing.build(find_images(str(tmp_path), follow_outside=False)))
+    samples = FileSamples(str(tmp_path), Listing.build(find_images(str(tmp_path)).paths))
     assert len(samples) == 2
     assert [samples.path(i) for i in range(2)] == [r"cat/\udcff.png", "dog/a\nb.png"]
     stages: set[str] = set()

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mgpu_ddp.data.files import find_images
-from mgpu_ddp.data.listing import EXTENSIONS, Listing, class_labels, readable
+from mgpu_ddp.data.image_names import EXTENSIONS
+from mgpu_ddp.data.listing import Listing, class_labels, readable
 from mgpu_ddp.errors import UsageError
 
 
@@ -21,12 +22,13 @@ def touch(root: Path, *names: str | bytes) -> None:
 
 
 def names(root: Path, *, follow_outside: bool = False) -> list[str]:
-    return [os.fsdecode(path) for path in find_images(str(root), follow_outside=follow_outside)]
+    return [os.fsdecode(path) for path in find_images(str(root), follow_outside=follow_outside).paths]
 
 
 def test_every_extension_in_any_case_counts_and_nothing_else(tmp_path: Path) -> None:
-    kinds = [e.decode() for e in EXTENSIONS]
-    assert kinds == [".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"]
+    kinds = [f".{extension}" for extension in EXTENSIONS]
+    assert kinds == [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"]
+    kinds += [".heic", ".heif", ".hif"]
     wanted = [f"{n}{kind}" for n, lower in enumerate(kinds) for kind in (lower, lower.upper(), lower.title())]
     touch(tmp_path, *wanted, "notes.txt", "jpg", "image.jpg.bak", "image.svg", "a.jpgx")
     (tmp_path / "folder.jpg").mkdir()
@@ -44,7 +46,7 @@ def test_any_name_survives_the_round_trip(tmp_path: Path) -> None:
     odd = [b"line\nbreak.png", b"nul-free \xff\xfe.png", b"quote'\".png", "snow ☃.png".encode(), b" .png", b"-.png"]
     root = tmp_path / "images"
     touch(root, *odd)
-    found = find_images(str(root), follow_outside=False)
+    found = find_images(str(root)).paths
     assert found == sorted(odd)
     built = Listing.build(found)
     (tmp_path / "listing.arrow").write_bytes(built.buffer)

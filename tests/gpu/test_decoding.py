@@ -96,7 +96,7 @@ def rows_of(root: Path, world: World, *, decode: str = "gpu", transform: Transfo
         model=ModelConfig(),
         output=OutputConfig(fields=["topk", "logits"]),
     )
-    files = Listing.build(find_images(str(root), follow_outside=False))
+    files = Listing.build(find_images(str(root)).paths)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
@@ -202,7 +202,7 @@ def test_a_decoder_that_hangs_ends_the_job_in_one_line(
     with hanging(decoder), pytest.raises(HangError, match=said):
         rows_of(root, world)
     # What ends the job for another reason must not wait for the decoder either.
-    samples = FileSamples(str(root), Listing.build(find_images(str(root), follow_outside=False)))
+    samples = FileSamples(str(root), Listing.build(find_images(str(root)).paths))
     transform = imagenet(64)
     inputs = GpuInput(transform, world.device, torch.float16, channels_last=True, exact=False)
     staging = Staging(inputs)

@@ -28,10 +28,11 @@ import numpy.typing as npt
 import pyarrow
 
 from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
+from mgpu_ddp.output.columns import ColumnType, as_json
 from mgpu_ddp.output.formats import FORMATS, to_table
 from mgpu_ddp.output.layout import NEXT
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest
-from mgpu_ddp.output.parts import array_digest, open_writer
+from mgpu_ddp.output.parts import CHANGED, array_digest, open_writer
 from mgpu_ddp.output.replace import is_half_replaced
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.run_folder import RunFolder
@@ -41,7 +42,7 @@ from tests.support.disk import Steps, Unsynced, cut_power, watching
 CLASSES = 3
 CLASS_NAMES = ("ant", "bee", "cat")
 WINDOW = 2
-SCENARIOS = ("fresh", "retried", "grown", "replaced")
+SCENARIOS = ("fresh", "retried", "grown", "replaced", "changed")
 
 Told = Callable[[str, int], None]
 
@@ -63,6 +64,10 @@ class Job:
     readable_again: frozenset[int] = frozenset()
     """The unreadable ones that a retry can read."""
     retry: bool = False
+    contents: tuple[int, ...] = ()
+    """What tells the content of each file, where that is known; another content gives other rows."""
+    before: tuple[int, ...] = ()
+    """The contents when the older job ran."""
     overwrite: bool = False
     stop_at: int | None = None
     """The prefix at which it is given up."""
@@ -75,6 +80,16 @@ class Job:
     def columns(self) -> int | None:
         return CLASSES if self.how == "npy" else None
 
+    def content_of(self, number: int) -> int:
+        return self.contents[self.numbers.index(number)] if self.contents else 0
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The column of a listing that tells it, in the order of the names."""
+        if not self.contents:
+            return {}
+        return {"modified_ns": pyarrow.array([self.content_of(number_of(name)) for name in self.names])}
+
 
 def name_of(number: int) -> bytes:
     return f"class{number % 3}/image,\n☃ {number:03}.png".encode()
@@ -85,14 +100,14 @@ def number_of(name: bytes) -> int:
 
 
 @functools.cache
-def logits_of(salt: int, number: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng([salt, number]).standard_normal(CLASSES).astype(np.float32)
+def logits_of(salt: int, number: int, content: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng([salt, number, content]).standard_normal(CLASSES).astype(np.float32)
 
 
 def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bool) -> Rows:
     """Rows as the job's model would make them; `again` where samples are retried."""
     numbers = [number_of(files.path(i)) for i in index.tolist()]
-    logits = np.stack([logits_of(job.salt, number) for number in numbers])
+    logits = np.stack([logits_of(job.salt, number, job.content_of(number)) for number in numbers])
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     errors = {}
     for i, number in zip(index.tolist(), numbers, strict=True):
@@ -112,16 +127,23 @@ def rows_of(job: Job, files: Listing, index: npt.NDArray[np.int64], *, again: bo
     )
 
 
+def types_of(job: Job) -> list[ColumnType]:
+    files = Listing.build(job.names)
+    rows = rows_of(replace(job, contents=()), files, np.arange(1), again=False)
+    return [ColumnType.of(name, column) for name, column in rows.columns.items()]
+
+
 def attempt(home: Path, job: Job, token: str, *, first: bool = True, told: Told = ignore) -> None:
     """One attempt at a job, from its start to its end; `first` unless an earlier one of its launch claimed."""
     with RunFolder.place(home, overwrite=job.overwrite and first) as folder:
         known = folder.known_listing()
-        files = Listing.build(job.names) if known is None else known.grown(job.names)
+        files = Listing.build(job.names, **job.content) if known is None else known.grown(job.names, **job.content)
         wanted = Manifest(
             fingerprint={"salt": job.salt, "output.format": job.how, "listing": files.digest(len(files))},
             start=0,
             stop=len(files),
             batch_size=4,
+            columns=as_json(types_of(job)),
         )
         manifest = folder.claim(
             wanted,
@@ -132,9 +154,13 @@ def attempt(home: Path, job: Job, token: str, *, first: bool = True, told: Told 
         )
         told("claimed", manifest.prefix)
         told("errors", manifest.errors)
+        changed = folder.changed_rows()
+        told("changed", len(changed))
         folder.mark_running()
         files = Listing.open(folder.path / FILE_NAME)
         predict(folder, job, files, token, told)
+        if changed:
+            predict_again(folder, job, files, changed, token, told)
         if job.stop_at is None:
             folder.finish("complete", lambda index: readable(files.path(index)))
             folder.publish()
@@ -160,14 +186,21 @@ def predict(folder: RunFolder, job: Job, files: Listing, token: str, told: Told)
         told("prefix", manifest.prefix)
     if job.retry and job.stop_at is None:
         failed = error_rows(folder.path, manifest, lambda index: readable(files.path(index)))
-        chosen = np.array([index for index, _, _ in failed], dtype=np.int64)
-        writer = open_writer(folder.path, job.how, files.names, CLASS_NAMES, token, manifest.start)
-        if len(chosen):
-            rows = rows_of(job, files, chosen, again=True)
-            errors = {int(np.searchsorted(chosen, i)): reason for i, reason in rows.errors.items()}
-            rows = replace(rows, index=np.arange(len(chosen)), errors=errors)
-            folder.open_table(writer, chosen).add(rows)
-            told("retried", manifest.errors)
+        chosen = [index for index, _, _ in failed]
+        if chosen:
+            predict_again(folder, job, files, chosen, token, told)
+
+
+def predict_again(folder: RunFolder, job: Job, files: Listing, chosen: list[int], token: str, told: Told) -> None:
+    """Commit rows in the place of error rows, window by window."""
+    writer = open_writer(folder.path, job.how, files.names, CLASS_NAMES, token, folder.claimed.start)
+    table = folder.open_table(writer, np.array(chosen, dtype=np.int64))
+    for first in range(0, len(chosen), WINDOW):
+        window = np.array(chosen[first : first + WINDOW], dtype=np.int64)
+        rows = rows_of(job, files, window, again=True)
+        errors = {first + int(np.searchsorted(window, i)): reason for i, reason in rows.errors.items()}
+        table.add(replace(rows, index=np.arange(first, first + len(window)), errors=errors))
+        told("retried", folder.claimed.errors)
 
 
 def listed_rows(folder: Path, manifest: Manifest) -> list[Any]:
@@ -212,8 +245,15 @@ def acceptable(job: Job, count: int, *older: int) -> list[list[Any]]:
     files = Listing.build(Job(how=job.how, numbers=job.numbers[: older[0] if older else count]).names)
     files = files.grown(job.names)
     found: list[list[Any]] = [[] for _ in range(count)]
-    for again in (False, True) if job.retry else (False,):
-        rows = rows_of(job, files, np.arange(count), again=again)
+    cases = [(job, again) for again in (False, True) if job.retry or job.before or not again]
+    made = [rows_of(each, files, np.arange(count), again=again) for each, again in cases]
+    if job.before:
+        old = rows_of(replace(job, contents=job.before), files, np.arange(count), again=False)
+        numbers = [number_of(files.path(i)) for i in range(count)]
+        places = [job.numbers.index(number) for number in numbers]
+        changed = [i for i, place in enumerate(places) if job.contents[place] != job.before[place]]
+        made += [old, replace(old, errors=old.errors | dict.fromkeys(changed, CHANGED))]
+    for rows in made:
         if job.how == "npy":
             values = rows.columns["logits"].tolist()
             one = [(i, None if i in rows.errors else values[i], rows.errors.get(i)) for i in range(count)]
@@ -357,6 +397,11 @@ def scenario(name: str, how: str) -> Scenario:
         # Names that come between those that are there, which keep their places.
         grown = replace(job, numbers=(1, 2, 4, 6, 7, 0, 3, 5))
         return Scenario(job=grown, older=(replace(job, numbers=grown.numbers[:5]),), told={"prefix": 5})
+    if name == "changed":
+        numbers = (1, 2, 4, 6, 7, 0, 3, 5)
+        job = replace(job, numbers=numbers, contents=tuple(9 * (n in (1, 4, 7)) for n in numbers), before=(0,) * 8)
+        older = replace(job, numbers=numbers[:5], contents=(0,) * 5, before=())
+        return Scenario(job=job, older=(older,), told={"prefix": 5})
     # Beside the result lies what an abandoned attempt to replace it has left.
     old = replace(job, numbers=tuple(range(5)), salt=1)
     left = replace(job, salt=2, overwrite=True, stop_at=4)

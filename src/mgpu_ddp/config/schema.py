@@ -58,6 +58,23 @@ class FakeConfig(DataConfig):
     random_offset: int = key(0, "Added to the index to seed each image.", at_least(0))
 
 
+def _extensions(key: Key, extensions: list[str]) -> list[str]:
+    return [extension.lower().removeprefix(".") for extension in extensions]
+
+
+CHECK = (
+    "How a later start finds images that were replaced, which it predicts again. stat: by size and modification time."
+    " hash: by their content, for which each start reads all of them. name: not at all. auto: stat for files, name for"
+    " URLs."
+)
+CHECKS = one_of("auto", "name", "stat", "hash")
+
+
+def _check_content(check: str, root: str) -> None:
+    fits = check in ("auto", "name") or not protocol_of(root)
+    require(fits, "data.check", "name or auto for URLs", check, "Leave it out.")
+
+
 @dataclass(kw_only=True, slots=True)
 class FolderConfig(DataConfig):
     """Every image under a folder, recursively, sorted by the bytes of its relative path."""
@@ -70,6 +87,16 @@ class FolderConfig(DataConfig):
         path=True,
     )
     follow_outside: bool = key(False, "Also follow symbolic links that lead out of the root.")
+    extensions: list[str] = key(
+        [],
+        "Which files are images, by the end of their name: [jpg,png]; '' is a name without extension. []: all formats"
+        " that can be read.",
+        _extensions,
+    )
+    check: str = key("auto", CHECK, CHECKS)
+
+    def check_together(self) -> None:
+        _check_content(self.check, self.root)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,9 +112,14 @@ class ListConfig(DataConfig):
         path=True,
     )
     root: str | None = key(None, "Where relative paths begin. null: the folder of data.path.", path=True)
+    extensions: list[str] = key(
+        [], "Which of the files are taken, by the end of their name: [jpg,png]. []: all of them.", _extensions
+    )
+    check: str = key("auto", CHECK, CHECKS)
 
     def check_together(self) -> None:
         self.root = absolute(keys_of(ListConfig)["root"], self.root or os.path.dirname(self.path))
+        _check_content(self.check, self.root)
 
 
 PATTERN = location("a pattern of files", "Give data.urls='photos/*.tar'.")
@@ -95,10 +127,6 @@ PATTERN = location("a pattern of files", "Give data.urls='photos/*.tar'.")
 
 def _extension(key: Key, extension: str | None) -> str | None:
     return extension and extension.lower().removeprefix(".")
-
-
-def _extensions(key: Key, extensions: list[str]) -> list[str]:
-    return [extension.lower().removeprefix(".") for extension in extensions]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,13 +6,14 @@ size or modification time has changed.
 
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.image_names import log_left_out, most_common
 from mgpu_ddp.data.listing import Archive, Listing
 from mgpu_ddp.data.patterns import expand, root_of
 from mgpu_ddp.distributed.channel import Channel
@@ -63,9 +64,20 @@ def index_archives(pattern: str, index: IndexArchive, known: Listing | None, wor
     with world.together("join the index"):
         if world.rank == 0:
             if known is not None and not found and len(kept) == len(known.archives):
-                return known
-            return _join([(kept | found)[number] for number in range(len(paths))], refreshed=known is not None)
+                return _counted(known)
+            files = _join([(kept | found)[number] for number in range(len(paths))], refreshed=known is not None)
+            return _counted(files)
     return None
+
+
+def _counted(files: Listing) -> Listing:
+    """Count what is left out of all archives."""
+    left_out: Counter[str] = Counter()
+    for archive in files.archives:
+        left_out.update(archive.left_out)
+    files.left_out = most_common(left_out)
+    log_left_out(files.left_out)
+    return files
 
 
 def _unchanged(paths: list[str], known: Listing | None) -> dict[int, ArchiveIndex]:

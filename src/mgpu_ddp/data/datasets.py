@@ -59,7 +59,7 @@ SOURCES: dict[type, Source] = {
     FolderConfig: Source(open=lambda data, files: FileSamples(data.root, files), find=_on_rank_0(list_folder)),
     ListConfig: Source(
         open=lambda data, files: FileSamples(data.root, files),
-        find=_on_rank_0(lambda config, known: read_list(config.data)),
+        find=_on_rank_0(lambda config, known: read_list(config.data, known)),
     ),
     WebDatasetConfig: Source(open=lambda data, files: TarSamples(files), find=list_tars),
     ParquetConfig: Source(open=lambda data, files: ParquetSamples(files, data.column), find=list_parquet),

@@ -8,6 +8,8 @@ from typing import Any
 from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
 from mgpu_ddp.config.schema import ListConfig
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.content import check_of, content_of
+from mgpu_ddp.data.image_names import ImageNames, describe, log_left_out, most_common
 from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.listing import Listing, as_labels
 from mgpu_ddp.errors import UsageError, cause_of
@@ -23,8 +25,8 @@ NO_LISTS = (".tsv", ".json", ".jsonl", ".arrow", ".feather", ".npy", ".tar", ".g
 """Suffixes of files that would be read as one path a line, and are not."""
 
 
-def read_list(data: ListConfig) -> Listing:
-    """Read the file that names the images.
+def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
+    """Read the file that names the images; `known` is what an earlier start has made of it.
 
     Raises:
         UsageError: it is missing, cannot be read or lacks what it needs.
@@ -38,12 +40,39 @@ def read_list(data: ListConfig) -> Listing:
         raise UsageError(f"data.path={data.path!r} has no column path, but {found!r}. {remedy}")
     if not table.num_rows:
         raise UsageError(f"data.path={data.path!r} names no image. Name another list.")
+    table, left_out = _choose(table, data)
     paths = _to_paths(table["path"], data)
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
     log.info(
         "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
     )
-    return Listing.of(paths, as_labels(labels, f"column label of data.path={data.path!r}"))
+    labels = as_labels(labels, f"column label of data.path={data.path!r}")
+    files = Listing.of(paths, labels, **_content_of(paths, data))
+    files.left_out = left_out
+    return files if known is None else files.after(known)
+
+
+def _choose(table: Any, data: ListConfig) -> tuple[Any, dict[str, int]]:
+    """The rows with the extensions that are asked for, and how many others there are, by kind."""
+    if not data.extensions:
+        return table, {}
+    names = ImageNames(data.extensions)
+    paths = [path.encode() if isinstance(path, str) else path for path in table["path"].to_pylist()]
+    chosen = table.filter([names.take(os.path.basename(path)) for path in paths])
+    left_out = most_common(names.left_out)
+    log_left_out(left_out)
+    kinds, seen = ", ".join(data.extensions), describe(left_out)
+    require(chosen.num_rows > 0, "data.extensions", "the extension of a file in the list", kinds, f"{seen}.")
+    return chosen, left_out
+
+
+def _content_of(paths: Any, data: ListConfig) -> dict[str, Any]:
+    first = os.fsdecode(paths[0].as_py())
+    is_remote = bool(protocol_of(data.root or "") or protocol_of(first))
+    fits = not is_remote or data.check in ("auto", "name")
+    require(fits, "data.check", "name or auto for URLs", data.check, "Leave it out.")
+    check = check_of(data.check, is_remote=is_remote)
+    return content_of(str(data.root), paths.to_pylist(), check) if check != "name" else {}
 
 
 def _read_table(path: str) -> Any:

@@ -5,12 +5,16 @@ UTF-8) and `label` (int32, or null). It alone defines which index is which image
 the path, and images that a later start finds besides are appended; other sources have an order of their own.
 
 Where archives hold the images, the metadata lists the archives. For tars, the columns `offset` and `size` (int64) say
-where in its tar each image lies.
+where in its tar each image lies. Where labels are texts, the metadata lists them, in the order of their numbers.
+
+For files of their own, `bytes` and `modified_ns`, or `sha256`, tell what each image was when it was listed last, null
+where that is not known. Rows are predicted from this content or from later one, so that a file which differs has to be
+predicted again.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,13 @@ import numpy.typing as npt
 
 from mgpu_ddp.errors import UsageError
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp", b".tif", b".tiff")
 FILE_NAME = "listing.arrow"
 ARCHIVES_KEY = "shards"
 """Names archives in the metadata. They were called shards once, and the run folders of that time must stay readable."""
+CONTENT = ("bytes", "modified_ns", "sha256")
+"""The columns that tell one content of a file from another."""
 
-
-def is_image(name: bytes) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+Integers = npt.NDArray[np.int64]
 
 
 def class_labels(paths: list[bytes]) -> tuple[list[int] | None, list[str]]:
@@ -87,6 +90,8 @@ class Archive:
     """The number of images in each row group; of a tar, in the whole file."""
     group_bytes: int = 0
     """The bytes of the images in the largest row group."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many images of a tar are not listed, by kind."""
 
 
 class Listing:
@@ -106,13 +111,17 @@ class Listing:
         self.archives = [Archive(**each) for each in json.loads(metadata.get(ARCHIVES_KEY.encode(), b"[]"))]
         """In the order of the rows; none where each image is a file of its own."""
         self.refreshed = False
-        """It replaces a listing whose archives have changed."""
+        """It replaces a listing whose archives or files have changed."""
+        self.changed: Integers = np.empty(0, np.int64)
+        """Rows whose files have changed since they were listed last."""
+        self.left_out: dict[str, int] = {}
+        """How many files are not listed, by kind; of a listing that was just made."""
         # There is one record batch, so a lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)
 
     @classmethod
-    def build(cls, paths: list[bytes]) -> "Listing":
+    def build(cls, paths: list[bytes], **content: Any) -> "Listing":
         """The listing of a folder's images."""
         import pyarrow as pa
 
@@ -120,11 +129,12 @@ class Listing:
         return cls.of(
             pa.array(paths, type=pa.large_binary()),
             pa.array(labels if labels is not None else [None] * len(paths), type=pa.int32()),
+            **content,
         )
 
     @classmethod
     def of(cls, path: Any, label: Any, *, archives: list[Archive] | None = None, **places: Any) -> "Listing":
-        """A listing of Arrow arrays: large_binary, int32 and, for tars, the `places` offset and size, int64."""
+        """A listing of Arrow arrays: large_binary, int32, and as `places` offset and size (int64), or `CONTENT`."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
@@ -183,24 +193,67 @@ class Listing:
         digest.update(labels.fill_null(-1).to_numpy())
         return digest.hexdigest()
 
-    def grown(self, found: list[bytes]) -> "Listing":
-        """Append the paths that this listing lacks; what it has keeps its index and its label."""
+    def grown(self, found: list[bytes], **content: Any) -> "Listing":
+        """Append the paths that this listing lacks; what it has keeps its index and its label.
+
+        `content` are the columns that tell the content of what was found.
+        """
         import pyarrow as pa
         from pyarrow import compute
 
         seen = pa.array(found, type=pa.large_binary())
-        new = seen.filter(compute.invert(compute.is_in(seen, value_set=self._paths))).to_pylist()
-        if not new:
-            return self
+        place = compute.index_in(seen, value_set=self._paths)
+        new = np.flatnonzero(place.is_null().to_numpy(zero_copy_only=False))
+        known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
         numbers = self.classes()
         labels: list[int | None] = []
-        for path in new:
+        for path in seen.take(pa.array(new)).to_pylist():
             is_class = numbers and path.count(b"/") == 1
             labels.append(numbers.setdefault(path.partition(b"/")[0], len(numbers)) if is_class else None)
-        return Listing.of(
-            pa.concat_arrays([self._paths, pa.array(new, type=pa.large_binary())]),
-            pa.concat_arrays([self._labels, pa.array(labels, type=pa.int32())]),
+        found_at = np.full(len(self) + len(new), -1)
+        found_at[place.drop_null().to_numpy()] = known
+        found_at[len(self) :] = new
+        return self._updated(
+            found_at,
+            content,
+            path=pa.concat_arrays([self._paths, seen.take(pa.array(new))]),
+            label=pa.concat_arrays([self._labels, pa.array(labels, type=pa.int32())]),
         )
+
+    def after(self, known: "Listing") -> "Listing":
+        """This listing, compared row by row with an earlier one of the same images."""
+        if len(self) < len(known):
+            return self
+        content = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
+        updated = known._updated(np.arange(len(self)), content, path=self._paths, label=self._labels)
+        updated.left_out = self.left_out
+        return updated
+
+    def _updated(self, found_at: Integers, content: dict[str, Any], **columns: Any) -> "Listing":
+        """A listing that begins with the rows of this one; row i was found as number found_at[i], or not (-1)."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        count, changed = len(self), np.zeros(len(self), np.bool_)
+        is_new = not (columns["path"].equals(self._paths) and columns["label"].equals(self._labels))
+        updated = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
+        for name, now in content.items():
+            before = updated.get(name, pa.nulls(count, now.type))
+            is_known = np.append(now.is_valid().to_numpy(zero_copy_only=False), False)[found_at]
+            both = pa.concat_arrays([before, now])
+            rows = np.where(is_known, count + found_at, np.arange(len(found_at)))
+            updated[name] = both.take(pa.array(rows, mask=~is_known & (rows >= count)))
+            after = updated[name].slice(0, count)
+            changed |= compute.not_equal(before, after).fill_null(False).to_numpy(zero_copy_only=False)
+            is_new = is_new or not before.equals(after)
+        if not is_new:
+            return self
+        for name in updated.keys() - content.keys():
+            updated[name] = pa.concat_arrays([updated[name], pa.nulls(len(found_at) - count, updated[name].type)])
+        listing = Listing.of(**columns, **updated)
+        listing.refreshed = True
+        listing.changed = np.flatnonzero(changed)
+        return listing
 
     def classes(self) -> dict[bytes, int]:
         """Map class folders to their numbers; empty where folders are not classes."""

@@ -24,8 +24,9 @@ from mgpu_ddp.config.schema import Config, WebDatasetConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
 from mgpu_ddp.data.encoded import EncodedSamples
+from mgpu_ddp.data.image_names import ImageNames, images_among
 from mgpu_ddp.data.input_file import open_descriptor, open_input
-from mgpu_ddp.data.listing import Archive, Listing, as_labels, is_image
+from mgpu_ddp.data.listing import Archive, Listing, as_labels
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import MgpuError, UsageError
 
@@ -86,10 +87,11 @@ def index_tar(data: WebDatasetConfig, path: str, name: str) -> ArchiveIndex:
     places: list[Place] = []
     links: dict[int, str] = {}
     by_name: dict[str, Place] = {}
+    names = ImageNames()
     num_bytes, modified_ns = size_and_mtime(path)
     with _open(path) as opened, _read_tar(path, opened) as file:
         for _, members in itertools.groupby(_members(file, path, by_name), key=attrgetter("sample")):
-            images, label = _read_sample(members, data, opened, path)
+            images, label = _read_sample(members, data, opened, path, names)
             for image in images:
                 if image.target is not None:
                     links[len(paths)] = image.target
@@ -104,12 +106,18 @@ def index_tar(data: WebDatasetConfig, path: str, name: str) -> ArchiveIndex:
         "offset": pa.array(offsets),
         "size": pa.array(sizes),
     }
-    archive = Archive(path=path, num_bytes=num_bytes, modified_ns=modified_ns, groups=[len(paths)])
+    archive = Archive(
+        path=path,
+        num_bytes=num_bytes,
+        modified_ns=modified_ns,
+        groups=[len(paths)],
+        left_out=images_among(names.left_out),
+    )
     return ArchiveIndex(archive=archive, rows=pa.record_batch(columns))
 
 
 def _read_sample(
-    members: Iterable[Member], data: WebDatasetConfig, opened: io.BufferedReader, path: str
+    members: Iterable[Member], data: WebDatasetConfig, opened: io.BufferedReader, path: str, names: ImageNames
 ) -> tuple[list[Member], int | None]:
     """The images of a sample, and its label."""
     images: list[Member] = []
@@ -117,9 +125,15 @@ def _read_sample(
     for member in members:
         if member.extension == data.label_extension:
             label = _read_label(opened, member, path)
-        elif member.extension in data.extensions if data.extensions else is_image(os.fsencode(member.name)):
+        elif _is_image(member, data, names):
             images.append(member)
     return images, label
+
+
+def _is_image(member: Member, data: WebDatasetConfig, names: ImageNames) -> bool:
+    if data.extensions:
+        return member.extension in data.extensions
+    return names.take(os.fsencode(posixpath.basename(member.name)))
 
 
 def _follow_links(links: dict[int, str], places: list[Place], by_name: dict[str, Place]) -> None:

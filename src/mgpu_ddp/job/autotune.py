@@ -13,6 +13,7 @@ import torch
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.datasets import open_samples
+from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.host import available_bytes, peaks, reset_peaks
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError, reason_of
@@ -96,7 +97,8 @@ def _plan_compile(setup: Setup) -> CompilePlan:
     asked = SMALLEST if config.batch_size == "auto" else int(config.batch_size)
     batch_size = batch_size_of(config, asked, length)
     if before:
-        is_left = not before.complete or stop > before.stop or config.retry_failed
+        changed = isinstance(setup.files, Listing) and len(setup.files.changed) > 0
+        is_left = not before.complete or stop > before.stop or config.retry_failed or changed
         used = batch_size if setup.job.batch_size_given else before.batch_size
         return CompilePlan(compiled=True, batch_size=used if is_left else None)
     work = (stop - start) * operations(setup.model.module, setup.resolved.transform)

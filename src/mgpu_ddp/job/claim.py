@@ -40,7 +40,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
     config, model, resolved = setup.job.config, setup.model, setup.resolved
     runtime, device = config.runtime, setup.world.device
     return {
-        **{f"data.{key}": value for key, value in asdict(config.data).items()},
+        **{f"data.{key}": value for key, value in asdict(config.data).items() if not _is_free(config.data, key)},
         "listing": identity(config),
         **{f"transform.{key}": value for key, value in resolved.transform.described().items()},
         **model.identity,
@@ -60,6 +60,13 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "output.topk": config.output.topk,
         "output.dtype": config.output.dtype,
     }
+
+
+def _is_free(data: Any, key: str) -> bool:
+    """True for a key that binds no later start: what it finds is another thing, or it was not there once."""
+    return key == "check" or (
+        key == "extensions" and isinstance(data, FolderConfig | ListConfig) and not data.extensions
+    )
 
 
 def array_shape(config: Config, types: Sequence[ColumnType]) -> tuple[int, ...] | None:
@@ -115,11 +122,10 @@ def refuse_inputs_in_the_way(job: Job) -> None:
 def known_listing(config: Config, folder: RunFolder, world: World) -> Listing | None:
     """The listing that the job continues, on rank 0. Collective: every rank calls this.
 
-    None for a fresh start; a list is its own listing.
+    None for a fresh start.
     """
     with world.together("read the listing"):
-        is_listed = isinstance(config.data, Listed) and not isinstance(config.data, ListConfig)
-        return folder.known_listing() if is_listed else None
+        return folder.known_listing() if isinstance(config.data, Listed) else None
 
 
 def claim_job(setup: Setup) -> Claim:
@@ -133,12 +139,13 @@ def claim_job(setup: Setup) -> Claim:
     with world.together("claim the run folder"):
         if world.rank == 0:
             manifest = _claim(setup)
-            names = ("start", "stop", "prefix", "errors", "batch_size", "token")
-            mine = {name: getattr(manifest, name) for name in names}
+            changed = setup.folder.changed_rows()
+            mine = {name: getattr(manifest, name) for name in ("start", "stop", "prefix", "batch_size", "token")}
+            mine |= {"errors": manifest.errors - len(changed), "changed": changed}
     shared = world.share("claim", mine)
     with world.together("open the samples"):
         samples = _open_claimed_samples(setup)
-    return Claim(**shared, samples=samples)
+    return Claim(**shared | {"changed": np.array(shared["changed"], dtype=np.int64)}, samples=samples)
 
 
 def _claim(setup: Setup) -> Manifest:
@@ -182,6 +189,8 @@ def _fresh_manifest(setup: Setup) -> Manifest:
     )
     if files is not None:
         manifest.fingerprint["listing"] = files.digest(stop)
+    if isinstance(files, Listing):
+        manifest.left_out = files.left_out
     return manifest
 
 

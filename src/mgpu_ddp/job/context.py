@@ -3,6 +3,9 @@
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.listing import Listing
@@ -77,7 +80,9 @@ class Claim:
     prefix: int
     """The first index that is not committed yet."""
     errors: int
-    """Error rows committed before."""
+    """Error rows committed before, without those of changed images."""
+    changed: npt.NDArray[np.int64]
+    """Samples whose images have changed since they were predicted."""
     batch_size: int
     token: str
     """Tells this attempt from others; part names carry it."""

@@ -110,6 +110,8 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "errors": proof.errors,
         "missing": proof.missing,
         "duplicates": proof.duplicates,
+        "changed": len(context.claim.changed),
+        "left_out": manifest.left_out,
         "predictions": [proof.rows, *manifest.row_shape],
         **({} if model.num_classes is not None else {"columns": [each.name for each in context.types]}),
         **({} if context.bitwise else {"bitwise": False}),

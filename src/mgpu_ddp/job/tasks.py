@@ -47,7 +47,7 @@ class Task:
 
 
 def tasks(context: JobContext) -> Iterator[Task]:
-    """The samples without a row, then those to retry. Collective: every rank walks it to its end or leaves it."""
+    """The samples without a row, then those to predict again. Collective: every rank walks it, or leaves it."""
     config, claim, world = context.config, context.claim, context.world
     planner = Planner(config=config, resolved=context.resolved, types=context.types, world=world)
     yield Task(
@@ -58,15 +58,15 @@ def tasks(context: JobContext) -> Iterator[Task]:
         total=claim.stop - claim.start,
         errors_before=claim.errors,
     )
-    if config.retry_failed:
-        chosen = _failed_rows(context)
+    if config.retry_failed or len(claim.changed):
+        chosen = _failed_rows(context) if config.retry_failed else claim.changed
         yield Task(
-            name="failed rows",
+            name="failed rows" if config.retry_failed else "changed images",
             plan=planner.plan_few(len(chosen)),
             samples=ChosenSamples(claim.samples, chosen),
             chosen=chosen,
             total=len(chosen),
-            errors_before=0,
+            errors_before=_errors_besides(context, chosen),
         )
 
 
@@ -78,6 +78,12 @@ def _failed_rows(context: JobContext) -> npt.NDArray[np.int64]:
             rows = error_rows(folder.path, folder.claimed, context.claim.samples.path)
             failed = [index for index, _, _ in rows]
     return np.array(context.world.share("failed rows", failed), dtype=np.int64)
+
+
+def _errors_besides(context: JobContext, chosen: npt.NDArray[np.int64]) -> int:
+    """Error rows that are not tried again. Collective: every rank calls this."""
+    mine = context.folder.claimed.errors - len(chosen) if context.world.rank == 0 else 0
+    return int(context.world.share("other errors", mine))
 
 
 @contextmanager

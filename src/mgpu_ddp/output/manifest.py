@@ -108,6 +108,8 @@ MANIFEST_RULES: Rules = {
     "shard": (lambda value: value is None or _is_shard(value), "i/n or null"),
     "columns": (_list_of(_is_column), "a list of columns"),
     "starts": (_list_of(lambda value: type(value) is dict), "a list of starts"),
+    "left_out": (_map_of(_is_text, _is_count), "counts by kind"),
+    "changed": (lambda value: type(value) is bool, "true or false"),
 }
 
 
@@ -181,6 +183,10 @@ class Manifest:
     """The columns that samples carry and that become of the model's outputs, as `ColumnType` has them."""
     starts: list[Start] = field(default_factory=list)
     """In order. Manifests written before there was this list lack the earlier ones."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many files beside the samples were not taken for images, by kind."""
+    changed: bool = False
+    """Some error rows are those of images that were replaced, and that are to be predicted again."""
 
     @property
     def prefix(self) -> int:

@@ -18,6 +18,8 @@ So, at any moment:
   dataset order, whatever the number of ranks; a restart begins at the prefix.
 - Rows that take the place of error rows (`retry_failed`) make a new part: written, then listed instead of the
   old one, which is unlinked last.
+- Rows of images that were replaced become error rows in the same way, with a reason of their own by which they are
+  found and retried. The listing learns of the new images only then: a start after a crash before it finds them again.
 - A reader may trust the manifest at any moment, and the whole folder once `status.json` says complete.
 
 `predictions.npy` is one file allocated whole. Its windows are written in place and fsynced before they are
@@ -42,15 +44,20 @@ import numpy.typing as npt
 
 from mgpu_ddp.errors import ProofError, UsageError, WriteError, cause_of
 from mgpu_ddp.output.atomic_files import create_file, replace_file
-from mgpu_ddp.output.columns import Ragged
-from mgpu_ddp.output.formats import FORMATS, Format, to_table
+from mgpu_ddp.output.columns import ColumnType, Ragged
+from mgpu_ddp.output.formats import FORMATS, Format, empty_table, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, PARTS, Manifest, Part, write_status
 from mgpu_ddp.output.regular_files import map_array, open_regular
 from mgpu_ddp.output.rows import Rows
 
+CHANGED = "the image has changed since it was predicted: start the job again"
+"""The reason of a row whose image is to be predicted again."""
+KEPT = ("index", "path", "label", "error")
+"""The columns of a row that say nothing of its prediction."""
 COPIED_ROWS = 4096
 """Rows of an array that are copied at once, to bound memory."""
 
+Integers = npt.NDArray[np.int64]
 NamesOf = Callable[[npt.NDArray[np.int64]], Any]
 """Dataset indices → the names that their rows carry, an Arrow array of strings. A call for each would take the
 interpreter from the predicting loop for longer than all else that is done here."""
@@ -67,6 +74,17 @@ class PartWriter(Protocol):
 
     def rewrite(self, part: Part, rows: Rows) -> Part:
         """Make the part durable with these rows in the place of its error rows; counts only once it is listed.
+
+        Raises:
+            ProofError: the part has other bytes than were committed.
+            WriteError: the file system refused.
+        """
+        ...
+
+    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+        """Make the part durable with error rows for changed images; counts only once it is listed.
+
+        `schema` is that of the table, where the part is one.
 
         Raises:
             ProofError: the part has other bytes than were committed.
@@ -100,6 +118,20 @@ class TableWriter:
         self._rewritten += 1
         merged = pa.concat_tables([kept, new]).sort_by("index").combine_chunks()
         return self._create(merged, f"{self._token}-{self._rewritten}", part.split_rows + len(rows.split))
+
+    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+        import pyarrow as pa
+        from pyarrow import compute
+
+        check_bytes(self._run_dir, part)
+        old = self._format.read(self._run_dir / part.file, schema)
+        hit = np.isin(old["index"].to_numpy(), chosen)
+        kept = pa.array(np.arange(len(old)), mask=hit)
+        columns = {name: old[name] if name in KEPT else old[name].take(kept) for name in old.column_names}
+        columns["error"] = compute.if_else(pa.array(hit), CHANGED, old["error"])
+        self._rewritten += 1
+        table = pa.table(columns, schema=old.schema).combine_chunks()
+        return self._create(table, f"{self._token}-{self._rewritten}", part.split_rows)
 
     def _table(self, rows: Rows) -> Any:
         return to_table(rows, self._names_of(rows.index), self._class_names)
@@ -155,6 +187,12 @@ class ArrayWriter:
         reasons = kept | {str(i): reason for i, reason in rows.errors.items()}
         split_rows = part.split_rows + len(rows.split)
         part = replace(part, errors=len(reasons), reasons=reasons, split_rows=split_rows)
+        return replace(part, sha256=array_digest(self._array, part, self._start))
+
+    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+        check_bytes(self._path.parent, part, self._start)
+        reasons = part.reasons | {str(index): CHANGED for index in chosen.tolist()}
+        part = replace(part, errors=len(reasons), reasons=reasons)
         return replace(part, sha256=array_digest(self._array, part, self._start))
 
     def _put(self, rows: Rows) -> None:
@@ -312,12 +350,29 @@ class Table:
         """
         self._check_claim()
         self._reopen()
+
+        def put(part: Part, within: Integers) -> Part:
+            self._manifest.count_work(len(within))
+            return self._writer.rewrite(part, rows.take(within))
+
+        self._rewrite(rows.index, put)
+
+    def blank(self, chosen: Integers) -> None:
+        """Make error rows of those of changed images, ascending.
+
+        Raises:
+            WriteError: the file system refused.
+        """
+        schema = empty_table([ColumnType.read(values) for values in self._manifest.columns]).schema
+        self._rewrite(chosen, lambda part, within: self._writer.blank(part, chosen[within], schema))
+
+    def _rewrite(self, index: Integers, rewrite: Callable[[Part, Integers], Part]) -> None:
+        """Put each listed part that holds some of these rows anew; `rewrite` gets their places among them."""
         for number, part in enumerate(self._manifest.parts):
-            within = np.flatnonzero((rows.index >= part.first) & (rows.index < part.stop))
+            within = np.flatnonzero((index >= part.first) & (index < part.stop))
             if not len(within):
                 continue
-            self._manifest.parts[number] = self._writer.rewrite(part, rows.take(within))
-            self._manifest.count_work(len(within))
+            self._manifest.parts[number] = rewrite(part, within)
             self._list_all()
             if self._manifest.parts[number].file != part.file:
                 (self._run_dir / part.file).unlink()

@@ -23,10 +23,19 @@ from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.folders import add_folders, hold_folder, holding, unwritable
 from mgpu_ddp.output.layout import NEXT, check_layout, check_unclaimed, remove_result, result_in
 from mgpu_ddp.output.manifest import ARRAY, PARTS, STATUS, Manifest, Part, write_status
-from mgpu_ddp.output.parts import PartWriter, RetriedTable, Table, allocate_array, blank_errors
+from mgpu_ddp.output.parts import (
+    CHANGED,
+    Integers,
+    PartWriter,
+    RetriedTable,
+    Table,
+    allocate_array,
+    blank_errors,
+    open_writer,
+)
 from mgpu_ddp.output.regular_files import read_object
 from mgpu_ddp.output.replace import is_half_replaced, put_in_place
-from mgpu_ddp.output.verify import Proof, prove, write_errors
+from mgpu_ddp.output.verify import Proof, error_rows, prove, write_errors
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -131,8 +140,11 @@ class RunFolder:
         found = self._find_same_job(wanted, files, resume=resume)
         manifest = wanted if found is None else self._continued(wanted, found, batch_size_given=batch_size_given)
         manifest.token = secrets.token_hex(3)
+        changed = _changed_within(files, manifest)
+        if len(changed):
+            manifest.changed, manifest.complete = True, False
         try:
-            self._make_ours(manifest, found, files, array_shape)
+            self._make_ours(manifest, found, files, changed, array_shape)
         except OSError as error:
             raise unwritable(self.path, error) from None
         self.manifest = manifest
@@ -182,6 +194,7 @@ class RunFolder:
             parts=list(_whole_parts(self.path, found.parts)),
             world_sizes=list(dict.fromkeys([*found.world_sizes, *wanted.world_sizes])),
             starts=[*found.starts, *wanted.starts],
+            changed=found.changed,
         )
         if not batch_size_given or (found.complete and found.stop == wanted.stop):
             manifest.batch_size = found.batch_size
@@ -189,7 +202,12 @@ class RunFolder:
         return manifest
 
     def _make_ours(
-        self, manifest: Manifest, found: Manifest | None, files: Numbered | None, array_shape: tuple[int, ...] | None
+        self,
+        manifest: Manifest,
+        found: Manifest | None,
+        files: Numbered | None,
+        changed: Integers,
+        array_shape: tuple[int, ...] | None,
     ) -> None:
         if self.starts_over and self.path.exists():
             remove_result(self.path)
@@ -197,6 +215,15 @@ class RunFolder:
         if found is not None and found.complete and not manifest.complete:
             # Before anything changes that a reader may trust as long as the status says complete.
             write_status(self.path, "running", manifest, next_command=self.next_command(()))
+        if found is not None and isinstance(files, Listing) and len(changed):
+            # Before the listing, from which a later start learns that they have changed. The parts are those of both.
+            before = replace(manifest, stop=found.stop, fingerprint=found.fingerprint)
+            before.write(self.path)
+            # A token of its own: retries name their parts by the manifest's.
+            how, token = manifest.output_format, f"{manifest.token}c"
+            Table(self.path, before, open_writer(self.path, how, files.names, None, token, manifest.start)).blank(
+                changed
+            )
         grown = found is None or found.stop != manifest.stop
         if isinstance(files, Listing) and (grown or files.refreshed):
             # Before the manifest, which speaks of its first rows: a listing that is ahead of it does no harm.
@@ -216,6 +243,13 @@ class RunFolder:
         self.claimed.check_claim(self.path)
         if not self.claimed.complete:
             write_status(self.path, "running", self.claimed, next_command=self.next_command(()))
+
+    def changed_rows(self) -> list[int]:
+        """The samples whose images have changed since they were predicted, and that were not predicted again yet."""
+        if not self.claimed.changed:
+            return []
+        rows = error_rows(self.path, self.claimed, lambda index: None)
+        return [index for index, _, reason in rows if reason == CHANGED]
 
     def open_table(self, writer: PartWriter, retried: npt.NDArray[np.int64] | None = None) -> Table:
         """The table of the parts that the manifest lists.
@@ -262,6 +296,7 @@ class RunFolder:
             raise
         write_errors(self.path, manifest, path_of)
         manifest.complete = status == "complete"
+        manifest.changed = manifest.changed and not manifest.complete
         manifest.write(self.path)
         write_status(self.path, status, manifest, reason, next_command)
         return proof
@@ -294,6 +329,12 @@ class RunFolder:
                 write_status(self.path, "failed", manifest, reason_of(error), next_command)
         except (OSError, UsageError) as why:
             log.error("%s could not be marked as failed: %s", self.path / STATUS, why)
+
+
+def _changed_within(files: Numbered | None, manifest: Manifest) -> Integers:
+    """Committed rows whose images have changed since."""
+    changed = files.changed if isinstance(files, Listing) else np.empty(0, np.int64)
+    return changed[(changed >= manifest.start) & (changed < manifest.prefix)]
 
 
 def _words(columns: list[dict[str, Any]]) -> str:

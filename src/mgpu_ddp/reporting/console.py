@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.data.image_names import describe
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
@@ -128,6 +129,10 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         f"{plural(summary['samples'], 'sample')}: {ok}, {errors}, {missing}, {duplicates}",
     ]
     lines.append(f"preprocessing: {summary['transform']}")
+    if summary["changed"]:
+        lines.append(f"{plural(summary['changed'], 'changed image')} predicted again")
+    if summary["left_out"]:
+        lines.append(describe(summary["left_out"]))
     accuracy = summary["accuracy"]
     if accuracy and accuracy["compared"]:
         top5 = "" if accuracy["top5"] is None else f", top-5 {accuracy['top5']:.2%}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mgpu_ddp.data.image_names import describe
 from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.regular_files import open_regular
@@ -83,6 +84,8 @@ def notices(manifest: Manifest, status: Section, metrics: Section) -> list[str]:
         found.append(f"{plural(split, 'row')} predicted in smaller batches, for lack of memory")
     if manifest.starts and not all_starts(manifest)["timed"]:
         found.append("earlier starts were not timed: times and rates are of the later ones")
+    if manifest.left_out:
+        found.append(describe(manifest.left_out))
     return found
 
 

@@ -1,0 +1,59 @@
+"""Columns of a listing that tell whether a file still holds what it held: `data.check`."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from mgpu_ddp.data.input_file import open_input
+
+
+def check_of(check: str, *, is_remote: bool) -> str:
+    """`data.check` with auto decided."""
+    return ("name" if is_remote else "stat") if check == "auto" else check
+
+
+Status = tuple[int, int]
+"""Size in bytes and modification time in ns, both -1 for a file that cannot be looked at."""
+
+
+def as_columns(statuses: list[Status]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    numbers = np.array(statuses, dtype=np.int64).reshape(-1, 2)
+    return {
+        name: pa.array(column, mask=numbers[:, 0] < 0)
+        for name, column in (("bytes", numbers[:, 0]), ("modified_ns", numbers[:, 1]))
+    }
+
+
+def content_of(root: str, paths: Iterable[bytes], check: str) -> dict[str, Any]:
+    """Columns of a listing that tell the content of files: by `stat`, or by `hash`, which reads all of them."""
+    import pyarrow as pa
+
+    full = (os.path.join(os.fsencode(root), path) for path in paths)
+    if check == "stat":
+        return as_columns([status_of(path) for path in full])
+    if check == "hash":
+        with ThreadPoolExecutor() as pool:
+            return {"sha256": pa.array(pool.map(_digest_of, full), type=pa.binary(32))}
+    return {}
+
+
+def status_of(path: bytes) -> Status:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest_of(path: bytes) -> bytes | None:
+    try:
+        with open_input(path) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except (OSError, ValueError):
+        return None

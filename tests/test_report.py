@@ -72,7 +72,7 @@ def assert_accuracy(metrics: dict[str, Any], run_dir: Path) -> None:
     """Equal to a plain loop over the rows: class folder i is class i of the model, for the first six."""
     rows = [row for row in read_rows(run_dir) if row["error"] is None and row["label"] < 6]
     accuracy = metrics["accuracy"]
-    assert "2 folders not compared" in accuracy["how"]
+    assert "2 labels not compared" in accuracy["how"]
     assert accuracy["compared"] == len(rows)
     assert accuracy["top1"] == sum(row["pred"] == row["label"] for row in rows) / len(rows)
     assert accuracy["top5"] == sum(row["label"] in row["topk_index"] for row in rows) / len(rows)
@@ -174,7 +174,7 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
     ended = run(["bash", "recipe"], tmp_path)
     assert ended.code == 0, ended.err
     assert ended.summary == {"report": str(tmp_path / "out" / "report.html")}
-    assert "class folders with classes of the same name, 3 of them" in (tmp_path / "out" / "report.html").read_text()
+    assert "labels with classes of the same name, 3 of them" in (tmp_path / "out" / "report.html").read_text()
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> str:

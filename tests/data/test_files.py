@@ -80,7 +80,7 @@ def test_csv_and_parquet_have_columns(tmp_path: Path) -> None:
         ("semicolons.csv", b"path;label\na;1\n", "but 'path;label'. Separate columns by commas."),
         ("list.tsv", b"path\tlabel\na\t1\n", "or a text of one path a line, got"),
         ("list.csv.gz", b"\x1f\x8b", "or a text of one path a line, got"),
-        ("words.csv", b"path,label\na.jpg,cat\n", "holds string, not whole numbers"),
+        ("times.parquet", {"path": ["a"], "label": [b"cat"]}, "holds binary, not whole numbers"),
         ("halves.csv", b"path,label\na.jpg,0.5\n", "holds no class numbers: Float value 0.5"),
         ("infinite.parquet", {"path": ["a"], "label": [float("inf")]}, "holds no class numbers: "),
         ("large.csv", b"path,label\na.jpg,3000000000\n", "holds no class numbers: "),

@@ -81,7 +81,7 @@ def test_extensions_of_ones_own(tmp_path: Path, world: World) -> None:
     assert [(files.path(i), files.label(i)) for i in range(len(files))] == [(b"a/b.jpg", 2)]
     assert files.left_out == {".jp2": 1, "without extension": 1}
     with pytest.raises(
-        UsageError, match=r"data.extensions must be the extension of a file in the list, got 'png'. 3 files"
+        UsageError, match=r"data.extensions must be those of files in the list \(3 files left out: 1 .jp2"
     ):
         list_source(ListConfig(path=str(tmp_path / "list.csv"), extensions=["png"]), world)
 

@@ -62,7 +62,7 @@ def test_keys_name_the_rows(tmp_path: Path, world: World) -> None:
         ({"column": "photo"}, "data.column must be one column of every file, got 'photo'"),
         ({"column": "word"}, "data.column must be a column of bytes or of a struct with bytes, got string"),
         ({"label_column": "class"}, "data.label_column must be one column of every file, got 'class'"),
-        ({"label_column": "word"}, "holds string, not whole numbers"),
+        ({"label_column": "image"}, "holds binary, not whole numbers"),
         ({"key_column": "half"}, "data.key_column must be a column of text, bytes or whole numbers, got double"),
         ({"key_column": "image.path"}, "data.key_column must be one column of every file"),
     ],

@@ -96,7 +96,7 @@ def test_counts_are_those_of_a_plain_loop(tmp_path: Path, how: str, stops: tuple
     assert found.confidence.sum() == sum(preds)
     assert len(found.confidence) == BINS
     assert found.accuracy is not None
-    assert found.accuracy["how"].startswith("class folders with classes of the same name, 3 of them; 2 folders not")
+    assert found.accuracy["how"].startswith("labels with classes of the same name, 3 of them; 2 labels not")
     assert (found.accuracy["labelled"], found.accuracy["compared"]) == (labelled, sum(rows))
     assert (found.accuracy["top1"], found.accuracy["top5"]) == (sum(top1) / sum(rows), sum(top5) / sum(rows))
     per_class = {row["name"]: row for row in found.per_class(classes)}
@@ -171,12 +171,12 @@ def test_labels_mean_nothing_to_a_model_without_classes() -> None:
     [
         (None, None, list(range(8)), "labels are class numbers"),
         (NAMES[:2], 2, [0, 1], "same name, 2 of them"),
-        (("CRANE", "owl "), 2, [-1, 6], "1 folder not compared"),
+        (("CRANE", "owl "), 2, [-1, 6], "1 label not compared"),
         (
             ("n01", "n02", "n03", "n04", "n05", "n06", "n07", "n08"),
             8,
             list(range(8)),
-            "folders sorted by name with classes in the model's order",
+            "labels in their order with classes in the model's order",
         ),
         (None, 8, list(range(8)), "labels in their order with classes in the model's"),
         (None, 10, None, "the data has 10 classes and the model 8, without names to match them by"),

@@ -106,7 +106,7 @@ class ListConfig(DataConfig):
     name: str = "list"
     path: str = key(
         MISSING,
-        "The list, a path or a URL: .csv or .parquet with a column path and maybe a column label (whole numbers), or"
+        "The list, a path or a URL: .csv or .parquet with a column path and maybe a column label (numbers or names), or"
         " a text of one path or URL a line.",
         location("a file", "Give data.path=FILE.csv."),
         path=True,
@@ -169,7 +169,7 @@ class ParquetConfig(DataConfig):
         "The column of encoded images: bytes, or a struct of bytes and path as Hugging Face datasets have it.",
         not_empty("the name of a column", "Leave it out for image."),
     )
-    label_column: str | None = key(None, "The column of classes as whole numbers. null: no labels.")
+    label_column: str | None = key(None, "The column of classes, as numbers or names. null: no labels.")
     key_column: str | None = key(
         None,
         "The column that becomes the row's path: text, bytes or whole numbers; image.path is that of a struct. null:"

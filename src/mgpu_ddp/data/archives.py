@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.image_names import log_left_out, most_common
+from mgpu_ddp.data.labels import is_text, log_labels, number_names
 from mgpu_ddp.data.listing import Archive, Listing
 from mgpu_ddp.data.patterns import expand, root_of
 from mgpu_ddp.distributed.channel import Channel
@@ -65,7 +66,7 @@ def index_archives(pattern: str, index: IndexArchive, known: Listing | None, wor
         if world.rank == 0:
             if known is not None and not found and len(kept) == len(known.archives):
                 return _counted(known)
-            files = _join([(kept | found)[number] for number in range(len(paths))], refreshed=known is not None)
+            files = _join([(kept | found)[number] for number in range(len(paths))], known)
             return _counted(files)
     return None
 
@@ -82,13 +83,19 @@ def _counted(files: Listing) -> Listing:
 
 def _unchanged(paths: list[str], known: Listing | None) -> dict[int, ArchiveIndex]:
     """The parts of a known listing that still hold, by their place in `paths`."""
+    import pyarrow as pa
+
     if known is None:
         return {}
     before: dict[str, ArchiveIndex] = {}
     first = 0
     for archive in known.archives:
         count = sum(archive.groups)
-        before[archive.path] = ArchiveIndex(archive=archive, rows=known.table.slice(first, count))
+        rows = known.table.slice(first, count)
+        if known.label_names is not None:
+            names = pa.array(known.label_names, pa.large_string()).take(rows["label"].combine_chunks())
+            rows = rows.set_column(rows.column_names.index("label"), "label", names)
+        before[archive.path] = ArchiveIndex(archive=archive, rows=rows)
         first += count
     return {
         number: before[path]
@@ -141,21 +148,44 @@ def _gather(mine: list[tuple[int, ArchiveIndex]], rounds: int, world: World) -> 
     return found
 
 
-def _join(parts: list[ArchiveIndex], *, refreshed: bool) -> Listing:
+def _join(parts: list[ArchiveIndex], known: Listing | None) -> Listing:
     import pyarrow as pa
 
-    table = pa.concat_tables([pa.table(part.rows) for part in parts]).combine_chunks()
+    table = pa.concat_tables(_with_labels_of_one_kind([pa.table(part.rows) for part in parts])).combine_chunks()
     if not table.num_rows:
         raise UsageError(
             "data.urls: none of the files holds an image. Name others; for tars, data.extensions are what follows the"
             " first dot of a member's name."
         )
     columns = {name: column.chunk(0) for name, column in zip(table.column_names, table.columns, strict=True)}
-    files = Listing.of(**columns, archives=[part.archive for part in parts])
-    files.refreshed = refreshed
-    known = len(files) - files.table["label"].null_count
-    log.info("%s images, %s labels", f"{len(files):,}", f"{known:,}" if known else "no")
+    names = None
+    if is_text(columns["label"].type):
+        names_before = known.label_names if known is not None else None
+        columns["label"], names = number_names(columns["label"], names_before or (), "data.label_column")
+    files = Listing.of(**columns, archives=[part.archive for part in parts], label_names=names)
+    files.refreshed = known is not None
+    log_labels(len(files), len(files) - files.table["label"].null_count, names)
     return files
+
+
+def _with_labels_of_one_kind(tables: list[Any]) -> list[Any]:
+    """Tables whose labels are all names or all numbers; where there are none, they may be either.
+
+    Raises:
+        UsageError: some files have names, and others numbers.
+    """
+    import pyarrow as pa
+
+    texts = [is_text(table["label"].type) for table in tables]
+    if not any(texts):
+        return tables
+    for place, table in enumerate(tables):
+        if not texts[place] and table["label"].null_count < len(table):
+            raise UsageError(
+                "data.label_column holds names in some files and numbers in others. Give all of them one kind."
+            )
+    place = tables[0].column_names.index("label")
+    return [table.set_column(place, "label", table["label"].cast(pa.large_string())) for table in tables]
 
 
 class OpenArchives(Generic[Opened]):

@@ -11,7 +11,8 @@ from mgpu_ddp.data import object_store
 from mgpu_ddp.data.content import check_of, content_of
 from mgpu_ddp.data.image_names import ImageNames, describe, log_left_out, most_common
 from mgpu_ddp.data.input_file import require_input
-from mgpu_ddp.data.listing import Listing, as_labels
+from mgpu_ddp.data.labels import as_labels, as_names, is_text, log_labels, number_names
+from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError, cause_of
 
 log = logging.getLogger("mgpu_ddp")
@@ -43,11 +44,14 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
     table, left_out = _choose(table, data)
     paths = _to_paths(table["path"], data)
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
-    log.info(
-        "%s images, %s", f"{len(paths):,}", "labels from the list" if "label" in table.column_names else "no labels"
-    )
-    labels = as_labels(labels, f"column label of data.path={data.path!r}")
-    files = Listing.of(paths, labels, **_content_of(paths, data))
+    what, names = f"column label of data.path={data.path!r}", None
+    if is_text(labels.type):
+        before = known.label_names if known is not None else None
+        labels, names = number_names(as_names(labels), before or (), what)
+    else:
+        labels = as_labels(labels, what)
+    log_labels(len(paths), len(paths) - labels.null_count, names)
+    files = Listing.of(paths, labels, label_names=names, **_content_of(paths, data))
     files.left_out = left_out
     return files if known is None else files.after(known)
 
@@ -61,8 +65,8 @@ def _choose(table: Any, data: ListConfig) -> tuple[Any, dict[str, int]]:
     chosen = table.filter([names.take(os.path.basename(path)) for path in paths])
     left_out = most_common(names.left_out)
     log_left_out(left_out)
-    kinds, seen = ", ".join(data.extensions), describe(left_out)
-    require(chosen.num_rows > 0, "data.extensions", "the extension of a file in the list", kinds, f"{seen}.")
+    rule = f"those of files in the list ({describe(left_out)})"
+    require(chosen.num_rows > 0, "data.extensions", rule, ", ".join(data.extensions), "Leave it out for all files.")
     return chosen, left_out
 
 

@@ -26,6 +26,7 @@ from mgpu_ddp.errors import UsageError
 FILE_NAME = "listing.arrow"
 ARCHIVES_KEY = "shards"
 """Names archives in the metadata. They were called shards once, and the run folders of that time must stay readable."""
+NAMES_KEY = "label_names"
 CONTENT = ("bytes", "modified_ns", "sha256")
 """The columns that tell one content of a file from another."""
 
@@ -51,32 +52,6 @@ def no_names(count: int) -> Any:
     import pyarrow as pa
 
     return pa.nulls(count, pa.string())
-
-
-def as_labels(column: Any, what: str) -> Any:
-    """Convert an Arrow column to class numbers, int32, null where they are null or negative.
-
-    Raises:
-        UsageError: they are not whole numbers, or too large. The message begins with `what`.
-    """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if pa.types.is_floating(column.type):
-        # pandas writes whole numbers as floats where some are missing.
-        column = column.cast(pa.float64())
-        column = compute.if_else(compute.is_nan(column), None, column)
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
-        raise UsageError(
-            f"{what} holds {column.type}, not whole numbers. Number the classes from 0, or leave the labels out."
-        )
-    try:
-        labels = column.cast(pa.int32())
-    except pa.ArrowInvalid as error:
-        raise UsageError(f"{what} holds no class numbers: {error}. Number the classes from 0.") from None
-    return compute.if_else(compute.less(labels, 0), pa.scalar(None, pa.int32()), labels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +85,9 @@ class Listing:
         metadata = table.schema.metadata or {}
         self.archives = [Archive(**each) for each in json.loads(metadata.get(ARCHIVES_KEY.encode(), b"[]"))]
         """In the order of the rows; none where each image is a file of its own."""
+        names = metadata.get(NAMES_KEY.encode())
+        self.label_names: list[str] | None = None if names is None else json.loads(names)
+        """The texts that were given for labels, in the order of their numbers."""
         self.refreshed = False
         """It replaces a listing whose archives or files have changed."""
         self.changed: Integers = np.empty(0, np.int64)
@@ -119,6 +97,19 @@ class Listing:
         # There is one record batch, so a lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)
+        if self.label_names is not None:
+            self._check_names(self.label_names)
+
+    def _check_names(self, names: Any) -> None:
+        from pyarrow import compute
+
+        largest = compute.max(self._labels).as_py()
+        if (
+            type(names) is not list
+            or not all(type(name) is str for name in names)
+            or (largest is not None and largest >= len(names))
+        ):
+            raise ValueError("its labels have no names")
 
     @classmethod
     def build(cls, paths: list[bytes], **content: Any) -> "Listing":
@@ -133,13 +124,23 @@ class Listing:
         )
 
     @classmethod
-    def of(cls, path: Any, label: Any, *, archives: list[Archive] | None = None, **places: Any) -> "Listing":
+    def of(
+        cls,
+        path: Any,
+        label: Any,
+        *,
+        archives: list[Archive] | None = None,
+        label_names: list[str] | None = None,
+        **places: Any,
+    ) -> "Listing":
         """A listing of Arrow arrays: large_binary, int32, and as `places` offset and size (int64), or `CONTENT`."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
-        metadata = {ARCHIVES_KEY: json.dumps([asdict(each) for each in archives])} if archives is not None else None
-        batch = pa.record_batch({"path": path, "label": label, **places}, metadata=metadata)
+        metadata = {ARCHIVES_KEY: json.dumps([asdict(each) for each in archives])} if archives is not None else {}
+        if label_names is not None:
+            metadata[NAMES_KEY] = json.dumps(label_names)
+        batch = pa.record_batch({"path": path, "label": label, **places}, metadata=metadata or None)
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return cls(sink.getvalue())
@@ -184,13 +185,16 @@ class Listing:
         return -1 if value is None else int(value)
 
     def digest(self, stop: int) -> str:
-        """sha256 over the paths and labels of the first `stop` rows, or of as many as there are."""
+        """sha256 over paths, labels and the names of these: of the first `stop` rows, or of as many as there are."""
         stop = min(stop, len(self))
         paths, labels = self._paths.slice(0, stop), self._labels.slice(0, stop)
         ends = np.frombuffer(paths.buffers()[1], np.int64, stop + 1) if stop else np.zeros(1, np.int64)
         digest = hashlib.sha256(np.diff(ends).tobytes())
         digest.update(memoryview(paths.buffers()[2] or b"")[: int(ends[-1])])
         digest.update(labels.fill_null(-1).to_numpy())
+        if self.label_names is not None:
+            used = labels.drop_null().unique().to_pylist()
+            digest.update(json.dumps([self.label_names[label] for label in used]).encode())
         return digest.hexdigest()
 
     def grown(self, found: list[bytes], **content: Any) -> "Listing":
@@ -225,7 +229,8 @@ class Listing:
         if len(self) < len(known):
             return self
         content = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
-        updated = known._updated(np.arange(len(self)), content, path=self._paths, label=self._labels)
+        columns = {"path": self._paths, "label": self._labels, "label_names": self.label_names}
+        updated = known._updated(np.arange(len(self)), content, **columns)
         updated.left_out = self.left_out
         return updated
 

@@ -13,7 +13,8 @@ from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
 from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.input_file import require_input
-from mgpu_ddp.data.listing import Archive, Listing, as_labels
+from mgpu_ddp.data.labels import as_labels, as_names, is_text
+from mgpu_ddp.data.listing import Archive, Listing
 from mgpu_ddp.data.row_group_cache import RowGroupCache, slot_bytes
 from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.distributed.world import World
@@ -124,11 +125,14 @@ def _column(file: Any, name: str, key: str, path: str) -> Any:
 
 
 def _labels(file: Any, data: ParquetConfig, path: str) -> Any:
+    """The rows' labels: int32, or names that are numbered once those of all files are known."""
     import pyarrow as pa
 
     if data.label_column is None:
         return pa.nulls(file.metadata.num_rows, pa.int32())
     column = _column(file, data.label_column, "data.label_column", path)
+    if is_text(column.type):
+        return as_names(column)
     return as_labels(column, f"data.label_column={data.label_column} in {path!r}")
 
 

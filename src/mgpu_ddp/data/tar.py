@@ -26,7 +26,8 @@ from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, s
 from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.image_names import ImageNames, images_among
 from mgpu_ddp.data.input_file import open_descriptor, open_input
-from mgpu_ddp.data.listing import Archive, Listing, as_labels
+from mgpu_ddp.data.labels import as_labels
+from mgpu_ddp.data.listing import Archive, Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import MgpuError, UsageError
 

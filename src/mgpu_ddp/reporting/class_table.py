@@ -27,7 +27,7 @@ class ClassTable:
     names: tuple[str, ...] | None
     """The model's class names."""
     label_names: tuple[str, ...] | None
-    """The dataset's, where folders are classes."""
+    """The dataset's, where folders are classes or labels are texts."""
     num_labels: int | None
     """None where the dataset itself numbers its labels."""
 
@@ -55,12 +55,11 @@ class ClassTable:
         by_name = self._match_names()
         known = 0 if by_name is None else int((by_name >= 0).sum())
         if by_name is not None and known:
-            others = plural(len(by_name) - known, "folder") + " not compared: no class, or more than one, has that name"
-            how = f"class folders with classes of the same name, {known:,} of them"
+            others = plural(len(by_name) - known, "label") + " not compared: no class, or more than one, has that name"
+            how = f"labels with classes of the same name, {known:,} of them"
             return by_name, how if known == len(by_name) else f"{how}; {others}"
         if self.num_labels == self.num_classes:
-            order = "folders sorted by name" if self.label_names else "labels in their order"
-            return np.arange(self.num_classes), f"{order} with classes in the model's order"
+            return np.arange(self.num_classes), "labels in their order with classes in the model's order"
         why = "with no name in common" if by_name is not None else "without names to match them by"
         return None, f"the data has {self.num_labels:,} classes and the model {self.num_classes:,}, {why}"
 
@@ -83,9 +82,13 @@ def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | Non
     job = manifest.fingerprint
     label_names: tuple[str, ...] | None = None
     num_labels: int | None = job.get("data.num_classes")
-    if job.get("data.name") == "folder":
-        numbers = Listing.open(run_dir / FILE_NAME).classes()
+    files = Listing.open(run_dir / FILE_NAME) if (run_dir / FILE_NAME).exists() else None
+    if files is not None and job.get("data.name") == "folder":
+        numbers = files.classes()
         label_names = tuple(readable(name) for name in sorted(numbers, key=lambda name: numbers[name]))
+    elif files is not None and files.label_names is not None:
+        label_names = tuple(files.label_names)
+    if label_names is not None:
         num_labels = len(label_names)
     num_classes = int(job["model.num_classes"] or 0)
     return ClassTable(num_classes=num_classes, names=names, label_names=label_names, num_labels=num_labels)

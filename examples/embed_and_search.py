@@ -1,6 +1,6 @@
 r"""Nearest neighbours of an image, by embeddings of a timm model: embed once, then search as often as you like.
 
-mgpu-infer model=timm model.name=vit_small_patch14_dinov2.lvd142m model.weights=DEFAULT \
+mgpu-infer model=timm model.name=vit_small_patch16_224.augreg_in21k_ft_in1k \
     data=folder data.root=photos output.fields=[embedding] output.dir=embedded
 python examples/embed_and_search.py embedded photos cats/1.jpg neighbours.png
 """

@@ -57,7 +57,7 @@ def test_what_is_merged_is_the_whole_job(shards: Path, kind: str, tmp_path: Path
     run_dir = tmp_path / "run"
     shutil.copytree(shards / kind, run_dir)
     summary = merge(run_dir)
-    assert (summary["rows"], summary["errors"], summary["shards"]) == (31, 1, 3)
+    assert (summary["rows"], summary["errors"], summary["shards"], summary["weights"]) == (31, 1, 3, "random")
     assert_proved(run_dir, 31, errors=1)
     whole = shards / f"whole-{kind}"
     assert (run_dir / "errors.jsonl").read_bytes() == (whole / "errors.jsonl").read_bytes()

@@ -194,7 +194,7 @@ def main() -> None:
     config = Config(
         data=FolderConfig(root=args.root),
         transform=TransformConfig(),
-        model=ModelConfig(),
+        model=ModelConfig(weights=None),
         batch_size=args.batch_size,
         loader=LoaderConfig(),
     )

@@ -145,11 +145,15 @@ def _ours(folder: Path, array: Path, sizes: Sizes, gpus: int) -> list[Contender]
     start = [sys.executable] if gpus == 1 else torchrun("--standalone", f"--nproc_per_node={gpus}")
     ceilings = [str(PEERS / "ceilings.py"), str(folder), f"--batch-size={sizes.batch_size}"]
     jobs = {
-        "ours": ("JPEGs", sizes.images, ["data=folder", f"data.root={folder}", f"batch_size={sizes.batch_size}"]),
+        "ours": (
+            "JPEGs",
+            sizes.images,
+            ["data=folder", f"data.root={folder}", "model.weights=null", f"batch_size={sizes.batch_size}"],
+        ),
         "ours-array": (
             "images decoded before",
             sizes.images,
-            ["data=array", f"data.path={array}", f"batch_size={sizes.array_batch_size}"],
+            ["data=array", f"data.path={array}", "model.weights=null", f"batch_size={sizes.array_batch_size}"],
         ),
         "ours-fake": (
             "FakeData",

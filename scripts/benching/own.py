@@ -39,7 +39,7 @@ def own(args: argparse.Namespace) -> bool:
         Contender(
             name="named",
             title="ResNet18 by name",
-            command=[sys.executable, "-m", "mgpu_ddp.infer", *classify],
+            command=[sys.executable, "-m", "mgpu_ddp.infer", *classify, "model.weights=null"],
             rows=images,
         ),
         Contender(

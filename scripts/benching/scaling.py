@@ -166,7 +166,7 @@ def _kinds(args: argparse.Namespace, *, on_gpu: bool) -> list[Kind]:
 def _images(kind: Kind, plan: Plan, work: Path, *, quick: bool) -> list[str]:
     """Make the images of the largest job and say how a job names them."""
     largest = plan.counts[-1] * kind.rows_each
-    common = [f"batch_size={kind.batch_size}"]
+    common = [f"batch_size={kind.batch_size}", "model.weights=null"]
     if kind.name == "fake":
         return [f"data.size={largest}", *common]
     if kind.name == "jpegs":

@@ -79,6 +79,7 @@ def settings(kind: Kind, images: Path, rows: int, commit_every: int) -> list[str
         *(fake if kind.data == "fake" else ["data=folder", f"data.root={images}"]),
         f"transform.size={PIXELS}",
         "model.name=squeezenet1_1",
+        "model.weights=null",
         f"model.num_classes={CLASSES}",
         "batch_size=4",
         "loader.workers=1",

@@ -194,6 +194,7 @@ def _merge(run_dir: Path, shards: list[Shard]) -> dict[str, Any]:
         "errors": merged.errors,
         "missing": 0,
         "duplicates": 0,
+        "weights": merged.weights,
         "run_dir": str(run_dir),
     }
 

@@ -69,6 +69,7 @@ class Run:
             "duplicates": 0,  # parts are only listed where the one before ends
             "left_out": manifest.left_out,
             "predictions": [rows, *manifest.row_shape],
+            "weights": manifest.weights,
             "world_size": manifest.world_sizes[-1] if manifest.world_sizes else None,
             "batch_size": manifest.batch_size,
             "device": manifest.fingerprint.get("runtime.device"),

@@ -134,7 +134,7 @@ def test_embed_and_search(tmp_path: Path, photos: Path, monkeypatch: pytest.Monk
     weights = save(module, tmp_path / "vit.pt")
     path = EXAMPLES / "embed_and_search.py"
     (embed,) = re.findall(r"mgpu-infer (.*?)\npython", path.read_text(), re.DOTALL)
-    named = ("model.name=vit_small_patch14_dinov2.lvd142m", "model.weights=DEFAULT", "data.root=photos")
+    named = ("model.name=vit_small_patch16_224.augreg_in21k_ft_in1k", "data.root=photos")
     words = [word for word in embed.split() if word not in (*named, "\\")]
     words += ["model.name=test_vit", f"model.weights={weights}", f"data.root={photos}", "loader.workers=1"]
     ended = run(ranks(1, *words), tmp_path)

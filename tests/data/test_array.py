@@ -163,7 +163,7 @@ def test_another_array_under_the_same_name_is_another_job(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("side", "resize"), [(224, (224, 224)), (256, (256,))])
 def test_images_of_the_models_size_are_only_normalised(tmp_path: Path, side: int, resize: tuple[int, ...]) -> None:
     data = saved(tmp_path / "x.npy", images(1, side, side, 3))
-    config = Config(data=data, transform=TransformConfig(), model=ModelConfig(name="squeezenet1_1"))
+    config = Config(data=data, transform=TransformConfig(), model=ModelConfig(name="squeezenet1_1", weights=None))
     transform = choose_transform(config, build_model(config))
     assert transform.resize == resize
     assert transform.mean == MEAN

@@ -93,7 +93,7 @@ def rows_of(root: Path, world: World, *, decode: str = "gpu", transform: Transfo
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
-        model=ModelConfig(),
+        model=ModelConfig(weights=None),
         output=OutputConfig(fields=["topk", "logits"]),
     )
     files = Listing.build(find_images(str(root)).paths)

@@ -46,7 +46,7 @@ def job(run_dir: Path, **changes: Any) -> Job:
     config = Config(
         data=FakeConfig(size=ROWS),
         transform=TransformConfig(),
-        model=ModelConfig(),
+        model=ModelConfig(weights=None),
         **{"batch_size": "auto", **changes},
     )
     return Job(name="0", config=config, run_dir=run_dir)

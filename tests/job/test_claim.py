@@ -38,7 +38,7 @@ from tests.support.worlds import run_job
 
 
 def config(**changes: Any) -> Config:
-    model = ModelConfig(name="squeezenet1_1", num_classes=5)
+    model = ModelConfig(name="squeezenet1_1", weights=None, num_classes=5)
     return Config(**{"data": FakeConfig(), "transform": TransformConfig(), "model": model} | changes)
 
 

@@ -25,8 +25,10 @@ from tests.support.choices import resolved
 
 def job(name: str, **changes: object) -> Config:
     return Config(
-        data=FolderConfig(root="."), transform=TransformConfig(), model=TimmConfig(name=name, num_classes=5, **changes)
-    )  # type: ignore[arg-type]
+        data=FolderConfig(root="."),
+        transform=TransformConfig(),
+        model=TimmConfig(**{"name": name, "weights": None, "num_classes": 5} | changes),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,9 @@ def test_a_model_whose_tracing_finds_constants_of_many_dimensions_runs(world: Wo
 def test_weights_are_files_or_the_hubs() -> None:
     with pytest.raises(UsageError, match=r"^model\.weights must be null, DEFAULT or a path to .* got 'IMAGENET1K_V1'"):
         build_model(job("test_vit", weights="IMAGENET1K_V1"))
-    with pytest.raises(UsageError, match=r"^model\.num_classes must be 1000 for these weights, got 5"):
+    with pytest.raises(
+        UsageError, match=r"^model\.num_classes must be 1000 for the weights timm/test_vit\.r160_in1k, got 5"
+    ):
         build_model(job("test_vit", weights="DEFAULT"))
 
 

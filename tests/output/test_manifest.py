@@ -215,4 +215,5 @@ def test_status_counts_every_sample(tmp_path: Path, status: str, reason: str | N
         "reason": reason,
         "next": "again",
         "counts": {"total": 20, "ok": 7, "error": 1, "missing": 12},
+        "weights": None,
     }

@@ -31,6 +31,7 @@ SMALL = (
     "data.image_size=[3,32,32]",
     "batch_size=4",
     "loader.workers=1",
+    "model.weights=null",
 )
 """Fake images of 32 pixels through a small model: for tests in which ResNet18 at 224 is not the point."""
 SMALL_IMAGES = tuple(setting for setting in SMALL if not setting.startswith("data."))

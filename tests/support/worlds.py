@@ -50,7 +50,7 @@ def tiny(**changes: Any) -> Config:
     groups: dict[str, Any] = {
         "data": FakeConfig(size=97, image_size=[3, 32, 32]),
         "transform": TransformConfig(size=32),
-        "model": ModelConfig(name="squeezenet1_1", num_classes=12),
+        "model": ModelConfig(name="squeezenet1_1", weights=None, num_classes=12),
         "loader": LoaderConfig(workers=1),
         "output": OutputConfig(),
         "dist": DistConfig(timeout_s=20),

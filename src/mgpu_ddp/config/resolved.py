@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from mgpu_ddp.preprocess.transform import AnyTransform
 
+RANDOM = "random"
+"""`Resolved.weights` of a model that was never trained."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speedups:
@@ -47,3 +50,5 @@ class Resolved:
     batch_size: int
     transform: AnyTransform
     speedups: Speedups = field(default_factory=Speedups)
+    weights: str | None = None
+    """`RANDOM`, the name of the weights or the path of the checkpoint; None where the script's model has its own."""

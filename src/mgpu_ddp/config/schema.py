@@ -30,6 +30,7 @@ from mgpu_ddp.config.script import ITSELF
 from mgpu_ddp.errors import UsageError
 
 A_DAY_S = 86_400
+AUTO = "auto"
 CLASS_NAMES = "A file that names the classes in the model's order: a text of one name a line, or a .json list."
 
 
@@ -301,13 +302,18 @@ class ModelConfig(Section):
 
     name: str = key("resnet18", "Any torchvision classification model.")
     weights: str | None = key(
-        None,
-        "null: random, from `seed`. DEFAULT or a torchvision weights name: downloaded once. A path ending in .pt, .pth"
-        " or .safetensors: a checkpoint.",
-        not_empty("null, a name or a path", "Leave it out for null."),
+        AUTO,
+        "auto: DEFAULT, or null for data=fake; a run folder keeps its own. null: random, from `seed`. DEFAULT or a"
+        " torchvision weights name: downloaded once. A path ending in .pt, .pth, .ckpt or .safetensors: a checkpoint.",
+        not_empty("auto, null, a name or a path", "Leave it out for auto."),
         path=True,
     )
-    num_classes: int = key(1000, "Number of classes of the last layer.", at_least(1))
+    num_classes: int | None = key(
+        None,
+        "Number of classes of the last layer; one is a probability of its own, by the sigmoid. null: those of the"
+        " weights, 1000 where they are random.",
+        at_least(1, example=1000),
+    )
     class_names: str | None = key(
         None,
         f"{CLASS_NAMES} null: the weights' own names, where they have any.",

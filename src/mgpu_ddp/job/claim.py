@@ -186,6 +186,7 @@ def _fresh_manifest(setup: Setup) -> Manifest:
         shard=config.shard,
         columns=as_json([*carried_types(files), *setup.types]),
         starts=[Start(began=round(time.time() - age_s, 3), ranks=setup.world.size)],
+        weights=setup.resolved.weights,
     )
     if files is not None:
         manifest.fingerprint["listing"] = files.digest(stop)

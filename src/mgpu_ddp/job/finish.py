@@ -117,6 +117,7 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         **({} if context.bitwise else {"bitwise": False}),
         "accuracy": results.stats.accuracy,
         "all_starts": metrics.all_starts(manifest),
+        "weights": manifest.weights,
         "world_size": context.world.size,
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],

@@ -105,6 +105,7 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "status": "planned",
         "exit_code": int(Exit.COMPLETE),
         "samples": stop - start,
+        "weights": setup.resolved.weights,
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.resolved import Resolved
-from mgpu_ddp.config.schema import Config
+from mgpu_ddp.config.resolved import RANDOM, Resolved
+from mgpu_ddp.config.schema import AUTO, Config, FakeConfig, ModelConfig
 from mgpu_ddp.data.datasets import find_listing
 from mgpu_ddp.data.script_dataset import bring_dataset
 from mgpu_ddp.distributed import host
@@ -30,6 +30,7 @@ from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import precision_of, speedups_of
 from mgpu_ddp.models.script_transform import script_transform
 from mgpu_ddp.output.columns import OURS, ColumnType
+from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.no_pandas import keep_pandas_out
 
 
@@ -53,6 +54,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
     warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
     folder = place_job(job, world)
+    job = choose_weights(job, folder.before, world)
+    config = job.config
     # Before the images are listed, which may take minutes: a model that does not exist is refused within seconds.
     depends_on = [config.model, config.seed, config.output.computed]
     model = kept.get("model", depends_on, lambda: load_model(config, job.script, world))
@@ -75,6 +78,7 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             batch_size=DEFAULT_BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size),
             transform=transform,
             speedups=speedups_of(config),
+            weights=model.weights,
         ),
     )
     with world.together("see whether it fits"):
@@ -84,6 +88,19 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     setup = try_model(setup) if model.is_tried else replace(setup, types=types_of(model, config))
     check_carried(setup)
     return setup if config.dry_run else _measured(setup)
+
+
+def choose_weights(job: Job, before: Manifest | None, world: World) -> Job:
+    """The job with `model.weights=auto` decided; `before` is the manifest that it continues, on rank 0. Collective."""
+    config = job.config
+    if not isinstance(config.model, ModelConfig) or config.model.weights != AUTO:
+        return job
+    chosen = None if isinstance(config.data, FakeConfig) else "DEFAULT"
+    if before is not None and before.fingerprint.get("model.name") in (config.model.name, f"timm/{config.model.name}"):
+        # Folders that do not name theirs were begun when the default was random.
+        chosen = None if before.weights == RANDOM else before.weights
+    chosen = world.share("weights", chosen)
+    return replace(job, config=replace(config, model=replace(config.model, weights=chosen)))
 
 
 def check_carried(setup: Setup) -> None:

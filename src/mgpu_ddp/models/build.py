@@ -1,5 +1,6 @@
 """Builds the model that the configuration names, whatever family it is of."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,19 @@ from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.host import available_bytes, is_out_of_memory, require_memory
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
+from mgpu_ddp.models.checkpoint import Checkpoint, in_one_line, is_checkpoint, read_checkpoint
 from mgpu_ddp.models.class_names import read_class_names
 from mgpu_ddp.models.head import embedding_dim
 from mgpu_ddp.models.input_transform import STANDARD_SIZE
 from mgpu_ddp.models.lazy_dynamo import import_torchvision
-from mgpu_ddp.models.model import Model
+from mgpu_ddp.models.model import RANDOM_CLASSES, Model
 from mgpu_ddp.models.script_model import build_script_model
 from mgpu_ddp.models.timm_models import build_timm
 from mgpu_ddp.models.torchvision_models import build_torchvision
-from mgpu_ddp.models.weights import in_one_line, load_weights
+from mgpu_ddp.models.weights import count_classes, load_weights
 from mgpu_ddp.preprocess.transform import AnyTransform, Transform
+
+log = logging.getLogger("mgpu_ddp")
 
 WIDEST = 1 << 14
 """No head sees more features."""
@@ -46,13 +50,42 @@ def load_model(config: Config, script: Script, world: World) -> Model:
     Raises:
         UsageError: no such model or weights, or weights that do not fit.
     """
+    config, checkpoint = _open_checkpoint(config, world)
     with world.together("load the model"):
         if world.rank == 0 and isinstance(config.model, ModelConfig):
             require_head(config, config.model, available_bytes() // world.local_size)
         model = build_model(config, script)
         if world.rank == 0 and isinstance(config.model, ModelConfig):
-            load_weights(model, config.model)
+            load_weights(model, config.model, checkpoint)
     return name_classes(model, config, world)
+
+
+def _open_checkpoint(config: Config, world: World) -> tuple[Config, Checkpoint | None]:
+    """Read the checkpoint on rank 0, and take its number of classes where none is given. Collective."""
+    wanted, checkpoint, num_classes = config.model, None, None
+    if not isinstance(wanted, ModelConfig) or not is_checkpoint(wanted.weights):
+        return config, None
+    with world.together("read the checkpoint"):
+        if world.rank == 0:
+            checkpoint = read_checkpoint(Path(str(wanted.weights)))
+            if wanted.num_classes is None:
+                num_classes = count_classes(outline(config), checkpoint)
+    if wanted.num_classes is None and (num_classes := world.share("number of classes", num_classes)) is not None:
+        config = replace(config, model=replace(wanted, num_classes=num_classes))
+        if world.rank == 0:
+            log.info("model.num_classes=%d, as the checkpoint has it", num_classes)
+    return config, checkpoint
+
+
+def outline(config: Config) -> Model:
+    """The model without memory for its weights, where its builder goes without."""
+    import_torchvision()
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except Exception:
+        # Some compute with tensors as they build, and a mistake is told the same way again.
+        return build_model(config)
 
 
 def build_model(config: Config, script: Script | None = None) -> Model:
@@ -68,7 +101,7 @@ def require_head(config: Config, wanted: ModelConfig, available: int) -> None:
     Raises:
         OutOfMemoryError: says how much they take.
     """
-    classes = wanted.num_classes
+    classes = wanted.num_classes or RANDOM_CLASSES
     if classes * WIDEST * 4 > available:
         import_torchvision()
         small = replace(wanted, num_classes=1, weights=None)

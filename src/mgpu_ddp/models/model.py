@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mgpu_ddp.errors import UsageError
+
 State = dict[str, torch.Tensor]
 """A state dict."""
 
@@ -27,6 +29,8 @@ class Model:
     class_names: tuple[str, ...] | None
     preset: Any
     """The transform that the model was evaluated with, in the words of torchvision's presets; None if unknown."""
+    weights: str | None = None
+    """As `Resolved` has them."""
     fetch_weights: Callable[[], State] | None = None
     """Gets the weights that `model.weights` names; None where it is null or a path."""
     input_size: int | None = None
@@ -35,6 +39,19 @@ class Model:
     """Applied to what forward returns."""
     is_tried: bool = False
     """Its columns, and how it may be made faster, are found by trying it: nothing else is known of its forward."""
+
+
+RANDOM_CLASSES = 1000
+"""Number of classes of a model without weights that say theirs."""
+
+
+def other_classes(weights: str, num_classes: int, wanted: int | None) -> UsageError:
+    """The error of another number of classes than named weights have."""
+    return UsageError(
+        f"model.num_classes must be {num_classes} for the weights {weights}, got {wanted}. Give a checkpoint of"
+        f" {wanted} classes (model.weights=FILE.pt), leave model.num_classes out, or set model.weights=null for random"
+        " ones."
+    )
 
 
 def did_you_mean(name: str, names: Sequence[str], otherwise: str) -> str:

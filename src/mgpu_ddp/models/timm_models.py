@@ -1,5 +1,6 @@
 """timm's models: built by name without a network, with the transform that they were evaluated with."""
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,14 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, TimmConfig
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.model import Model, State, did_you_mean
-from mgpu_ddp.models.weights import CHECKPOINTS, read_checkpoint
+from mgpu_ddp.models.checkpoint import CHECKPOINTS, is_checkpoint, read_state
+from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, did_you_mean, other_classes
+from mgpu_ddp.models.network import REACH_S, within
+
+log = logging.getLogger("mgpu_ddp")
 
 HUB_FILE = "model.safetensors"
 """The weights in a model's repository on the Hugging Face hub: tensors alone, no code."""
@@ -25,59 +30,73 @@ def build_timm(config: Config, wanted: TimmConfig) -> Model:
     Raises:
         UsageError: timm is not installed, has no such model or weights, or the model cannot do what is asked for.
     """
-    weights = wanted.weights
+    pretrained = _look_up(wanted.name)
+    weights, own = wanted.weights, pretrained.get("hf_hub_id")
+    # A run folder names the repository.
+    is_own = weights == "DEFAULT" or (weights is not None and weights == own)
     rule = f"null, DEFAULT or a path to {'/'.join(CHECKPOINTS)} for model=timm"
-    is_known = weights is None or weights == "DEFAULT" or weights.endswith(CHECKPOINTS)
     remedy = "Name them by a tag of the model: model.name=resnet18.a1_in1k."
-    require(is_known, "model.weights", rule, weights, remedy)
+    require(weights is None or is_own or is_checkpoint(weights), "model.weights", rule, weights, remedy)
+    if is_own:
+        _check_hub_weights(wanted, pretrained)
+        weights = own
+    num_classes = wanted.num_classes or (pretrained["num_classes"] if is_own else RANDOM_CLASSES)
     torch.manual_seed(config.seed)
-    module, preset = _create(wanted)
-    if weights == "DEFAULT":
-        _check_hub_weights(wanted, module.pretrained_cfg)
+    module, preset = _create(wanted.name, num_classes)
     if "embedding" in config.output.computed:
         _check_embedding(wanted, module)
     source = f"random weights from seed {config.seed}" if weights is None else f"weights {weights}"
     return Model(
         module=module,
-        num_classes=wanted.num_classes,
+        num_classes=num_classes,
         identity={"model.name": f"timm/{wanted.name}"},
         origin=f"timm {wanted.name}, {source}",
-        class_names=_class_names(module.pretrained_cfg) if weights == "DEFAULT" else None,
+        class_names=_class_names(pretrained) if is_own else None,
         preset=preset,
-        fetch_weights=partial(_download, module.pretrained_cfg["hf_hub_id"]) if weights == "DEFAULT" else None,
+        weights=weights or RANDOM,
+        fetch_weights=partial(_fetch, str(own)) if is_own else None,
         # Many of timm's models take images of one size alone.
         input_size=preset.crop_size[0],
     )
 
 
-def _create(wanted: TimmConfig) -> tuple[Any, Any]:
-    """The module without its weights, and its preset."""
+def _look_up(name: str) -> dict[str, Any]:
+    """What timm knows of the weights that belong to a name of its list."""
     try:
         import timm
-        from timm.data.config import resolve_data_config
     except ImportError:
         raise UsageError("model must be one whose library is installed, got 'timm'. pip install 'timm>=1.0'.") from None
     # From its own list alone: timm takes names of hub repositories and of local folders too.
-    name = wanted.name
     known = timm.is_model(name) and ":" not in name and "/" not in name
     names = timm.list_models(pretrained="." in name)
     remedy = did_you_mean(name.partition("/")[2] or name, names, "timm.list_models() names them.")
     require(known, "model.name", "a timm model", name, remedy)
     try:
-        module: Any = timm.create_model(name, pretrained=False, num_classes=wanted.num_classes)
+        found = timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # of a tag that it does not know
         raise UsageError(
             f"model.name must be a timm model, got {name!r} ({str(error).rstrip('.')}). {remedy}"
         ) from None
+    return dict(found.to_dict()) if found is not None else {}
+
+
+def _create(name: str, num_classes: int) -> tuple[Any, Any]:
+    """The module without its weights, and its preset."""
+    import timm
+    from timm.data.config import resolve_data_config
+
+    module: Any = timm.create_model(name, pretrained=False, num_classes=num_classes)
     return module, _preset(resolve_data_config(model=module), name)
 
 
-def _check_hub_weights(wanted: TimmConfig, pretrained: Any) -> None:
+def _check_hub_weights(wanted: TimmConfig, pretrained: dict[str, Any]) -> None:
     rule, remedy = "null or a checkpoint for this model", "timm names none on the Hugging Face hub."
-    require(bool(pretrained.get("hf_hub_id")), "model.weights", rule, "DEFAULT", remedy)
+    require(bool(pretrained.get("hf_hub_id")), "model.weights", rule, wanted.weights, remedy)
     classes = pretrained["num_classes"]
-    rule, remedy = f"{classes} for these weights", f"Set model.num_classes={classes}."
-    require(wanted.num_classes == classes, "model.num_classes", rule, wanted.num_classes, remedy)
+    rule, remedy = "a model whose own weights have classes", "Bring it by a script of yours (docs/own.md)."
+    require(classes > 0, "model.name", rule, f"{wanted.name}, whose weights end in features", remedy)
+    if wanted.num_classes not in (None, classes):
+        raise other_classes(pretrained["hf_hub_id"], classes, wanted.num_classes)
 
 
 def _check_embedding(wanted: TimmConfig, module: Any) -> None:
@@ -88,22 +107,31 @@ def _check_embedding(wanted: TimmConfig, module: Any) -> None:
     require(isinstance(head, nn.Linear | nn.Conv2d), "output.fields", rule, found, "Leave it out.")
 
 
-def _download(repository: str) -> State:
+def _fetch(repository: str) -> State:
     """Get a model's own weights from the cache of the Hugging Face hub or from the hub itself.
 
     Raises:
         UsageError: they are in neither.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+    cached = try_to_load_from_cache(repository, HUB_FILE)
+    if isinstance(cached, str):
+        return read_state(Path(cached))
     try:
+        if not constants.HF_HUB_OFFLINE:
+            url = hf_hub_url(repository, HUB_FILE)
+            within(REACH_S, lambda: get_hf_file_metadata(url, timeout=REACH_S))
+            log.info("%s goes to %s", url, constants.HF_HUB_CACHE)
         path = Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the hub's own, those of its HTTP client, and OSError
+        folder = f"models--{repository.replace('/', '--')}"
         raise UsageError(
-            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__} for"
-            f" {repository} of the Hugging Face hub). Fetch {HUB_FILE} where there is a network, and give its path."
+            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__}). Fetch"
+            f" {constants.ENDPOINT}/{repository}/resolve/main/{HUB_FILE} where there is a network and give its path, or"
+            f" copy {folder} from its cache to {constants.HF_HUB_CACHE}; model.weights=null is random ones."
         ) from None
-    return read_checkpoint(path)
+    return read_state(path)
 
 
 def _class_names(pretrained: Any) -> tuple[str, ...] | None:

@@ -1,15 +1,21 @@
 """torchvision's classification models: built by name, with random or named weights."""
 
+import logging
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, ModelConfig
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.model import Model, State, did_you_mean
-from mgpu_ddp.models.weights import CHECKPOINTS, in_one_line
+from mgpu_ddp.models.checkpoint import CHECKPOINTS, in_one_line, is_checkpoint
+from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, did_you_mean, other_classes
+from mgpu_ddp.models.network import REACH_S, within
+
+log = logging.getLogger("mgpu_ddp")
 
 OLD_INIT = ("googlenet", "inception_v3")
 """Builders that warn unless they are told how to initialise."""
@@ -27,7 +33,7 @@ def build_torchvision(config: Config, wanted: ModelConfig) -> Model:
     remedy = did_you_mean(wanted.name, names, "torchvision.models.list_models() names them.")
     require(wanted.name in names, "model.name", "a torchvision classification model", wanted.name, remedy)
     torch.manual_seed(config.seed)
-    if wanted.weights is None or wanted.weights.endswith(CHECKPOINTS):
+    if wanted.weights is None or is_checkpoint(wanted.weights):
         return _without_named_weights(wanted, config.seed)
     return _with_named_weights(wanted, wanted.weights)
 
@@ -36,17 +42,19 @@ def _without_named_weights(wanted: ModelConfig, seed: int) -> Model:
     import torchvision
 
     extra = {"init_weights": True} if wanted.name in OLD_INIT else {}
-    module = torchvision.models.get_model(wanted.name, weights=None, num_classes=wanted.num_classes, **extra)
+    num_classes = wanted.num_classes or RANDOM_CLASSES
+    module = torchvision.models.get_model(wanted.name, weights=None, num_classes=num_classes, **extra)
     origin = f"{wanted.name}, weights from {wanted.weights}"
     if wanted.weights is None:
         origin = f"{wanted.name}, random weights from seed {seed} (model.weights=DEFAULT loads trained ones)"
     return Model(
         module=module,
-        num_classes=wanted.num_classes,
+        num_classes=num_classes,
         identity={"model.name": wanted.name},
         origin=origin,
         class_names=None,
         preset=None,
+        weights=wanted.weights or RANDOM,
     )
 
 
@@ -59,9 +67,8 @@ def _with_named_weights(wanted: ModelConfig, name: str) -> Model:
     require(name in known, "model.weights", rule, name, "Choose one of these.")
     chosen = choices[name]
     categories = tuple(chosen.meta["categories"])
-    rule = f"{len(categories)} for these weights"
-    is_same = wanted.num_classes == len(categories)
-    require(is_same, "model.num_classes", rule, wanted.num_classes, "Leave model.num_classes out.")
+    if wanted.num_classes not in (None, len(categories)):
+        raise other_classes(chosen.name, len(categories), wanted.num_classes)
     # What torchvision itself passes to these builders along with trained weights.
     extra = {"transform_input": True, "init_weights": False} if wanted.name in OLD_INIT else {}
     return Model(
@@ -71,6 +78,7 @@ def _with_named_weights(wanted: ModelConfig, name: str) -> Model:
         origin=f"{wanted.name}, weights {chosen.name}",
         class_names=categories,
         preset=chosen.transforms(),
+        weights=chosen.name,
         fetch_weights=partial(_fetch, wanted.name, name),
     )
 
@@ -84,13 +92,15 @@ def _fetch(model: str, name: str) -> State:
     import torchvision
 
     weights = torchvision.models.get_model_weights(model)[name]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     try:
+        if not file.exists():
+            within(REACH_S, lambda: urlopen(weights.url, timeout=REACH_S).close())
+            log.info("%s goes to %s", weights.url, file)
         state: State = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:
-        file = weights.url.rpartition("/")[2]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
         raise UsageError(
-            f"model.weights must be on this machine or reachable, got {name!r} ({in_one_line(error)}). Put {file} at"
-            f" {path}, or give a checkpoint path."
+            f"model.weights must be on this machine or reachable, got {name!r} ({in_one_line(error)}). Put"
+            f" {weights.url} at {file}, or set model.weights=null for random ones."
         ) from None
     return state

@@ -110,6 +110,7 @@ MANIFEST_RULES: Rules = {
     "starts": (_list_of(lambda value: type(value) is dict), "a list of starts"),
     "left_out": (_map_of(_is_text, _is_count), "counts by kind"),
     "changed": (lambda value: type(value) is bool, "true or false"),
+    "weights": (lambda value: value is None or _is_text(value), "a text or null"),
 }
 
 
@@ -187,6 +188,8 @@ class Manifest:
     """How many files beside the samples were not taken for images, by kind."""
     changed: bool = False
     """Some error rows are those of images that were replaced, and that are to be predicted again."""
+    weights: str | None = None
+    """The weights by name, as `Resolved` has them; None in older manifests too. The fingerprint has their digest."""
 
     @property
     def prefix(self) -> int:
@@ -346,4 +349,5 @@ def write_status(
     """
     total, rows = manifest.stop - manifest.start, manifest.prefix - manifest.start
     counts = {"total": total, "ok": rows - manifest.errors, "error": manifest.errors, "missing": total - rows}
-    replace_json(run_dir / STATUS, {"status": status, "reason": reason, "next": next_command, "counts": counts})
+    content = {"status": status, "reason": reason, "next": next_command, "counts": counts, "weights": manifest.weights}
+    replace_json(run_dir / STATUS, content)

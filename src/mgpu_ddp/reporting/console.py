@@ -12,13 +12,13 @@ from typing import Any, TextIO
 
 import torch
 
-from mgpu_ddp.config.resolved import Resolved
+from mgpu_ddp.config.resolved import RANDOM, Resolved
 from mgpu_ddp.data.image_names import describe
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
 from mgpu_ddp.reporting.terminal import OneLine, print_lines
-from mgpu_ddp.reporting.text import duration, hours_minutes_seconds, plural
+from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, hours_minutes_seconds, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -139,6 +139,8 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         rows = plural(accuracy["compared"], "row")
         lines.append(f"top-1 {accuracy['top1']:.2%}{top5} of {rows} ({accuracy['how']})")
     lines += _all_starts(summary["all_starts"])
+    if summary["weights"] == RANDOM:
+        lines.append(f"WARNING: {RANDOM_WEIGHTS}")
     if ranks:
         steady, overall = summary["images_per_s"], summary["images_per_s_with_startup"]
         start = f"with {summary['startup_s']:.1f} s of start-up"

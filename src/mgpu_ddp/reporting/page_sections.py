@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.data.image_names import describe
 from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
@@ -19,7 +20,7 @@ from mgpu_ddp.reporting.metrics import all_starts
 from mgpu_ddp.reporting.provenance import provenance, source
 from mgpu_ddp.reporting.render import shorten
 from mgpu_ddp.reporting.table_stats import TableStats
-from mgpu_ddp.reporting.text import duration, gibibytes, plural
+from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, gibibytes, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -76,6 +77,8 @@ def summary(manifest: Manifest, accuracy: Section | None, status: Section, metri
 def notices(manifest: Manifest, status: Section, metrics: Section) -> list[str]:
     """Sentences that a reader should not miss."""
     found = []
+    if manifest.weights == RANDOM:
+        found.append(RANDOM_WEIGHTS)
     if status.get("reason"):
         found.append(str(status["reason"]))
     if metrics.get("nonfinite"):

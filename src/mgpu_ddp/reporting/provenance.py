@@ -43,7 +43,7 @@ def _model(job: dict[str, Any]) -> str:
 
 def _weights(manifest: Manifest) -> str:
     digest = manifest.fingerprint.get("model.weights")
-    named = [getattr(manifest, "weights", None), f"sha256 {digest[:12]}…" if isinstance(digest, str) else None]
+    named = [manifest.weights, f"sha256 {digest[:12]}…" if isinstance(digest, str) else None]
     return ", ".join(filter(None, named))
 
 

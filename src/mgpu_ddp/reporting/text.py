@@ -1,4 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and what is said in more than one place."""
+
+RANDOM_WEIGHTS = "random weights: rows say nothing about the images (model.weights=DEFAULT takes trained ones)"
 
 
 def plural(number: int, noun: str) -> str:

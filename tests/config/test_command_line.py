@@ -120,7 +120,12 @@ def test_any_folder_reaches_hydra_as_it_is(multirun: bool) -> None:
         ("data=imagefolder", "data must be one of fake, folder, list, webdataset, parquet, array, got 'imagefolder'"),
         ("transform=crop", "transform must be one of auto, plain, imagenet, got 'crop'"),
         ("model=exported", "got 'exported'. To load an exported program is to run code that its file holds"),
-        ("model=resnet50", "model must be one of resnet18, timm, got 'resnet50'. Choose it by model.name=resnet50."),
+        (
+            "model=resnet50",
+            "got 'resnet50'. Choose it by model.name=resnet50; timm's models also take model=timm.",
+        ),
+        ("model=mine.py", "got 'mine.py'. Start it as a script that calls mgpu_ddp.main: mgpu-infer mine.py (docs/own"),
+        ("model=net.pt", "model must be one of resnet18, timm, got 'net.pt'. Give it as model.weights=net.pt."),
         ("batch_size=-4", "batch_size must be at least 1 or auto, got -4"),
         (
             "data=${oc.env:HOME}",

@@ -12,7 +12,14 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from mgpu_ddp.config.schema import Config, FakeConfig, ModelConfig, RuntimeConfig, TransformConfig
+from mgpu_ddp.config.schema import (
+    Config,
+    FakeConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TimmConfig,
+    TransformConfig,
+)
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
@@ -238,16 +245,47 @@ def test_random_weights_follow_the_seed() -> None:
     assert "random weights from seed 3" in build_model(job(seed=3)).origin
 
 
-def test_an_unknown_model_suggests_a_near_one() -> None:
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("resnet81", "Did you mean resnet18?"),
+        ("efficientnet", "Did you mean efficientnet_b0?"),
+        ("vit_tiny", "Did you mean timm's vit_tiny_patch16_224? Add model=timm model.name=vit_tiny_patch16_224."),
+        ("convnextv2_base", "It is timm's: add model=timm (model=timm model.name=convnextv2_base)."),
+        ("resnet18.a1_in1k", "It is timm's: add model=timm (model=timm model.name=resnet18.a1_in1k)."),
+        ("fasterrcnn_resnet50_fpn", "It detects objects: bring it by a script (examples/detector.py, docs/own.md)."),
+        ("fcn_resnet50", "It segments images: bring it by a script (docs/own.md)."),
+        ("deeplabv3", "deeplabv3_mobilenet_v3_large segments images: bring it by a script (docs/own.md)."),
+        ("s3d", "It takes videos: bring it by a script (docs/own.md)."),
+        ("mine.py", "Start it as a script that calls mgpu_ddp.main: mgpu-infer mine.py (docs/own.md)."),
+        ("net.pt", "Give it as model.weights=net.pt."),
+        ("xyzzy", "docs/models.md says how to list them, and docs/own.md how a script brings its own."),
+    ],
+)
+def test_an_unknown_model_is_told_where_to_go(name: str, way: str) -> None:
     with pytest.raises(UsageError) as raised:
-        build_model(job("resnet81"))
-    assert "model.name must be a torchvision classification model, got 'resnet81'. Did you mean resnet" in str(
-        raised.value
-    )
-    with pytest.raises(UsageError, match="list_models"):
-        build_model(job("xyzzy"))
-    with pytest.raises(UsageError, match=r"model\.name"):
-        build_model(job("fcn_resnet50"))  # torchvision has it, but it segments
+        build_model(job(name))
+    assert str(raised.value) == f"model.name must be a torchvision classification model, got {name!r}. {way}"
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("resnet19", "Did you mean resnet18?"),
+        ("resnet18.a9_in1k", "Did you mean resnet18.a3_in1k?"),
+        ("mobilenet_v3_large", "It is torchvision's: leave model=timm out."),
+        ("fasterrcnn_resnet50_fpn", "It detects objects: bring it by a script (examples/detector.py, docs/own.md)."),
+        ("mine.py", "Start it as a script that calls mgpu_ddp.main: mgpu-infer mine.py (docs/own.md)."),
+        ("net.ckpt", "Give it as model.weights=net.ckpt."),
+        ("xyzzy", "timm.list_models() names them; a script brings its own (docs/own.md)."),
+    ],
+)
+def test_an_unknown_model_of_timm_is_told_where_to_go(name: str, way: str) -> None:
+    config = Config(data=FakeConfig(), transform=TransformConfig(), model=TimmConfig(name=name, weights=None))
+    with pytest.raises(UsageError) as raised:
+        build_model(config)
+    assert str(raised.value).startswith(f"model.name must be a timm model, got {name!r}")
+    assert str(raised.value).endswith(f". {way}")
 
 
 @pytest.mark.parametrize("weights", ["IMAGENET", "default", "weights.bin"])

@@ -12,7 +12,7 @@ from mgpu_ddp.config.allowlist import OPEN_GROUPS, OPEN_KEYS, parse
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.options import Options
 from mgpu_ddp.config.schema import GROUPS
-from mgpu_ddp.config.script import ITSELF
+from mgpu_ddp.config.script import ITSELF, way_of_file
 from mgpu_ddp.config.values import check_value, find_key, sections_with
 
 MAX_JOBS = 10_000
@@ -126,7 +126,7 @@ def _check_option(override: Override, options: Options) -> None:
     known = options.names(group)
     remedy = "See --help."
     if group == "model":
-        remedy = f"Choose it by model.name={value}."
+        remedy = way_of_file(value) or f"Choose it by model.name={value}; timm's models also take model=timm."
     if (group, value) == ("model", "exported"):
         remedy = "To load an exported program is to run code that its file holds: give a checkpoint instead."
     require(value in known, group, f"one of {', '.join(known)}", value, remedy)

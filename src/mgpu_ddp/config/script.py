@@ -13,7 +13,15 @@ ITSELF = "script"
 """The option of the groups `model`, `transform` and `data` that stands for what the script brings."""
 KEPT = ("model.class_names",)
 """Keys of these groups that say something of what the script brings."""
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 THIS_PACKAGE = ("-m", "mgpu_ddp.infer")
+
+
+def way_of_file(name: str) -> str | None:
+    """How a file is used that was given for the name of a model; None where it is no file's name."""
+    if name.endswith(".py"):
+        return f"Start it as a script that calls mgpu_ddp.main: mgpu-infer {name} (docs/own.md)."
+    return f"Give it as model.weights={name}." if name.endswith(CHECKPOINTS) else None
 
 
 def name_of(thing: Any) -> str:

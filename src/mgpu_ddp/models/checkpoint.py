@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.data.input_file import open_value
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.model import State
 
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 DEEPEST = 2
 """State dicts are looked for so many keys deep: checkpoint["model"]["state_dict"]."""
 MOST_WORDS = 1000

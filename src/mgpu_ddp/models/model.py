@@ -1,7 +1,6 @@
 """A model before it runs, as every family of models hands it over."""
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +51,3 @@ def other_classes(weights: str, num_classes: int, wanted: int | None) -> UsageEr
         f" {wanted} classes (model.weights=FILE.pt), leave model.num_classes out, or set model.weights=null for random"
         " ones."
     )
-
-
-def did_you_mean(name: str, names: Sequence[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean {near[0]}?" if near else otherwise

@@ -13,9 +13,11 @@ from torch import nn
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, TimmConfig
+from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.checkpoint import CHECKPOINTS, is_checkpoint, read_state
-from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, did_you_mean, other_classes
+from mgpu_ddp.models.checkpoint import is_checkpoint, read_state
+from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, other_classes
+from mgpu_ddp.models.names import way_from_timm
 from mgpu_ddp.models.network import REACH_S, within
 
 log = logging.getLogger("mgpu_ddp")
@@ -68,8 +70,7 @@ def _look_up(name: str) -> dict[str, Any]:
         raise UsageError("model must be one whose library is installed, got 'timm'. pip install 'timm>=1.0'.") from None
     # From its own list alone: timm takes names of hub repositories and of local folders too.
     known = timm.is_model(name) and ":" not in name and "/" not in name
-    names = timm.list_models(pretrained="." in name)
-    remedy = did_you_mean(name.partition("/")[2] or name, names, "timm.list_models() names them.")
+    remedy = way_from_timm(name, timm.list_models(pretrained="." in name))
     require(known, "model.name", "a timm model", name, remedy)
     try:
         found = timm.models.get_pretrained_cfg(name)

@@ -10,9 +10,11 @@ import torch
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, ModelConfig
+from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.checkpoint import CHECKPOINTS, in_one_line, is_checkpoint
-from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, did_you_mean, other_classes
+from mgpu_ddp.models.checkpoint import in_one_line, is_checkpoint
+from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, other_classes
+from mgpu_ddp.models.names import way_from_torchvision
 from mgpu_ddp.models.network import REACH_S, within
 
 log = logging.getLogger("mgpu_ddp")
@@ -30,8 +32,9 @@ def build_torchvision(config: Config, wanted: ModelConfig) -> Model:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
-    remedy = did_you_mean(wanted.name, names, "torchvision.models.list_models() names them.")
-    require(wanted.name in names, "model.name", "a torchvision classification model", wanted.name, remedy)
+    if wanted.name not in names:
+        remedy = way_from_torchvision(wanted.name)
+        require(False, "model.name", "a torchvision classification model", wanted.name, remedy)
     torch.manual_seed(config.seed)
     if wanted.weights is None or is_checkpoint(wanted.weights):
         return _without_named_weights(wanted, config.seed)

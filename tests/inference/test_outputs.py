@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mgpu_ddp.config.schema import OutputConfig
-from mgpu_ddp.inference.outputs import FINITE, SPLIT, OutputsError, to_columns
+from mgpu_ddp.inference.outputs import FINITE, SPLIT, OutputsError, to_columns, types_of_classes
 
 
 def test_a_column_may_be_named_as_what_is_noted_of_each_row() -> None:
@@ -37,3 +37,18 @@ def test_the_dicts_of_a_list_have_the_same_names_and_hold_tensors_with_entries(
     with pytest.raises(OutputsError) as raised:
         to_columns(rows, 2, OutputConfig())
     assert str(raised.value) == why
+
+
+def test_one_logit_is_a_probability_by_the_sigmoid() -> None:
+    logits = torch.tensor([[-200.0], [-1.0], [0.5], [30.0], [float("nan")]])
+    config = OutputConfig(fields=["topk", "logits", "probs"])
+    columns = to_columns(logits, 5, config)
+    sure = logits[:4, 0].sigmoid()
+    assert columns["pred"].tolist()[:4] == [0, 0, 1, 1]
+    assert torch.allclose(columns["probs"][:4], torch.stack([1 - sure, sure], 1))
+    assert torch.equal(columns["prob"][:4], columns["probs"][:4].amax(1))
+    assert columns["topk_index"].tolist()[:4] == [[0, 1], [0, 1], [1, 0], [1, 0]]
+    assert torch.equal(columns["logits"][:4], logits[:4])
+    assert columns[FINITE].tolist() == [True] * 4 + [False]
+    for each in types_of_classes(config, 1, 0):
+        assert tuple(columns[each.name].shape[1:]) == each.shape, each.name

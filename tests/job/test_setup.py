@@ -1,6 +1,7 @@
 """What is decided and checked before a run folder is claimed."""
 
 import json
+import logging
 import socket
 import time
 from dataclasses import replace
@@ -8,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import get_model
 
-from mgpu_ddp.config.schema import Config
+from mgpu_ddp.config.schema import Config, OutputConfig
 from mgpu_ddp.data.script_dataset import ItemKind, ScriptDataset
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
@@ -23,6 +25,7 @@ from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.setup import check_carried
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.manifest import Manifest
+from tests.support.runs import make_images, read_rows
 from tests.support.worlds import folder, run_job, tiny
 
 SQUEEZENET = "hub/checkpoints/squeezenet1_1-b8a52dc0.pth"
@@ -145,3 +148,30 @@ def test_what_a_dataset_carries_has_names_of_its_own(name: str) -> None:
     check_carried(setup("taken"))
     with pytest.raises(UsageError, match=f"named otherwise than the columns error, .*, got '{name}'. Rename it."):
         check_carried(setup(name))
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_one_logit_tells_two_classes_apart(
+    tmp_path: Path, world: World, form: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mgpu_ddp"), "propagate", True)
+    caplog.set_level(logging.INFO, "mgpu_ddp")
+    images = make_images(tmp_path / "photos", 12, classes=2)
+    (tmp_path / "names.txt").write_text("class1\nclass0\n")
+    model = {"num_classes": 1, "class_names": str(tmp_path / "names.txt")}
+    config = tiny(data=folder(tmp_path / "photos"), model=model, output={"format": form})
+    summary = run_job(config, tmp_path / "run", world)
+    assert summary["predictions"] == [len(images), 1]
+    assert "its sigmoid is the probability of class 1" in caplog.text
+    run_job(replace(config, output=OutputConfig(format="npy")), tmp_path / "npy", world)
+    logits = np.load(tmp_path / "npy" / "predictions.npy")
+    pred = logits[:, 0] > 0
+    labels = [path.parent.name == "class0" for path in sorted(images)]
+    assert summary["accuracy"]["compared"] == len(images)
+    assert summary["accuracy"]["top1"] == np.mean(pred == labels)
+    if form == "parquet":
+        rows = read_rows(tmp_path / "run")
+        assert [row["pred"] for row in rows] == pred.tolist()
+        assert [row["pred_name"] for row in rows] == [["class1", "class0"][int(one)] for one in pred]
+        likely = 1 / (1 + np.exp(-np.abs(logits[:, 0])))
+        assert np.allclose([row["prob"] for row in rows], likely)

@@ -597,6 +597,11 @@ def section_of(group: str, option: str) -> type[Section]:
     return cast(type[Section], node if inspect.isclass(node) else type(node))
 
 
+def num_outcomes(num_classes: int) -> int:
+    """How many classes `pred` tells apart: one logit is the score of class 1 against a 0 for class 0."""
+    return max(num_classes, 2)
+
+
 def pack(config: Config) -> dict[str, Any]:
     """A configuration as JSON values, which `unpack` reads on the other ranks."""
     return {**asdict(config), "schemas": {group: type(getattr(config, group)).__name__ for group in GROUPS}}

@@ -1,6 +1,6 @@
 """A model's return value → the columns of rows, on the model's device.
 
-Tensor (B, C)               logits: pred, prob, and the fields that were asked for
+Tensor (B, C)               logits: pred, prob, and the fields that were asked for; of (B, 1) by the sigmoid
 dict of Tensors (B, ...)    a column each
 list of B dicts of Tensors  a ragged column each, as torchvision's detectors return them
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mgpu_ddp.config.schema import OutputConfig
+from mgpu_ddp.config.schema import OutputConfig, num_outcomes
 from mgpu_ddp.errors import StateError
 from mgpu_ddp.models.prepare import DTYPES
 from mgpu_ddp.output.columns import OURS, Column, ColumnType, Ragged
@@ -92,7 +92,9 @@ def to_columns(returned: Any, batch_size: int, config: OutputConfig, embedding: 
 
 def _classes(logits: torch.Tensor, config: OutputConfig, embedding: torch.Tensor | None) -> Columns:
     fields, logits = set(config.computed), logits.float()
-    probs = logits.softmax(dim=1)
+    # By the sigmoid, which is the softmax over 0 and the logit.
+    scores = torch.nn.functional.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
+    probs = scores.softmax(dim=1)
     top = probs.topk(min(config.topk, probs.shape[1]), dim=1)
     columns = {"pred": top.indices[:, 0].int(), "prob": top.values[:, 0]}
     finite = logits.isfinite().all(dim=1)
@@ -108,8 +110,9 @@ def _classes(logits: torch.Tensor, config: OutputConfig, embedding: torch.Tensor
 
 def types_of_classes(config: OutputConfig, num_classes: int, embedding_dim: int) -> tuple[ColumnType, ...]:
     """The types of the columns that become of logits."""
-    fields, topk = set(config.computed), min(config.topk, num_classes)
-    wide = {"logits": num_classes, "probs": num_classes, "embedding": embedding_dim}
+    outcomes = num_outcomes(num_classes)
+    fields, topk = set(config.computed), min(config.topk, outcomes)
+    wide = {"logits": num_classes, "probs": outcomes, "embedding": embedding_dim}
     dtype = str(DTYPES[config.dtype]).removeprefix("torch.")
     types = [ColumnType(name="pred", dtype="int32"), ColumnType(name="prob", dtype="float32")]
     if "topk" in fields:

@@ -1,5 +1,6 @@
 """Everything a job needs before it claims its run folder: device, place, model, listing, and each `auto` decided."""
 
+import logging
 from dataclasses import replace
 
 from mgpu_ddp.config.checks import require
@@ -32,6 +33,8 @@ from mgpu_ddp.models.script_transform import script_transform
 from mgpu_ddp.output.columns import OURS, ColumnType
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.no_pandas import keep_pandas_out
+
+log = logging.getLogger("mgpu_ddp")
 
 
 def set_up(job: Job, world: World, kept: Kept) -> Setup:
@@ -86,6 +89,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
             require_room(setup)
             try_size(model, config, setup.resolved.transform)
     setup = try_model(setup) if model.is_tried else replace(setup, types=types_of(model, config))
+    if setup.model.num_classes == 1 and world.rank == 0:
+        log.info("one logit a row: its sigmoid is the probability of class 1, and pred is 0 or 1")
     check_carried(setup)
     return setup if config.dry_run else _measured(setup)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.keys import Section
-from mgpu_ddp.config.schema import Config, ModelConfig, ScriptModelConfig, TimmConfig
+from mgpu_ddp.config.schema import Config, ModelConfig, ScriptModelConfig, TimmConfig, num_outcomes
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.host import available_bytes, is_out_of_memory, require_memory
 from mgpu_ddp.distributed.world import World
@@ -142,5 +142,5 @@ def name_classes(model: Model, config: Config, world: World) -> Model:
     names: tuple[str, ...] = ()
     with world.together("read the class names"):
         if world.rank == 0:
-            names = read_class_names(Path(path), model.num_classes)
+            names = read_class_names(Path(path), num_outcomes(model.num_classes))
     return replace(model, class_names=tuple(world.share("class names", names)))

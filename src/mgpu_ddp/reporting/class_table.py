@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgpu_ddp.config.schema import num_outcomes
 from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.output.atomic_files import replace_json
@@ -90,7 +91,7 @@ def find_classes(run_dir: Path, manifest: Manifest, names: tuple[str, ...] | Non
         label_names = tuple(files.label_names)
     if label_names is not None:
         num_labels = len(label_names)
-    num_classes = int(job["model.num_classes"] or 0)
+    num_classes = num_outcomes(job["model.num_classes"]) if manifest.has_classes else 0
     return ClassTable(num_classes=num_classes, names=names, label_names=label_names, num_labels=num_labels)
 
 

@@ -176,6 +176,9 @@ def _read_array(
             yield RowBlock(index=index, label=labels, pred=nothing, prob=unknown, failed=bad, best=None)
             continue
         logits = np.array(array[first - manifest.start : stop - manifest.start], dtype=np.float32)
+        if logits.shape[1] == 1:
+            # As `num_outcomes` says.
+            logits = np.pad(logits, ((0, 0), (1, 0)))
         pred = logits.argmax(axis=1)
         top = logits[np.arange(len(index)), pred]
         wants_best = best and max(label) >= 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import get_model
 
 import mgpu_ddp
 from mgpu_ddp.config.schema import ITSELF, ScriptDataConfig, ScriptModelConfig
@@ -169,6 +170,7 @@ def test_the_recipe_runs(tmp_path: Path) -> None:
     (recipe,) = recipes("report")
     # As it stands, but for a model that is large for this.
     small = " ".join(setting for setting in SMALL_IMAGES if not setting.startswith("model.num_classes"))
+    torch.save(get_model("squeezenet1_1", weights=None, num_classes=3).state_dict(), tmp_path / "mine.pt")
     recipe = recipe.replace("mgpu-infer", f"mgpu-infer {small}")
     (tmp_path / "recipe").write_text(f"set -eu\nPATH={BIN}:$PATH\n{recipe}")
     ended = run(["bash", "recipe"], tmp_path)

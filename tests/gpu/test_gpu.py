@@ -41,7 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(root: Path, name: str, precision: str) -> list[str]:
     fields = "output.fields=[topk,logits,embedding]"
     images = root / "images"
-    return ["data=folder", f"data.root={images}", f"runtime.precision={precision}", fields, f"output.dir={root / name}"]
+    data = ["data=folder", f"data.root={images}", "model.weights=null"]
+    return [*data, f"runtime.precision={precision}", fields, f"output.dir={root / name}"]
 
 
 def column(table: pa.Table, name: str) -> Any:

@@ -288,7 +288,7 @@ def test_an_unknown_model_of_timm_is_told_where_to_go(name: str, way: str) -> No
     assert str(raised.value).endswith(f". {way}")
 
 
-@pytest.mark.parametrize("weights", ["IMAGENET", "default", "weights.bin"])
+@pytest.mark.parametrize("weights", ["IMAGENET", "default", "weights.tar"])
 def test_unknown_weights_name_the_known_ones(weights: str) -> None:
     with pytest.raises(UsageError, match=r"model\.weights must be null, DEFAULT, IMAGENET1K_V1 or a path to \.pt/"):
         build_model(job(weights=weights, num_classes=1000))

@@ -1,9 +1,12 @@
 """timm's models: its own transform to the byte, its weights from files, and what is refused."""
 
 import copy
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -124,3 +127,33 @@ def test_the_embedding_is_what_timm_gives_its_classifier(name: str, world: World
 def test_a_fake_dataset_has_the_size_of_the_model() -> None:
     config = replace(job("test_vit"), data=FakeConfig())
     assert choose_transform(config, build_model(config)).out_size == (160, 160)
+
+
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_without_a_network_one_line_says_what_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config = job("test_resnet", weights="DEFAULT", num_classes=None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if how == "refused":
+            server.close()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        with pytest.raises(UsageError) as raised:
+            load_weights(build_model(config), config.model)
+        assert time.monotonic() - began < 10
+    text = str(raised.value)
+    assert f"Fetch http://127.0.0.1:{port}/timm/test_resnet.r160_in1k/resolve/main/model.safetensors where" in text
+    assert text.endswith(f"to {tmp_path}; model.weights=null is random ones.")
+    assert "\n" not in text
+
+
+def test_the_number_of_classes_is_the_weights() -> None:
+    model = build_model(job("vit_tiny_patch16_224.augreg_in21k", weights="DEFAULT", num_classes=None))
+    assert (model.num_classes, model.weights) == (21843, "timm/vit_tiny_patch16_224.augreg_in21k")
+    with pytest.raises(
+        UsageError, match=r"^model\.name must be a model whose own weights have classes, got 'vit_small_"
+    ):
+        build_model(job("vit_small_patch14_dinov2.lvd142m", weights="DEFAULT", num_classes=None))

@@ -114,6 +114,14 @@ def test_a_damaged_part_is_predicted_again_with_all_after_it(tmp_path: Path, dam
     assert Manifest.read(tmp_path) == folder.manifest
 
 
+def test_other_weights_are_named_but_only_their_digest_tells_them_apart(tmp_path: Path) -> None:
+    one, two = {"model.weights": "0123"}, {"model.weights": "4567"}
+    write_parts(claim(tmp_path, manifest=wanted(fingerprint=one, weights="IMAGENET1K_V1")), 8)
+    with pytest.raises(UsageError, match=r"with model\.weights='IMAGENET1K_V1' there, 'random' here\. Choose"):
+        claim(tmp_path, manifest=wanted(fingerprint=two, weights="random"))
+    assert claim(tmp_path, manifest=wanted(fingerprint=one, weights="elsewhere.pt")).claimed.prefix == 8
+
+
 def test_another_job_is_refused_and_its_keys_are_named(tmp_path: Path) -> None:
     write_parts(claim(tmp_path), 8)
     (tmp_path / LOCK).unlink()

@@ -304,7 +304,8 @@ class ModelConfig(Section):
     weights: str | None = key(
         AUTO,
         "auto: DEFAULT, or null for data=fake; a run folder keeps its own. null: random, from `seed`. DEFAULT or a"
-        " torchvision weights name: downloaded once. A path ending in .pt, .pth, .ckpt or .safetensors: a checkpoint.",
+        " torchvision weights name: downloaded once. A path ending in .pt, .pth, .pth.tar, .ckpt, .bin or"
+        " .safetensors: a checkpoint.",
         not_empty("auto, null, a name or a path", "Leave it out for auto."),
         path=True,
     )

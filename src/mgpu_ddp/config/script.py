@@ -13,7 +13,7 @@ ITSELF = "script"
 """The option of the groups `model`, `transform` and `data` that stands for what the script brings."""
 KEPT = ("model.class_names",)
 """Keys of these groups that say something of what the script brings."""
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
+CHECKPOINTS = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".safetensors")
 THIS_PACKAGE = ("-m", "mgpu_ddp.infer")
 
 

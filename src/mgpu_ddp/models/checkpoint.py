@@ -1,5 +1,6 @@
 """Reads checkpoints as people have them: the state dicts in a file, of which no code is run."""
 
+import os
 import pickle
 import re
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.data.input_file import open_value
 from mgpu_ddp.errors import UsageError
@@ -48,6 +50,13 @@ class Foreign:
 def is_checkpoint(weights: str | None) -> bool:
     """Tell a path from the name of weights."""
     return weights is not None and weights.endswith(CHECKPOINTS)
+
+
+def weights_name(weights: str | None) -> str:
+    """Weights as `Resolved` has them: a checkpoint is found again from any folder."""
+    if weights is None:
+        return RANDOM
+    return os.path.abspath(weights) if is_checkpoint(weights) else weights
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, TimmConfig
 from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.checkpoint import is_checkpoint, read_state
+from mgpu_ddp.models.checkpoint import is_checkpoint, read_state, weights_name
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, other_classes
 from mgpu_ddp.models.names import way_from_timm
 from mgpu_ddp.models.network import REACH_S, within
@@ -55,7 +54,7 @@ def build_timm(config: Config, wanted: TimmConfig) -> Model:
         origin=f"timm {wanted.name}, {source}",
         class_names=_class_names(pretrained) if is_own else None,
         preset=preset,
-        weights=weights or RANDOM,
+        weights=weights_name(weights),
         fetch_weights=partial(_fetch, str(own)) if is_own else None,
         # Many of timm's models take images of one size alone.
         input_size=preset.crop_size[0],

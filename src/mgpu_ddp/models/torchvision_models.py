@@ -8,11 +8,10 @@ from urllib.request import urlopen
 import torch
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.config.schema import Config, ModelConfig
 from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.errors import UsageError
-from mgpu_ddp.models.checkpoint import in_one_line, is_checkpoint
+from mgpu_ddp.models.checkpoint import in_one_line, is_checkpoint, weights_name
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, other_classes
 from mgpu_ddp.models.names import way_from_torchvision
 from mgpu_ddp.models.network import REACH_S, within
@@ -57,7 +56,7 @@ def _without_named_weights(wanted: ModelConfig, seed: int) -> Model:
         origin=origin,
         class_names=None,
         preset=None,
-        weights=wanted.weights or RANDOM,
+        weights=weights_name(wanted.weights),
     )
 
 

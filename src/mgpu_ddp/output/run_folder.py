@@ -177,6 +177,9 @@ class RunFolder:
             mine["listing"] = files.digest(found.stop)
         if found.start != wanted.start or found.stop > wanted.stop:
             mine["samples"], theirs["samples"] = [wanted.start, wanted.stop], [found.start, found.stop]
+        has_names = wanted.weights != found.weights and found.weights is not None
+        if mine.get("model.weights") != theirs.get("model.weights") and has_names:
+            mine["model.weights"], theirs["model.weights"] = wanted.weights, found.weights
         differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         if differing:
             shown = "; ".join(f"{key}={theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing[:4])

@@ -40,8 +40,9 @@ from mgpu_ddp.inference import gpu_input
 from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.gpu_input import GpuInput, Staging, decoder_of
 from mgpu_ddp.inference.outputs import SPLIT
-from mgpu_ddp.inference.pipeline import held_batches, predict
+from mgpu_ddp.inference.pipeline import held_slots, predict
 from mgpu_ddp.inference.predictor import Predictor
+from mgpu_ddp.loader import shared_slots
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.loader import load_batches
 from mgpu_ddp.output.rows import Rows, concatenate
@@ -75,12 +76,12 @@ def loading(samples: Samples, choices: Resolved, world: World) -> AbstractContex
         start=0,
         stop=len(samples),
         size=1,
-        batch_size=BATCH_SIZE,
+        batch_size=choices.batch_size,
         contiguous=False,
-        smallest_rows=BATCH_SIZE,
-        largest_rows=BATCH_SIZE,
+        smallest_rows=choices.batch_size,
+        largest_rows=choices.batch_size,
     )
-    held = held_batches(choices, world)
+    held = held_slots(choices, world)
     return load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held)
 
 
@@ -89,7 +90,9 @@ PORTRAIT = Transform(resize=(70,), crop=(64, 40), interpolation="lanczos", mean=
 """The parts of a transform that keys can set, with an input that is no square."""
 
 
-def rows_of(root: Path, world: World, *, decode: str = "gpu", transform: Transform = SQUARE) -> tuple[Rows, Clock]:
+def rows_of(
+    root: Path, world: World, *, decode: str = "gpu", transform: Transform = SQUARE, batch_size: int = BATCH_SIZE
+) -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
         transform=TransformConfig(),
@@ -100,7 +103,7 @@ def rows_of(root: Path, world: World, *, decode: str = "gpu", transform: Transfo
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
-    choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=BATCH_SIZE, transform=transform)
+    choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=batch_size, transform=transform)
     predictor = Predictor(module, config, choices, world.device)
     assert predictor.decodes == (decode != "cpu")
     samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
@@ -168,7 +171,7 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
     with loading(samples, resolved(workers=2, batch_size=BATCH_SIZE, transform=transform), world) as batches:
         for batch in batches:
             assert batch.raw
-            [ready] = inputs.make([batch])
+            ready = inputs.make(batch)
             resized = [transform.geometry(Image.fromarray(pixels[index])) for index in batch.index]
             want = transform.normalise(
                 torch.from_numpy(np.stack(resized)).to(world.device), dtype=torch.float16, channels_last=True
@@ -178,6 +181,80 @@ def test_arrays_are_resized_on_the_gpu_to_the_pixels_of_the_cpu(
             assert torch.equal(got[: len(want)], want)
             seen += len(want)
     assert seen == len(pixels)
+
+
+def photos(folder: Path, count: int) -> Path:
+    """Images of which a few fill a portion, stored upright or turned, and one that the workers decode."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, 256, (375, 500, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 1 + number % 8
+        image = Image.fromarray(pixels).resize((2000, 1500), Image.Resampling.BILINEAR)
+        image.save(folder / f"{number:03}.jpg", quality=90, exif=exif, progressive=number == 7)
+    return folder
+
+
+@pytest.mark.parametrize("decode", ["gpu", "exact"])
+def test_rows_do_not_depend_on_how_a_batch_is_cut(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
+) -> None:
+    if decode == "exact" and not decoder_of(world.device).has_engines:
+        pytest.skip("this GPU has no JPEG engines")
+    photos(tmp_path, 40)
+    whole, _ = rows_of(tmp_path, world, decode=decode)
+    # One image in each piece, and two in each call.
+    monkeypatch.setattr(shared_slots, "ENCODED_BYTES", 100)
+    monkeypatch.setattr(gpu_input, "MAX_DECODED_PIXELS", 7_000_000)
+    cut, clock = rows_of(tmp_path, world, decode=decode)
+    assert (clock.errors, clock.rows) == (0, 40)
+    assert np.array_equal(whole.index, cut.index)
+    assert np.array_equal(whole.columns["logits"], cut.columns["logits"])
+
+
+def test_too_many_images_for_the_memory_are_decoded_in_parts(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path, 40)
+    whole, _ = rows_of(tmp_path, world)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    calls, decode = list[int](), GpuInput._decoded
+
+    def counted(inputs: GpuInput, jpegs: Any, files: Any, numbers: Any, clock: Any) -> Any:
+        calls.append(len(numbers))
+        return decode(inputs, jpegs, files, numbers, clock)
+
+    monkeypatch.setattr(GpuInput, "_decoded", counted)
+    # Each of five threads has room for a few images of 9 MB.
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    room = torch.cuda.memory_reserved() + (150 << 20)
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        few, clock = rows_of(tmp_path, world)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert clock.errors == 0
+    assert sum(calls) > 40, "at least one call did not fit"
+    assert np.array_equal(whole.columns["logits"], few.columns["logits"])
+
+
+def test_memory_is_bounded_however_large_a_batch_is(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_input, "MAX_DECODED_PIXELS", 1 << 24)
+    photos(tmp_path, 8)
+    for number in range(8, 120):
+        (tmp_path / f"{number:03}.jpg").symlink_to(tmp_path / f"{number % 7:03}.jpg")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rows, clock = rows_of(tmp_path, world, batch_size=120)
+    assert (clock.errors, len(rows.index)) == (0, 120)
+    # All of them decoded take 1.1 GB.
+    portion = 3 * gpu_input.MAX_DECODED_PIXELS
+    assert torch.cuda.max_memory_allocated() - before < (gpu_input.PORTIONS + 1) * portion
 
 
 @contextmanager

@@ -1,7 +1,10 @@
-"""Batches that are decoded together: which row is whose, and one copy of all their files."""
+"""Pieces that are decoded together: which row is whose, one copy of all their files, and what is begun when."""
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ from mgpu_ddp.config.schema import LoaderConfig
 from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.inference import gpu_input
-from mgpu_ddp.inference.gpu_input import BatchGroup, copied
+from mgpu_ddp.inference.gpu_input import Decoded, Group, Portion, Staged, Staging, copied
 from mgpu_ddp.loader.batch import Batch, as_batch
+from mgpu_ddp.loader.jpegs import COLUMNS, Jpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
 from mgpu_ddp.preprocess.transform import plain
@@ -27,7 +31,7 @@ JPEGS = [0, 2, 4, 6, 7]
 
 @functools.cache
 def files() -> dict[str, bytes]:
-    # More than 3 MB, which do not fit into a slot's room.
+    # More than 3 MB.
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1800, 1600, 3), dtype=np.uint8))
     return {
         "0.jpg": encoded(photo(20, 30), "JPEG"),
@@ -53,52 +57,50 @@ def batches(root: Path, orders: Sequence[list[int]]) -> list[Batch]:
     return [as_batch(worker.make(Order(slot=slot, indices=order)), slots) for slot, order in enumerate(orders)]
 
 
-def test_rows_of_a_group_lie_one_batch_after_the_other(tmp_path: Path) -> None:
+def test_each_row_of_a_portion_is_made_of_a_jpeg_or_of_pixels(tmp_path: Path) -> None:
     made = batches(tmp_path, ORDERS)
-    group = BatchGroup(made)
-    assert len(group) == 9
-    assert group.jpegs.rows.tolist() == JPEGS
-    assert group.jpegs.widths.tolist() == [20, 22, 1600, 26, 27]
+    portion = Portion(made, [10, 13, 16])
+    assert portion.jpegs.rows.tolist() == [10 + row for row in JPEGS]
+    assert portion.jpegs.widths.tolist() == [20, 22, 1600, 26, 27]
     # Neither JPEGs nor the row past the last sample; the broken image is a row of zeros.
-    found = [(rows.tolist(), pixels) for rows, pixels in group.pixels()]
-    assert [rows for rows, _ in found] == [[1], [3, 5]]
+    found = [(rows.tolist(), pixels) for rows, pixels in portion.pixels()]
+    assert [rows for rows, _ in found] == [[11], [13, 15]]
     assert torch.equal(found[0][1], made[0].pixels[[1]])
     assert torch.equal(found[1][1], made[1].pixels[[0, 2]])
     assert not made[1].pixels[0].any()
-    assert [part.tolist() for part in group.split(torch.arange(9))] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
-def test_a_refused_jpeg_is_decoded_into_its_own_batch_and_row(tmp_path: Path) -> None:
+def test_a_refused_jpeg_is_decoded_into_its_own_piece_and_row(tmp_path: Path) -> None:
     made = batches(tmp_path, ORDERS)
-    group, transform = BatchGroup(made), plain(SIDE)
-    group.decode_on_cpu(4, transform.geometry)
+    portion, transform = Portion(made, [10, 13, 16]), plain(SIDE)
+    portion.decode_on_cpu(4, transform.geometry)
     want = np.asarray(Image.open(tmp_path / "7.jpg").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     assert np.array_equal(made[2].pixels[1].numpy(), want)
-    assert [rows.tolist() for rows, _ in group.pixels()] == [[1], [3, 5], [7]]
+    assert [rows.tolist() for rows, _ in portion.pixels()] == [[11], [13, 15], [17]]
     assert [set(batch.errors) for batch in made] == [set(), {3}, set()]
 
 
-def test_what_pillow_refuses_as_well_is_an_error_of_its_own_batch(tmp_path: Path) -> None:
+def test_what_pillow_refuses_as_well_is_an_error_of_its_own_piece(tmp_path: Path) -> None:
     made = batches(tmp_path, ORDERS)
-    group = BatchGroup(made)
+    portion = Portion(made, [0, 3, 6])
 
     def refuse(_image: Image.Image) -> np.ndarray:
         raise ValueError("no")
 
-    group.decode_on_cpu(2, refuse)
+    portion.decode_on_cpu(2, refuse)
     assert [batch.errors for batch in made] == [{}, {3: made[1].errors[3], 4: "ValueError: no"}, {}]
     assert not made[1].pixels[1].any()
-    assert [rows.tolist() for rows, _ in group.pixels()] == [[1], [3, 4, 5]]
+    assert [rows.tolist() for rows, _ in portion.pixels()] == [[1], [3, 4, 5]]
 
 
-def test_several_batches_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:
-    group = BatchGroup(batches(tmp_path, ORDERS))  # keeps the memory that its JPEGs lie in
-    jpegs = group.jpegs
+def test_several_pieces_are_decoded_from_one_copy_of_their_files(tmp_path: Path) -> None:
+    portion = Portion(batches(tmp_path, ORDERS), [0, 3, 6])  # keeps the memory that its JPEGs lie in
+    jpegs = portion.jpegs
     copies = torch.zeros(int(jpegs.lengths.sum()), dtype=torch.uint8)
     where = copied(jpegs, copies)
     assert copies.numpy().tobytes() == b"".join(files()[f"{i}.jpg"] for i in JPEGS)
     assert (where.addresses - copies.data_ptr()).tolist() == [0, *np.cumsum(jpegs.lengths)[:-1].tolist()]
-    none = BatchGroup(batches(tmp_path, [[3]])).jpegs
+    none = Portion(batches(tmp_path, [[3]]), [0]).jpegs
     assert len(copied(none, torch.empty(0, dtype=torch.uint8)).addresses) == 0
 
 
@@ -116,4 +118,131 @@ def test_what_is_decoded_at_once_is_bounded(
     monkeypatch: pytest.MonkeyPatch, sizes: list[int], runs: list[list[int]]
 ) -> None:
     monkeypatch.setattr(gpu_input, "MAX_DECODED_PIXELS", 8)
-    assert [run.tolist() for run in gpu_input._portions(np.array(sizes, dtype=np.int64))] == runs
+    assert [run.tolist() for run in gpu_input._runs(np.array(sizes, dtype=np.int64))] == runs
+
+
+class Decoding:
+    """Stands in for `GpuInput` where there is no GPU: a portion's rows are made when the test says so."""
+
+    THREADS = 1
+
+    def __init__(self) -> None:
+        self.portions: list[tuple[Group, Portion]] = []
+        self.go = threading.Semaphore(0)
+
+    def group(self, batch_size: int) -> Group:
+        images = torch.zeros(batch_size * gpu_input.group_of(batch_size), 1)
+        return Group(images=images, zeroed=None)  # type: ignore[arg-type]
+
+    def decode(self, portion: Portion, group: Group) -> Decoded:
+        assert self.go.acquire(timeout=60)
+        self.portions.append((group, portion))
+        group.images[portion.jpegs.rows] = torch.from_numpy(portion.jpegs.widths)[:, None].float()
+        return Decoded(made=None, decode_s=1.0)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """It does not hang."""
+
+
+def pieces(sizes: Sequence[int], batch_size: int, pixels: int = 100) -> Iterator[Batch]:
+    """Batches of JPEGs whose widths tell them apart, in pieces of these sizes."""
+    number = left = 0
+    for size in sizes:
+        left = left or batch_size
+        one = np.ones(size, dtype=np.int64)
+        widths = number + np.arange(size)
+        columns = dict.fromkeys(COLUMNS, one) | {"rows": np.arange(size), "widths": widths, "heights": one * pixels}
+        left -= size
+        yield Batch(
+            index=widths,
+            label=one.astype(np.int32),
+            pixels=torch.empty(size, 1),
+            jpegs=Jpegs(**columns),
+            errors={},
+            seconds={"read": 1.0},
+            batch_size=batch_size,
+            is_last=left == 0,
+        )
+        number += size
+
+
+def staged_by(staging: Staging, sizes: Sequence[int], batch_size: int, pixels: int = 100) -> list[Staged]:
+    return [staged for each in pieces(sizes, batch_size, pixels) if (staged := staging.submit(each)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes", "pixels", "portions"),
+    [
+        (128, [128] * 4, 1, [256, 256]),
+        (32, [32] * 8, 1, [256]),
+        (600, [200] * 3, 1, [400, 200]),
+        (64, [4] * 32, 1, [32] * 4),
+        (64, [32] * 4, 1 << 21, [32] * 4),
+        (512, [256, 256], 1, [256, 256]),
+    ],
+)
+def test_a_portion_ends_when_it_is_worth_a_call(
+    batch_size: int, sizes: list[int], pixels: int, portions: list[int]
+) -> None:
+    inputs = Decoding()
+    inputs.go.release(100)
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        staged = staged_by(staging, sizes, batch_size, pixels)
+        staging.flush()
+        assert len(staged) == sum(sizes) // batch_size
+        seen = torch.cat([staging.wait(each).images for each in staged]).flatten()
+        assert seen.tolist() == list(range(sum(sizes)))
+        assert sorted(len(portion.jpegs) for _, portion in inputs.portions) == sorted(portions)
+        assert staging.take_decode_s() == len(portions)
+        assert staging.take_decode_s() == 0
+    for each, first in zip(staged, range(0, sum(sizes), batch_size), strict=True):
+        assert each.batch.index.tolist() == list(range(first, first + batch_size))
+        assert each.batch.seconds == {"read": len(each.pieces)}
+
+
+def test_a_batch_is_done_before_the_others_of_its_group() -> None:
+    inputs = Decoding()
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        first, second = staged_by(staging, [32] * 4, 64, 1 << 21)
+        assert not first.is_done()
+        inputs.go.release(2)
+        staging.wait(first)
+        assert first.is_done()
+        assert not second.is_done()
+        inputs.go.release(2)
+
+
+def test_a_batch_is_not_done_while_one_of_its_pieces_waits() -> None:
+    inputs = Decoding()
+    inputs.go.release(100)
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        (staged,) = staged_by(staging, [3] * 12, 36)
+        wait(staged.begun)
+        assert not staged.is_done()
+        assert staging.wait(staged).images.flatten().tolist() == list(range(36))
+        assert staged.is_done()
+
+
+def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the pieces that wait for the decoder would be overwritten."""
+    monkeypatch.setattr(gpu_input, "LOOK_S", 0.01)
+    inputs = Decoding()
+    given, over = [0], threading.Event()
+
+    def give() -> None:
+        for piece in pieces([16] * 64, 16):
+            staging.submit(piece)
+            given[0] += 1
+        over.set()
+
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        thread = threading.Thread(target=give, daemon=True)
+        thread.start()
+        most = gpu_input.held_pieces(16)
+        while not over.wait(0.05):
+            done = len(inputs.portions) * gpu_input.group_of(16)
+            assert given[0] - done < most
+            inputs.go.release()
+        thread.join()
+        inputs.go.release(100)
+    assert given[0] == 64

@@ -51,7 +51,15 @@ def batches(batch_size: int, count: int) -> Iterator[Batch]:
         pixels = torch.zeros(batch_size, SIDE, SIDE, 3, dtype=torch.uint8)
         pixels[: len(index)] = torch.from_numpy(index.astype(np.uint8) * 21)[:, None, None, None]
         errors = {1: "broken"} if first == 0 else {}
-        yield Batch(index=index, label=index.astype(np.int32), pixels=pixels, jpegs=None, errors=errors, seconds={})
+        yield Batch(
+            index=index,
+            label=index.astype(np.int32),
+            pixels=pixels,
+            jpegs=None,
+            errors=errors,
+            seconds={},
+            batch_size=len(pixels),
+        )
 
 
 def run(module: nn.Module, world: World, batch_size: int) -> tuple[Rows, Clock]:

@@ -1,6 +1,7 @@
 """Loader workers → batches: padded, in order, with bad samples kept apart."""
 
 import fcntl
+import functools
 import logging
 import multiprocessing
 import os
@@ -31,9 +32,9 @@ from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, StateError
-from mgpu_ddp.loader import worker_pool
+from mgpu_ddp.loader import shared_slots, worker_pool
 from mgpu_ddp.loader.batch import Batch, as_batch
-from mgpu_ddp.loader.loader import COPYING_WORKERS, load_batches, num_workers, plan_slots
+from mgpu_ddp.loader.loader import COPYING_WORKERS, Pieces, load_batches, num_workers, plan_slots
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Made, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
@@ -136,18 +137,100 @@ def test_plain_jpegs_stay_encoded_for_the_gpu_and_the_rest_is_decoded(tmp_path: 
         assert torch.equal(batch.pixels[place], on_cpu.pixels[place])
 
 
-def test_an_image_too_large_for_the_slot_travels_beside_it(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
-    large = encoded(Image.fromarray(noise), "JPEG", quality=95)
-    assert len(large) > 2 << 20
-    small = encoded(photo(20, 30), "JPEG")
-    samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
-    slots = SharedSlots(1, 2, (SIZE, SIZE, 3), packed=True)
+def test_a_piece_ends_when_its_slot_has_its_share_of_encoded_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = encoded(photo(20, 30), "JPEG"), encoded(photo(300, 300), "JPEG", quality=95)
+    assert len(small) < 1500 < 2000 < len(large)
+    monkeypatch.setattr(shared_slots, "ENCODED_BYTES", 2000)
+    samples = folder(tmp_path, {"0.png": encoded(photo(20, 30), "PNG"), "1.jpg": small, "2.jpg": large, "3.jpg": small})
+    slots = SharedSlots(1, 4, (SIZE, SIZE, 3), packed=True)
     worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(), packed=True)
-    batch = as_batch(worker.make(Order(slot=0, indices=[0, 1])), slots)
+    first = worker.make(Order(slot=0, indices=[0, 1, 2, 3]))
+    assert (first.index.tolist(), first.label.tolist(), first.is_last) == ([0, 1, 2], [-1] * 3, False)
+    batch = as_batch(first, slots)
     assert batch.jpegs is not None
     assert [batch.jpegs.content(number) for number in range(2)] == [small, large]
-    assert set(batch.seconds) == {"read", "pack"}, "what the worker did but read counts as well"
+    assert set(batch.seconds) == {"read", "decode", "resize", "pack"}, "what the worker did but read counts as well"
+    assert first.rest is not None
+    rest = worker.make(first.rest)
+    assert (rest.index.tolist(), rest.is_last, rest.rest) == ([3], True, None)
+
+
+def test_what_the_room_does_not_hold_is_decoded_by_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_slots, "ROOM_BYTES", 4096)
+    large = encoded(photo(300, 300), "JPEG", quality=95)
+    assert len(large) > 4096
+    samples = folder(tmp_path, {"0.jpg": large, "1.jpg": encoded(photo(20, 30), "JPEG")})
+    batch = made(samples, [0, 1], packed=True)
+    assert batch.jpegs is not None
+    assert batch.jpegs.rows.tolist() == [1]
+    assert torch.equal(batch.pixels[0], made(samples, [0, 1]).pixels[0])
+
+
+def test_a_slot_gives_back_the_memory_of_a_large_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_slots, "ENCODED_BYTES", 2 << 20)
+    slots = SharedSlots(2, 1, (SIZE, SIZE, 3), packed=True)
+    for slot in range(2):
+        slots.pixels(slot)[:] = 7
+        slots.room(slot)[:] = 7
+    slots.trim(0)
+    assert slots.room(0)[: 2 << 20].all()
+    assert not slots.room(0)[2 << 20 :].any()
+    assert slots.pixels(0).all()
+    assert slots.pixels(1).all()
+    assert slots.room(1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("share", [1, 3000, 1 << 20])
+def test_pieces_come_in_order_and_make_whole_batches(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, share: int
+) -> None:
+    files = {f"{i:02}.jpg": encoded(photo(20 + i, 30), "JPEG") for i in range(37)}
+    files["20.jpg"] = encoded(photo(300, 300), "JPEG", quality=95)
+    samples, held = folder(tmp_path, files), 5
+    choices = resolved(decode="gpu", workers=workers, batch_size=10)
+    monkeypatch.setattr(shared_slots, "ENCODED_BYTES", share * (max(1, 2 * workers) + held))
+    plan = Plan(start=0, stop=37, size=1, batch_size=10, contiguous=False, smallest_rows=10, largest_rows=10)
+    found, ends, kept = dict[int, bytes](), list[int](), deque[tuple[Batch, list[bytes]]]()
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=held) as pieces:
+        for piece in pieces:
+            jpegs = piece.jpegs
+            assert jpegs is not None
+            assert piece.batch_size == 10
+            assert len(piece.index) <= len(piece.pixels)
+            kept.append((piece, [jpegs.content(number) for number in range(len(jpegs))]))
+            found |= zip(piece.index.tolist(), kept[-1][1], strict=True)
+            if piece.is_last:
+                ends.append(len(found))
+            if len(kept) == held:
+                oldest, contents = kept.popleft()
+                assert oldest.jpegs is not None
+                assert [oldest.jpegs.content(number) for number in range(len(contents))] == contents
+    assert [*found.items()] == list(enumerate(files.values()))
+    assert ends == [10, 20, 30, 37]
+
+
+def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
+    pieces = Pieces([[*range(10)], [*range(10, 410)]], share=1000)
+    orders = iter(pieces)
+
+    def made_of(order: Order, image_bytes: int) -> Made:
+        index = np.array(order.indices)
+        label = index.astype(np.int32)
+        encoded_bytes = image_bytes * len(index)
+        return Made(slot=0, index=index, label=label, errors={}, seconds={}, encoded_bytes=encoded_bytes)
+
+    seen = [next(orders), next(orders)]
+    pieces.seen(made_of(seen[0], 400))
+    seen += [next(orders), next(orders)]
+    assert [len(order.indices) for order in seen] == [4, 3, 2, 1]
+    assert [order.is_last for order in seen] == [False, False, False, True]
+    pieces.seen(made_of(seen[1], 0))
+    assert [len(order.indices) for order in orders] == [200, 200]
+    pieces.seen(made_of(seen[1], 5000))
+    assert len(next(iter(pieces)).indices) == 1
 
 
 @pytest.mark.parametrize("limit", [599, 600])
@@ -435,24 +518,23 @@ def test_workers_that_hang_before_they_begin_end_the_job_in_one_line(world: Worl
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_worker_that_was_stopped_amid_its_result_is_replaced(world: World, tmp_path: Path) -> None:
+def test_a_worker_that_was_stopped_amid_its_result_is_replaced() -> None:
     """The result is larger than its pipe, whose other end nobody reads until the worker has stopped."""
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
-    samples = folder(tmp_path, {"0.jpg": encoded(Image.fromarray(noise), "JPEG", quality=95)})
-    slots = SharedSlots(1, 1, (SIZE, SIZE), packed=True)
-    maker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=0.5), packed=True)
+    number = worker_pool.PIPE_BYTES // 50
+    samples = Odd(*[functools.partial(ValueError, "x" * 500)] * number)
+    slots = SharedSlots(1, number, (SIZE, SIZE))
+    maker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(timeout_s=0.5))
     with closing(worker_pool.WorkerPool(maker, 1, 1)) as pool:
         (before,), made = pool._workers.processes, dict[int, Made]()
         assert before.pid is not None
-        pool._give(0, Order(indices=[0]))
+        pool._give(0, Order(indices=[*range(number)]))
         (pipe,) = pool._workers._selector.get_map()
         deadline = time.monotonic() + 20
         while bytes_in(pipe) < worker_pool.PIPE_BYTES // 2:
             assert time.monotonic() < deadline
         os.kill(before.pid, signal.SIGSTOP)
         pool._wait_for(0, made)
-        assert made[0].jpegs is not None
-        assert len(made[0].jpegs.spilt[0]) > worker_pool.PIPE_BYTES
+        assert len(pickle.dumps(made[0])) > worker_pool.PIPE_BYTES
         assert pool._workers.processes[0].pid != before.pid
 
 

@@ -40,7 +40,7 @@ class Resolved:
     precision: str
     """fp32, tf32, bf16 or fp16."""
     decode: str
-    """gpu, exact or cpu."""
+    """gpu, exact, cpu or scaled."""
     compile: str
     """on or off."""
     workers: int
@@ -52,3 +52,12 @@ class Resolved:
     speedups: Speedups = field(default_factory=Speedups)
     weights: str | None = None
     """`RANDOM`, the name of the weights or the path of the checkpoint; None where the script's model has its own."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """JPEGs are decoded on the GPU."""
+        return is_on_gpu(self.decode)
+
+
+def is_on_gpu(decode: str) -> bool:
+    return decode in ("gpu", "exact")

@@ -1,16 +1,19 @@
 """Batches → model input on a GPU, in threads and on streams of their own, while the model runs the batch before.
 
-nvJPEG decodes whole batches, and one kernel makes model input of them. What nvJPEG refuses, Pillow decodes here; what
-is no plain JPEG, the loader's workers have decoded already.
+nvJPEG decodes whole portions of images, and one kernel makes model input of each. What nvJPEG refuses, Pillow decodes
+here; what is no plain JPEG, the loader's workers have decoded already.
+
+The rows of small batches lie in one tensor, their group's, so that a portion may hold images of several of them; a
+large batch is made of many portions, which bounds the memory of what is decoded at once.
 """
 
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +29,22 @@ from mgpu_ddp.loader.worker import row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, TensorInput, Transform, decode, imagenet
 
-MAX_DECODED_PIXELS = 1 << 29
-"""Pixels that one thread decodes at once, three bytes each, to bound memory."""
+MAX_DECODED_PIXELS = 1 << 27
+"""Pixels that one thread decodes at once, three bytes each, to bound memory. A portion ends with half as many."""
 GROUP = 256
-"""Images that are decoded at once where batches are smaller: the engines would idle between the calls."""
+"""Images of a portion: of fewer small ones the engines would idle between the calls."""
+PIECES = 8
+"""Pieces of a portion, where batches are not so small that 256 images are more."""
+PORTIONS = 5
+"""Portions that are begun and not done: a few for the decoder, and what is copied and resized meanwhile."""
 HANGS_S = 120
 """A batch takes the decoder milliseconds; one that takes this long never ends."""
 LOOK_S = 5.0
 """Between two checks of a batch that is late."""
+STAGED = 4
+"""Groups of batches whose input is made while the model runs the batch before."""
+STAGED_BYTES = 512 << 20
+"""Model input of these groups, where one group is not more."""
 COPIED_BYTES = 256 << 20
 """Bytes that raw images of a batch take on the GPU at once."""
 ALIGNMENT = 512
@@ -64,8 +75,13 @@ def decode_of(
 
 
 def group_of(batch_size: int) -> int:
-    """How many batches are decoded at once."""
+    """How many batches have their rows in one tensor."""
     return max(1, GROUP // batch_size)
+
+
+def held_pieces(batch_size: int) -> int:
+    """How many of the loader's pieces `Staging` may hold at once."""
+    return max(PIECES, group_of(batch_size)) * (PORTIONS + 1)
 
 
 @functools.cache
@@ -99,67 +115,79 @@ def warm_up(device: torch.device, *, decodes: bool) -> Future[None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """Model input that is ready once `made` has happened on its device."""
+    """Model input that is ready once all of `made` have happened on its device."""
 
     images: torch.Tensor
-    made: torch.cuda.Event
-    decode_s: float
-    """Seconds inside nvJPEG's calls. The first of the batches that were decoded together has them all."""
+    made: Sequence[torch.cuda.Event]
 
     def on_current_stream(self) -> torch.Tensor:
         """The images (batch_size, 3, height, width) for work that is queued from now on."""
         current = torch.cuda.current_stream(self.images.device)
-        current.wait_event(self.made)
+        for event in self.made:
+            current.wait_event(event)
         self.images.record_stream(current)
-        return self.images
+        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
+        return self.images if self.images.data_ptr() % ALIGNMENT == 0 else self.images.clone()
 
 
-class BatchGroup:
-    """Batches that are decoded together, and whose rows lie one batch after the other in one tensor.
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """Batches whose rows lie one batch after the other in one tensor."""
 
-    Knows which batch a row of the group belongs to, and whether it is made of the batch's pixels or of a JPEG.
+    images: torch.Tensor
+    zeroed: torch.cuda.Event
+    """Rows that nothing is made for are zeros."""
+    num_batches: int = 0
+    """Batches that are whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """The end of a portion's work: `made` happens on the device when its rows are there."""
+
+    made: torch.cuda.Event
+    decode_s: float
+    """Seconds inside nvJPEG's calls."""
+
+
+class Portion:
+    """Pieces of batches that are decoded together.
+
+    Knows which piece a row of the group belongs to, and whether it is made of the piece's pixels or of a JPEG.
     """
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches, self._batch_size = batches, len(batches[0].pixels)
-        self.jpegs = Jpegs.joined([batch.jpegs for batch in batches if batch.jpegs is not None], self._batch_size)
-        """Those of all batches; their `rows` are the group's."""
-        num_samples = np.array([len(batch.index) for batch in batches])
-        # (batches, batch_size). Rows past a batch's samples are made of nothing.
-        self._of_pixels = np.arange(self._batch_size) < num_samples[:, None]
-        self._of_pixels[divmod(self.jpegs.rows, self._batch_size)] = False
-
-    def __len__(self) -> int:
-        """Rows of all batches together."""
-        return self._of_pixels.size
+    def __init__(self, pieces: Sequence[Batch], first_rows: Sequence[int]) -> None:
+        """`first_rows` are those of the pieces in their group."""
+        self._pieces, self._first_rows = pieces, first_rows
+        jpegs = [piece.jpegs for piece in pieces if piece.jpegs is not None]
+        self.jpegs = Jpegs.joined(jpegs, first_rows)
+        """Those of all pieces; their `rows` are the group's."""
+        self._owners = np.repeat(np.arange(len(jpegs)), [len(each) for each in jpegs])
+        self._of_pixels = [np.ones(len(piece.index), dtype=bool) for piece in pieces]
+        for of_pixels, each in zip(self._of_pixels, jpegs, strict=True):
+            of_pixels[each.rows] = False
 
     def decode_on_cpu(self, number: int, geometry: Callable[[Image.Image], Pixels]) -> None:
-        """Decode a JPEG, by its number, into its batch's pixels; record the error if Pillow refuses it as well."""
-        owner, row = divmod(int(self.jpegs.rows[number]), self._batch_size)
-        batch = self._batches[owner]
-        batch.pixels[row] = 0
-        self._of_pixels[owner, row] = True
+        """Decode a JPEG, by its number, into its piece's pixels; record the error if Pillow refuses it as well."""
+        owner = int(self._owners[number])
+        piece, row = self._pieces[owner], int(self.jpegs.rows[number]) - self._first_rows[owner]
+        piece.pixels[row] = 0
+        self._of_pixels[owner][row] = True
         try:
-            batch.pixels[row].numpy()[:] = geometry(decode(self.jpegs.content(number)))
+            piece.pixels[row].numpy()[:] = geometry(decode(self.jpegs.content(number)))
         except Exception as error:  # decoders raise all kinds; each bad image is one row
-            batch.errors[int(batch.index[row])] = row_error(error)
+            piece.errors[int(piece.index[row])] = row_error(error)
 
     def pixels(self) -> Iterator[tuple[Integers, torch.Tensor]]:
-        """Yield, for each batch, the group's rows that are made of pixels, and these pixels."""
-        for owner, (batch, chosen) in enumerate(zip(self._batches, self._of_pixels, strict=True)):
+        """Yield, for each piece, the group's rows that are made of pixels, and these pixels."""
+        for piece, first_row, chosen in zip(self._pieces, self._first_rows, self._of_pixels, strict=True):
             rows = np.flatnonzero(chosen)
             if len(rows):
-                yield owner * self._batch_size + rows, batch.pixels[torch.from_numpy(rows)]
-
-    def split(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Split a tensor of all rows into one per batch."""
-        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
-        parts = images.split(self._batch_size)
-        return [part if part.data_ptr() % ALIGNMENT == 0 else part.clone() for part in parts]
+                yield first_row + rows, piece.pixels[torch.from_numpy(rows)]
 
 
 class GpuInput:
-    """Makes model input of batches, several at a time, each in its own thread and on its own stream."""
+    """Makes model input of portions, several at a time, each in its own thread and on its own stream."""
 
     THREADS = 2 * Decoder.LANES + 1
     """One waits for each of the decoder's lanes, while others prepare the next batches and finish the last ones."""
@@ -176,6 +204,7 @@ class GpuInput:
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))
+        self._zeroing = torch.cuda.Stream(device)
         rule = "gpu or cpu on a GPU without JPEG engines"
         is_possible = not exact or decoder_of(device).has_engines
         require(is_possible, "runtime.decode", rule, "exact", "Use runtime.decode=cpu for Pillow's pixels.")
@@ -189,24 +218,38 @@ class GpuInput:
             )
 
     @torch.inference_mode()
-    def make(self, batches: Sequence[Batch]) -> list[Ready]:
-        """Decode what is encoded, and preprocess; adds bad samples that show up to their batch's errors."""
-        stream, decode_s = self._streams.get(), [0.0] * len(batches)
-
-        def clock(spent_s: float) -> None:
-            decode_s[0] += spent_s
-
+    def make(self, batch: Batch) -> Ready:
+        """Preprocess a batch of which nothing is encoded."""
+        stream = self._streams.get()
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                if batches[0].jpegs is not None:
-                    images = self._decode_group(BatchGroup(batches), clock)
-                else:
-                    images = [self._preprocess(batch) for batch in batches]
+                images, made = self._preprocess(batch), torch.cuda.Event()
+                made.record()
+        finally:
+            self._streams.put(stream)
+        return Ready(images=images, made=[made])
+
+    @torch.inference_mode()
+    def group(self, batch_size: int) -> Group:
+        """Model input for batches of this size that are decoded together."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._zeroing):
+            images, zeroed = self._empty(batch_size * group_of(batch_size)).zero_(), torch.cuda.Event()
+            zeroed.record()
+        return Group(images=images, zeroed=zeroed)
+
+    @torch.inference_mode()
+    def decode(self, portion: Portion, group: Group) -> Decoded:
+        """Decode what is encoded, and preprocess; adds bad samples that show up to their piece's errors."""
+        stream, spent_s = self._streams.get(), list[float]()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                stream.wait_event(group.zeroed)
+                self._decode_portion(portion, group.images, spent_s.append)
                 made = torch.cuda.Event()
                 made.record()
         finally:
             self._streams.put(stream)
-        return [Ready(images=each, made=made, decode_s=spent_s) for each, spent_s in zip(images, decode_s, strict=True)]
+        return Decoded(made=made, decode_s=sum(spent_s))
 
     def _empty(self, rows: int) -> torch.Tensor:
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
@@ -230,45 +273,61 @@ class GpuInput:
             images = Images.of(part.to(self._device, non_blocking=True))
             preprocess_images(images, np.ones_like(where), transform, out=out, rows=where)
 
-    def _decode_group(self, group: BatchGroup, clock: Callable[[float], None]) -> list[torch.Tensor]:
+    def _decode_portion(self, portion: Portion, images: torch.Tensor, clock: Callable[[float], None]) -> None:
         from mgpu_ddp.preprocess.resize_kernel import preprocess_images
 
-        jpegs, images = group.jpegs, self._empty(len(group)).zero_()
+        jpegs = portion.jpegs
         # Pinned, so that the decoder need not copy them while it keeps others waiting.
         pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
         files = copied(jpegs, pinned)
-        for portion in _portions(jpegs.heights * jpegs.widths):
-            for numbers, decoded in self._decode(jpegs, files, portion, clock):
+        for run in _runs(jpegs.heights * jpegs.widths):
+            for numbers, decoded in self._decode(jpegs, files, run, clock):
                 if decoded is None:
-                    group.decode_on_cpu(int(numbers[0]), self._transform.geometry)
+                    portion.decode_on_cpu(int(numbers[0]), self._transform.geometry)
                 else:
                     turned, rows = jpegs.orientations[numbers], jpegs.rows[numbers]
                     preprocess_images(decoded, turned, self._transform, out=images, rows=rows)
-        for rows, pixels in group.pixels():
+                # The next ones are not to lie beside these.
+                del decoded
+        for rows, pixels in portion.pixels():
             self._fill(images, pixels, rows, self._finish)
-        return group.split(images)
 
     def _decode(
         self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]
     ) -> Iterator[tuple[Integers, Images | None]]:
-        """Decode images, by their numbers, in as few calls as possible; yields None for one that is refused."""
+        """Decode images, by their numbers, in as few calls as possible; yields None for one that is refused.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for a single image.
+        """
+        decoded, is_full = None, False
+        try:
+            decoded = self._decoded(jpegs, files, numbers, clock)
+        except JpegError:
+            pass
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+            is_full = True
+        if decoded is not None or len(numbers) == 1:
+            yield numbers, decoded
+            return
+        if is_full:
+            # What torch keeps for later is missing to nvJPEG.
+            torch.cuda.empty_cache()
+        # One refused image fails the call, and too many for the memory do so as well: halve.
+        for half in np.array_split(numbers, 2):
+            yield from self._decode(jpegs, files, half, clock)
+
+    def _decoded(self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]) -> Images:
         sizes = jpegs.heights[numbers], jpegs.widths[numbers]
         into: Images | Planes = Images.empty(*sizes, self._device)
         if self._exact:
             into = Planes.empty(*sizes, jpegs.across[numbers], jpegs.down[numbers], self._device)
         # Kernels on this stream may still be reading from this memory as it was before.
         torch.cuda.current_stream(self._device).synchronize()
-        try:
-            clock(decoder_of(self._device).decode(files[numbers], into))
-        except JpegError:
-            # One refused image fails the call: halve until it is alone.
-            if len(numbers) == 1:
-                yield numbers, None
-            else:
-                for half in np.array_split(numbers, 2):
-                    yield from self._decode(jpegs, files, half, clock)
-        else:
-            yield numbers, _as_rgb(into)
+        clock(decoder_of(self._device).decode(files[numbers], into))
+        return _as_rgb(into)
 
 
 def _as_rgb(decoded: Images | Planes) -> Images:
@@ -290,7 +349,7 @@ def copied(jpegs: Jpegs, into: torch.Tensor) -> Files:
     return Files(addresses=addresses, lengths=jpegs.lengths)
 
 
-def _portions(sizes: Integers) -> list[Integers]:
+def _runs(sizes: Integers) -> list[Integers]:
     """Split the numbers of images of these sizes, in pixels, into runs within `MAX_DECODED_PIXELS`, or of one image."""
     cuts, left = [], MAX_DECODED_PIXELS
     for number, size in enumerate(sizes.tolist()):
@@ -298,43 +357,142 @@ def _portions(sizes: Integers) -> list[Integers]:
             cuts.append(number)
             left = MAX_DECODED_PIXELS
         left -= size
-    return [portion for portion in np.split(np.arange(len(sizes)), cuts) if len(portion)]
+    return [run for run in np.split(np.arange(len(sizes)), cuts) if len(run)]
+
+
+class Staged:
+    """A batch whose model input is being made."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Batch] = []
+        self.begun: list[Future[Decoded]] = []
+        """Portions that hold its pieces, as far as they are begun."""
+        self.num_waiting = 0
+        """Pieces whose portion is not begun."""
+        self.ready: Ready | None = None
+        """Of a batch of which nothing is encoded."""
+        self.view: torch.Tensor | None = None
+        """Its rows of its group."""
+
+    @property
+    def batch(self) -> Batch:
+        """All its samples, with the errors found while its input was made."""
+        return Batch.joined(self.pieces)
+
+    def is_done(self) -> bool:
+        """Its portions are decoded, or cannot be."""
+        return bool(self.begun) and not self.num_waiting and all(future.done() for future in self.begun)
 
 
 class Staging:
-    """Feeds batches to a `GpuInput`: encoded ones in threads, small ones of them in groups."""
+    """Feeds pieces of batches to a `GpuInput`: encoded ones in portions, in threads."""
 
     def __init__(self, inputs: GpuInput) -> None:
         self._inputs = inputs
         self._threads = ThreadPoolExecutor(inputs.THREADS)
-        self._begun: set[Future[None]] = set()
-        """Groups that threads may still be at work on."""
+        self._begun: list[Future[Decoded]] = []
+        """Portions that threads may still be at work on, the oldest first."""
         self._looks = 0
         """How often what is waited for was not there yet."""
-        self._group: list[tuple[Batch, Future[Ready]]] = []
+        self._staged = Staged()
+        self._group: Group | None = None
+        self._waiting: list[tuple[Staged, Batch, int]] = []
+        """Pieces of the next portion, with their first rows in the group."""
+        self.most_staged = STAGED
+        """Batches whose input may be made ahead of the model."""
+        self._decode_s = 0.0
 
-    def submit(self, batch: Batch) -> Future[Ready]:
-        """Take a batch, and begin with it once its group is full, or at `flush`."""
-        future: Future[Ready] = Future()
-        self._group.append((batch, future))
-        if batch.jpegs is None:
+    def submit(self, piece: Batch) -> Staged | None:
+        """Take the next piece; returns its batch with the last one. Waits while enough portions are begun.
+
+        Raises:
+            HangError: the decoder hangs.
+            OutOfMemoryError: there is no room for a batch on the GPU.
+        """
+        staged = self._staged
+        staged.pieces.append(piece)
+        if piece.jpegs is None:
             # There is nothing to wait for: another thread would only cost time.
-            self._make(self._taken())
-        elif len(self._group) == group_of(len(batch.pixels)):
-            self.flush()
-        return future
+            with _told(piece.batch_size):
+                staged.ready = self._inputs.make(piece)
+        else:
+            self._place(piece, staged)
+        if not piece.is_last:
+            return None
+        self._staged = Staged()
+        return staged
 
-    def wait(self, future: Future[Ready]) -> Ready:
+    def _place(self, piece: Batch, staged: Staged) -> None:
+        """Put a piece into the group and the next portion; begin with what is full."""
+        size = piece.batch_size
+        if self._group is None:
+            with _told(size):
+                self._group = self._inputs.group(size)
+            groups = max(1, min(STAGED, STAGED_BYTES // self._group.images.nbytes))
+            self.most_staged = groups * group_of(size)
+        group, first_row = self._group, self._group.num_batches * size
+        row = first_row + sum(len(each.index) for each in staged.pieces[:-1])
+        self._waiting.append((staged, piece, row))
+        staged.num_waiting += 1
+        if piece.is_last:
+            staged.view = group.images[first_row : first_row + size]
+            group.num_batches += 1
+        jpegs = [each.jpegs for _, each, _ in self._waiting if each.jpegs is not None]
+        pixels = sum(int(each.heights @ each.widths) for each in jpegs)
+        if (
+            sum(map(len, jpegs)) >= GROUP
+            or 2 * pixels >= MAX_DECODED_PIXELS
+            or len(jpegs) >= max(PIECES, group_of(size))
+            or group.num_batches == group_of(size)
+        ):
+            self.flush()
+
+    def flush(self) -> None:
+        """Begin with a portion that is not full, because no more pieces come."""
+        if not self._waiting or self._group is None:
+            return
+        while len(self._begun) >= PORTIONS:
+            self._await(self._begun[:1])
+            self._retire()
+        batches, pieces, first_rows = zip(*self._waiting, strict=True)
+        future = self._threads.submit(self._inputs.decode, Portion(pieces, first_rows), self._group)
+        self._begun.append(future)
+        for staged in dict.fromkeys(batches):
+            staged.begun.append(future)
+            staged.num_waiting = 0
+        self._waiting = []
+        if self._group.num_batches == group_of(pieces[0].batch_size):
+            self._group = None
+
+    def wait(self, staged: Staged) -> Ready:
         """Wait until a batch's input is made.
 
         Raises:
             HangError: it never will be, because the decoder hangs.
             OutOfMemoryError: there is no room for it on the GPU.
         """
-        self._await({future})
-        return future.result()
+        if staged.ready is not None:
+            return staged.ready
+        if staged.num_waiting:
+            self.flush()
+        self._await(staged.begun)
+        assert staged.view is not None
+        with _told(len(staged.view)):
+            return Ready(images=staged.view, made=[future.result().made for future in staged.begun])
 
-    def _await(self, futures: set[Future[Any]]) -> None:
+    def take_decode_s(self) -> float:
+        """Seconds inside nvJPEG's calls, of the portions that are done and were not counted yet."""
+        self._retire()
+        spent_s, self._decode_s = self._decode_s, 0.0
+        return spent_s
+
+    def _retire(self) -> None:
+        while self._begun and self._begun[0].done():
+            future = self._begun.pop(0)
+            if future.exception() is None:
+                self._decode_s += future.result().decode_s
+
+    def _await(self, futures: Sequence[Future[Decoded]]) -> None:
         while wait(futures, timeout=LOOK_S).not_done:
             self._looks += 1
             # Looks are counted and not time, which goes on while a process is stopped.
@@ -342,35 +500,25 @@ class Staging:
                 self._inputs.check()
         self._looks = 0
 
-    def flush(self) -> None:
-        """Begin with a group that is not full, because no more batches come."""
-        if self._group:
-            self._begun = {future for future in self._begun if not future.done()}
-            self._begun.add(self._threads.submit(self._make, self._taken()))
-
-    def _taken(self) -> list[tuple[Batch, Future[Ready]]]:
-        group, self._group = self._group, []
-        return group
-
-    def _make(self, group: list[tuple[Batch, Future[Ready]]]) -> None:
-        try:
-            made = self._inputs.make([batch for batch, _ in group])
-        except torch.OutOfMemoryError as error:
-            for batch, future in group:
-                future.set_exception(OutOfMemoryError.of("batch_size", len(batch.pixels), error))
-        except BaseException as error:
-            for _, future in group:
-                future.set_exception(error)
-        else:
-            for (_, future), ready in zip(group, made, strict=True):
-                future.set_result(ready)
-
     def close(self) -> None:
-        """Wait for the groups that were begun, and begin with no other.
+        """Wait for the portions that were begun, and begin with no other.
 
         Raises:
             HangError: one never ends, because the decoder hangs.
         """
         self._threads.shutdown(wait=False, cancel_futures=True)
         # `wait` does not count cancelled futures as done.
-        self._await({future for future in self._begun if not future.done()})
+        self._await([future for future in self._begun if not future.done()])
+
+
+@contextmanager
+def _told(batch_size: int) -> Iterator[None]:
+    """Name the batch's size where the GPU has no memory left.
+
+    Raises:
+        OutOfMemoryError: it has none.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError.of("batch_size", batch_size, error) from None

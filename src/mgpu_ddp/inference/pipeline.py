@@ -12,15 +12,12 @@ import torch
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.inference.gpu_input import GpuInput, Ready, Staging, group_of
+from mgpu_ddp.inference.gpu_input import STAGED, GpuInput, Ready, Staged, Staging, group_of, held_pieces
 from mgpu_ddp.inference.outputs import FINITE, SPLIT, Columns, OutputsError, on_host
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.rows import Rows
-
-STAGED = 4
-"""Groups of batches whose input is made on a GPU while the model runs the batch before."""
 
 
 def in_flight(world: World, streams: int = 1) -> int:
@@ -29,11 +26,16 @@ def in_flight(world: World, streams: int = 1) -> int:
 
 
 def held_batches(resolved: Resolved, world: World) -> int:
-    """How many of the loader's batches `predict` may hold at once."""
+    """How many batches `predict` may hold at once."""
     if world.device.type != "cuda":
         return in_flight(world) + 1
-    group = 1 if resolved.decode == "cpu" else group_of(resolved.batch_size)
+    group = group_of(resolved.batch_size) if resolved.on_gpu else 1
     return in_flight(world, resolved.speedups.streams) + (STAGED + 1) * group + 1
+
+
+def held_slots(resolved: Resolved, world: World) -> int:
+    """How many of the loader's batches or pieces `predict` may hold at once."""
+    return held_pieces(resolved.batch_size) if resolved.on_gpu else held_batches(resolved, world)
 
 
 def predict(
@@ -67,7 +69,10 @@ class GpuPipeline:
                     stage            launch             land
         loader ──────────► staged ──────────► in flight ──────► rows
                    wait_s           input_s            predict_s    the clock that runs
-                           STAGED groups      `depth`               the most batches between two stages
+                           `most_staged`      `depth`               the most batches between two stages
+
+    A batch that is decoded moves on at once: the first one need not wait for those read ahead. Waiting for a decoder
+    that has enough to do counts as input_s.
 
     All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`. The model
     runs on the current stream, or, where its forward waits for the GPU, in threads with a stream each.
@@ -77,36 +82,43 @@ class GpuPipeline:
         self._predictor, self._clock, self._world = predictor, clock, world
         self._depth = in_flight(world, predictor.streams)
         self._staging = Staging(inputs)
-        self._staged: deque[tuple[Batch, Future[Ready]]] = deque()
+        self._staged: deque[Staged] = deque()
         self._flying: deque[tuple[Batch, Ready, Flight | Future[Flight]]] = deque()
         self._threads = ThreadPoolExecutor(predictor.streams) if predictor.streams > 1 else None
 
     def run(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, Columns]]:
         with self._threads or nullcontext(), closing(self._staging):
-            for batch in self._clock.waiting_for(batches):
-                self.stage(batch)
-                group = 1 if batch.jpegs is None else group_of(len(batch.pixels))
-                if len(self._staged) > STAGED * group:
-                    self.launch()
-                if len(self._flying) >= self._depth:
-                    yield self.land()
+            for piece in self._clock.waiting_for(batches):
+                self.stage(piece)
+                yield from self._advance(self._staging.most_staged)
             self._staging.flush()
-            while self._staged or self._flying:
-                if self._staged:
-                    self.launch()
-                if not self._staged or len(self._flying) >= self._depth:
-                    yield self.land()
+            yield from self._advance(most_staged=0)
+            while self._flying:
+                yield self.land()
 
-    def stage(self, batch: Batch) -> None:
-        """Let the input of a batch be made."""
-        self._staged.append((batch, self._staging.submit(batch)))
+    def _advance(self, most_staged: int) -> Generator[tuple[Batch, Columns]]:
+        """Launch and land what is ready; wait for the oldest where more batches are staged or in flight."""
+        while self._staged and (len(self._staged) > most_staged or self._staged[0].is_done()):
+            self.launch()
+            if len(self._flying) >= self._depth:
+                yield self.land()
+        while self._flying and self._flying[0][2].done():
+            yield self.land()
+
+    def stage(self, piece: Batch) -> None:
+        """Let the input of a piece be made."""
+        with self._clock.measuring("input_s"):
+            staged = self._staging.submit(piece)
+        if staged is not None:
+            self._staged.append(staged)
 
     def launch(self) -> None:
         """Wait for the oldest staged input, and queue the model and the copy of its results behind it."""
-        batch, future = self._staged.popleft()
+        staged = self._staged.popleft()
         with self._clock.measuring("input_s"):
-            ready = self._staging.wait(future)
-        self._clock.decode_s += ready.decode_s
+            ready = self._staging.wait(staged)
+        batch = staged.batch
+        self._clock.decode_s += self._staging.take_decode_s()
         with self._clock.measuring("predict_s"), _told_with(batch, self._world):
             if self._threads is None:
                 self._flying.append((batch, ready, Flight(self._predictor, ready)))
@@ -150,6 +162,9 @@ class Flight:
         self._began.record()
         self._columns = {name: c.to("cpu", non_blocking=True) for name, c in predictor(images).items()}
         self._ended.record()
+
+    def done(self) -> bool:
+        return bool(self._ended.query())
 
     def wait(self) -> None:
         self._ended.synchronize()

@@ -43,7 +43,7 @@ class Predictor:
         self._outputs, self._config = outputs, config.output
         self._dtype, self._channels_last = input_dtype(resolved), runtime.channels_last
         self._autocast = DTYPES[resolved.precision] if resolved.speedups.autocast else None
-        self.decodes = resolved.decode != "cpu"
+        self.decodes = resolved.on_gpu
         """Batches may come with encoded images."""
         self.inputs = (
             GpuInput(

@@ -247,6 +247,7 @@ def noise(transform: AnyTransform, batch_size: int, device: torch.device) -> Bat
         jpegs=None,
         errors={},
         seconds={},
+        batch_size=batch_size,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from mgpu_ddp.config.schema import FakeConfig
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.distributed.host import available_bytes, require_memory
-from mgpu_ddp.inference.pipeline import held_batches
+from mgpu_ddp.inference.pipeline import held_slots
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of, dataset_range
 from mgpu_ddp.loader.loader import plan_slots
@@ -38,7 +38,7 @@ def require_room(setup: Setup) -> None:
     transform, size_key = resolved.transform, "transform.size"
     if isinstance(transform, Transform):
         size_key = config.transform.size_key(cropped=transform.crop is not None)
-    held = held_batches(resolved, world)
+    held = held_slots(resolved, world)
     plan_slots(samples, rows, config.loader, resolved, world, held=held, size_key=size_key)
     if world.device.type == "cuda":
         total, itemsize = torch.cuda.mem_get_info(world.device)[1], DTYPES[resolved.precision].itemsize

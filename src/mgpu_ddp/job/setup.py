@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.resolved import RANDOM, Resolved
+from mgpu_ddp.config.resolved import RANDOM, Resolved, is_on_gpu
 from mgpu_ddp.config.schema import AUTO, Config, FakeConfig, ModelConfig
 from mgpu_ddp.data.datasets import find_listing
 from mgpu_ddp.data.script_dataset import bring_dataset
@@ -54,8 +54,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
         own_transform = script_transform(job.script, dataset, config.transform)
         decode = decode_of(config, world.device, dataset, own_transform)
     # Before there are threads and workers, which inherit it.
-    host.keep_off(host.interrupted_cpus() if decode != "cpu" else frozenset(), world.cpus)
-    warm = warm_up(world.device, decodes=decode != "cpu") if world.device.type == "cuda" else None
+    host.keep_off(host.interrupted_cpus() if is_on_gpu(decode) else frozenset(), world.cpus)
+    warm = warm_up(world.device, decodes=is_on_gpu(decode)) if world.device.type == "cuda" else None
     folder = place_job(job, world)
     job = choose_weights(job, folder.before, world)
     config = job.config

@@ -14,7 +14,7 @@ from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
 from mgpu_ddp.errors import SampleError
-from mgpu_ddp.inference.pipeline import held_batches, predict
+from mgpu_ddp.inference.pipeline import held_slots, predict
 from mgpu_ddp.inference.predictor import NONFINITE
 from mgpu_ddp.inference.trace import Profile
 from mgpu_ddp.job.agreement import Limits
@@ -160,7 +160,7 @@ def predict_task(context: JobContext, task: Task, collector: Collector) -> None:
     """Predict this rank's share of a task, with nothing collective in the loop."""
     world, resolved, clock = context.world, context.resolved, context.clock
     sampler = ShardSampler(task.plan, world.rank)
-    held = held_batches(resolved, world)
+    held = held_slots(resolved, world)
     loaded = load_batches(task.samples, sampler, context.config.loader, resolved, world, held=held)
     with loaded as batches, closing(predict(batches, context.predictor, clock, world, context.types)) as predicted:
         for rows in predicted:

@@ -1,5 +1,6 @@
-"""A padded batch, as the loader hands it to its rank."""
+"""A padded batch, or a piece of one, as the loader hands it to its rank."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,18 +36,47 @@ class Batch:
     """All that its worker read in the meantime."""
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     """Values that came with the samples, see `Rows`."""
+    batch_size: int
+    """Rows of the batch, padding included."""
+    is_last: bool = True
+    """The last piece of its batch, or all of it. Only what is left to a GPU comes in pieces, whose `pixels` have more
+    rows than samples."""
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[Batch]") -> "Batch":
+        """All that is known of a batch's samples once its model input is made, without their pixels."""
+        if len(pieces) == 1:
+            return pieces[0]
+        seconds: dict[str, float] = {}
+        for piece in pieces:
+            for stage, spent_s in piece.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent_s
+        return cls(
+            index=np.concatenate([piece.index for piece in pieces]),
+            label=np.concatenate([piece.label for piece in pieces]),
+            pixels=pieces[0].pixels[:0],
+            batch_size=pieces[0].batch_size,
+            jpegs=None,
+            errors={index: reason for piece in pieces for index, reason in piece.errors.items()},
+            seconds=seconds,
+            read_bytes=sum(piece.read_bytes for piece in pieces),
+            carried={name: np.ma.concatenate([piece.carried[name] for piece in pieces]) for name in pieces[0].carried},
+        )
 
 
-def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False) -> Batch:
-    """The batch in the rank's view of the slot that a worker filled."""
+def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False, batch_size: int | None = None) -> Batch:
+    """The batch in the rank's view of the slot that a worker filled, or a piece of a batch of `batch_size`."""
+    pixels = slots.pixels(made.slot)
     return Batch(
         index=made.index,
         label=made.label,
-        pixels=slots.pixels(made.slot),
+        pixels=pixels,
         jpegs=made.jpegs.in_room(slots.room(made.slot)) if made.jpegs is not None else None,
         errors=made.errors,
         seconds=made.seconds,
         raw=raw,
         read_bytes=made.read_bytes,
         carried=made.carried,
+        batch_size=batch_size or len(pixels),
+        is_last=made.is_last,
     )

@@ -1,7 +1,11 @@
-"""Samples → padded batches, in order, read ahead by workers, in memory that is used again."""
+"""Samples → padded batches, in order, read ahead by workers, in memory that is used again.
+
+Images that a GPU decodes come in pieces of batches, which bounds what is read ahead in bytes; all workers read for the
+first batch.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 
 from PIL import Image
@@ -15,12 +19,16 @@ from mgpu_ddp.distributed.sharding import ShardSampler
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.shared_slots import SharedSlots
-from mgpu_ddp.loader.worker import BatchMaker, Order
+from mgpu_ddp.loader.worker import BatchMaker, Made, Order
 from mgpu_ddp.loader.worker_pool import WorkerPool
 from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Transform
 
 COPYING_WORKERS = 4
 """Enough workers where they only copy images to a GPU: they fill the memory bus."""
+FIRST_PIECE = 4
+"""Samples of a piece as long as nobody knows how large they are."""
+LARGEST_PIECE = 256
+"""More samples would only come later."""
 
 
 def num_workers(config: Config, world: World) -> int:
@@ -49,9 +57,12 @@ def plan_slots(
     Raises:
         OutOfMemoryError: there is no memory for them.
     """
-    batch_size, transform, on_gpu = resolved.batch_size, resolved.transform, world.device.type == "cuda"
+    transform, on_gpu = resolved.transform, world.device.type == "cuda"
+    batch_size, fewest = resolved.batch_size, resolved.batch_size
+    if resolved.on_gpu:
+        batch_size, fewest = min(batch_size, LARGEST_PIECE), 1
     # A short job uses each slot once.
-    num_slots = max(1, min(resolved.workers * config.prefetch + held, -(-rows // batch_size)))
+    num_slots = max(1, min(_ahead(config, resolved) + held, -(-rows // fewest)))
     room = available_bytes() // world.local_size
     raw = _raw_layout(samples, transform, num_slots * batch_size, room) if on_gpu else None
     if raw is None:
@@ -62,7 +73,8 @@ def plan_slots(
         side = transform.shape[0] if size_key == "transform.size" else list(transform.shape[:2])
         require_memory(size_key, side, one, room, "Lower it.")
         remedy = "Lower it, or loader.workers or loader.prefetch, which read batches ahead."
-        require_memory("batch_size", batch_size, num_slots * batch_size * num_bytes, room, remedy)
+        in_use = min(num_slots, _ahead(config, resolved) + 1) if resolved.on_gpu else num_slots
+        require_memory("batch_size", resolved.batch_size, in_use * batch_size * num_bytes, room, remedy)
     return num_slots, raw
 
 
@@ -72,27 +84,58 @@ def load_batches(
 ) -> Iterator[Iterator[Batch]]:
     """Load this rank's samples in order, ahead of the model. Images that a GPU decodes stay encoded.
 
-    The consumer may keep `held` batches. Workers and memory go when the block ends and not after the last batch, which
-    would delay those that the consumer still keeps.
+    The consumer may keep `held` batches or pieces. Workers and memory go when the block ends and not after the last
+    batch, which would delay those that the consumer still keeps.
 
     Raises:
         OutOfMemoryError: there is no memory for the batches that are read ahead.
     """
-    batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.decode != "cpu"
-    ahead = resolved.workers * config.prefetch
+    batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.on_gpu
     num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
     transform, planar = resolved.transform, raw is not None and raw.planar
     if raw is not None and isinstance(transform, Transform):
         transform = transform.without_geometry((raw.height, raw.width))
-    slots = SharedSlots(num_slots, batch_size, transform.shape, dtype=transform.dtype, planar=planar, packed=packed)
+    rows = min(batch_size, LARGEST_PIECE) if packed else batch_size
+    slots = SharedSlots(num_slots, rows, transform.shape, dtype=transform.dtype, planar=planar, packed=packed)
     # Pillow warns above this and refuses twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     maker = BatchMaker(samples, transform, slots, config, packed=packed)
-    orders = (Order(indices=indices) for indices in BatchSampler(sampler, batch_size, drop_last=False))
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    pieces = Pieces(batches, slots.share)
+    orders = iter(pieces) if packed else (Order(indices=indices) for indices in batches)
     with closing(slots), closing(WorkerPool(maker, resolved.workers, num_slots)) as pool:
         if on_gpu and not packed:
             slots.pin()
-        yield (as_batch(made, slots, raw=raw is not None) for made in pool.make(orders, ahead=ahead, held=held))
+        made = pool.make(orders, ahead=_ahead(config, resolved), held=held)
+        yield (as_batch(pieces.seen(each), slots, raw=raw is not None, batch_size=batch_size) for each in made)
+
+
+def _ahead(config: LoaderConfig, resolved: Resolved) -> int:
+    return max(1, resolved.workers * config.prefetch)
+
+
+class Pieces:
+    """Cuts batches into orders whose encoded images fill their slot's share, judged by the pieces before."""
+
+    def __init__(self, batches: Iterable[list[int]], share: int) -> None:
+        self._batches, self._share = batches, share
+        self._most = FIRST_PIECE
+
+    def __iter__(self) -> Iterator[Order]:
+        for indices in self._batches:
+            at = 0
+            while at < len(indices):
+                left = len(indices) - at
+                # Of about the same size, rather than a small one at the end.
+                stop = at + -(-left // -(-left // self._most))
+                yield Order(indices=indices[at:stop], is_last=stop == len(indices))
+                at = stop
+
+    def seen(self, made: Made) -> Made:
+        """Pass a result on, and cut what comes next by what its images weigh."""
+        fitting = self._share * len(made.index) // max(made.encoded_bytes, 1)
+        self._most = max(1, min(LARGEST_PIECE, fitting))
+        return made
 
 
 def _raw_layout(samples: Samples, transform: AnyTransform, num_images: int, room: int) -> Layout | None:

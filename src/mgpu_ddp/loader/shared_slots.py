@@ -1,4 +1,4 @@
-"""Memory that loader workers fill and their rank reads, in slots of one batch that are used again and again.
+"""Memory that loader workers fill and their rank reads, in slots that are used again and again.
 
 A batch in new memory would cost a shared-memory file, page faults for every byte and a copy into pinned memory. The
 slots are made once, before the workers fork, and pinned once, in the background while the first batches are made.
@@ -13,14 +13,17 @@ import torch
 from mgpu_ddp.data import shared_memory
 from mgpu_ddp.preprocess.transform import Pixels
 
-JPEG_BYTES = 1 << 20
-"""A slot's room for encoded images, per image. Pages that are never written to take no memory."""
+ENCODED_BYTES = 3 << 29
+"""Encoded images of all slots of a rank together: a worker ends its piece when its slot has its share of them."""
+ROOM_BYTES = 128 << 20
+"""A slot's room for encoded images: more than its share, because the last image of a piece may be large. Pages that are
+never written to take no memory."""
 PINNING_THREADS = 4
 """One thread takes longer to touch pages for the first time than the model takes for the images on them."""
 
 
 class SharedSlots:
-    """Slots of one batch each: its pixels (batch_size, *shape) of `dtype`, and room for encoded images.
+    """Slots of one batch or piece each: its pixels (rows, *shape) of `dtype`, and room for encoded images.
 
     Where `planar`, the channels of an image, (height, width, 3), lie apart in memory. There is room for encoded images
     only where `packed`.
@@ -29,20 +32,23 @@ class SharedSlots:
     def __init__(
         self,
         count: int,
-        batch_size: int,
+        rows: int,
         shape: tuple[int, ...],
         *,
         dtype: torch.dtype = torch.uint8,
         planar: bool = False,
         packed: bool = False,
     ) -> None:
-        self._shape = (batch_size, shape[-1], *shape[:-1]) if planar else (batch_size, *shape)
+        self._shape = (rows, shape[-1], *shape[:-1]) if planar else (rows, *shape)
         self._planar, self._dtype = planar, dtype
         self._view_bytes = int(np.prod(self._shape)) * dtype.itemsize
         self._pixel_bytes = _whole_pages(self._view_bytes)
-        self._room = _whole_pages(batch_size * JPEG_BYTES) if packed else 0
+        self._room = _whole_pages(ROOM_BYTES) if packed else 0
+        self.share = ENCODED_BYTES // count
+        """Bytes of encoded images that end a slot's piece."""
         self._slot_bytes = self._pixel_bytes + self._room
-        self._memory = torch.frombuffer(shared_memory.allocate(count * self._slot_bytes), dtype=torch.uint8)
+        self._map = shared_memory.allocate(count * self._slot_bytes)
+        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self._count = count
         self._pinned: list[Future[None]] = []
 
@@ -80,6 +86,12 @@ class SharedSlots:
         """The bytes of a slot for encoded images, uint8 (room,)."""
         first = slot * self._slot_bytes + self._pixel_bytes
         return self._memory[first : first + self._room]
+
+    def trim(self, slot: int) -> None:
+        """Give back the memory of large images that a slot held before."""
+        first = slot * self._slot_bytes + self._pixel_bytes + min(_whole_pages(2 * self.share), self._room)
+        if first < (slot + 1) * self._slot_bytes:
+            self._map.madvise(mmap.MADV_REMOVE, first, (slot + 1) * self._slot_bytes - first)
 
     def close(self) -> None:
         """Unpin; the memory goes with its last reader."""

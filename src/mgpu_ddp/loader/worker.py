@@ -1,4 +1,4 @@
-"""The work of a loader worker: an order comes in, and its slot is filled with one padded batch.
+"""The work of a loader worker: an order comes in, and its slot is filled with one padded batch or a piece of one.
 
 A bad sample costs its own row alone. What a GPU decodes is only looked through and packed.
 """
@@ -37,6 +37,8 @@ class Order:
     """Dataset index → reason of samples that are not tried again."""
     row_by_row: bool = False
     """Show at which sample it is, rather than fill the slot at once."""
+    is_last: bool = True
+    """The batch ends with these samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,11 @@ class Made:
     jpegs: PackedJpegs | None = None
     read_bytes: int = 0
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    encoded_bytes: int = 0
+    """In the slot's room."""
+    is_last: bool = True
+    rest: Order | None = None
+    """What is left of the order, because the slot has its share of encoded images."""
 
     def clock(self, stage: str, spent_s: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
@@ -87,10 +94,12 @@ class BatchMaker:
     def make(self, order: Order, then: Sequence[int] = (), at: Integers | None = None) -> Made:
         """Fill the slot; `then` is what will be asked for next. At each sample, the number in `at` goes up by one.
 
+        Where encoded images fill the slot's share before the last sample, the rest is to be ordered again.
+
         Raises:
             StateError: the source is not what was listed, which concerns more than one sample.
         """
-        read_before, num_rows = _bytes_read(), len(order.indices)
+        read_before, num_rows, rest = _bytes_read(), len(order.indices), None
         made = Made(
             slot=order.slot,
             index=np.asarray(order.indices, dtype=np.int64),
@@ -99,35 +108,52 @@ class BatchMaker:
             seconds={},
         )
         pixels = self._slots.array(order.slot)
-        packer = JpegPacker(self._slots.room(order.slot).numpy()) if self._packed else None
+        packer = None
+        if self._packed:
+            self._slots.trim(order.slot)
+            packer = JpegPacker(self._slots.room(order.slot).numpy())
         try:
             if order.row_by_row or not self._samples.fill(order.indices, self._transform, pixels, made.clock):
                 self._samples.expect([index for index in (*order.indices, *then) if index not in order.hung])
-                self._fill_row_by_row(made, order, pixels, packer, np.zeros(1, dtype=np.int64) if at is None else at)
+                at = np.zeros(1, dtype=np.int64) if at is None else at
+                num_rows = self._fill_row_by_row(made, order, pixels, packer, at)
         except UsageError as error:
             # What this node alone lacks is no mistake that all ranks could be told of.
             raise StateError(str(error)) from None
         if packer is None:
             pixels[num_rows:] = 0
-        jpegs = packer.packed() if packer is not None else None
-        carried = self._samples.take_carried(order.indices)
-        return replace(made, jpegs=jpegs, read_bytes=_bytes_read() - read_before, carried=carried)
+        if num_rows < len(order.indices):
+            rest = replace(order, indices=order.indices[num_rows:])
+        return replace(
+            made,
+            index=made.index[:num_rows],
+            label=made.label[:num_rows],
+            jpegs=packer.packed() if packer is not None else None,
+            read_bytes=_bytes_read() - read_before,
+            carried=self._samples.take_carried(order.indices[:num_rows]),
+            encoded_bytes=packer.used if packer is not None else 0,
+            is_last=order.is_last and rest is None,
+            rest=rest,
+        )
 
     def _fill_row_by_row(
         self, made: Made, order: Order, pixels: Pixels, packer: JpegPacker | None, at: Integers
-    ) -> None:
+    ) -> int:
+        """Fill the slot sample by sample; returns how many were enough."""
         samples, limit, started = self._samples, TimeLimit(self._config.timeout_s), time.perf_counter()
+        num_rows = len(order.indices)
         with limit.installed():
             for row, index in enumerate(order.indices):
+                if packer is not None and packer.used >= self._slots.share:
+                    num_rows = row
+                    break
                 at += 1
                 try:
                     if index in order.hung:
                         raise TookTooLongError(order.hung[index])
                     with limit:
                         data = samples.read(index, made.clock) if packer is not None else None
-                        header = read_header(data) if data is not None else None
-                        if packer is not None and data is not None and header is not None and self._is_for_gpu(header):
-                            packer.add(data, header, row)
+                        if packer is not None and data is not None and self._packs(data, packer, row):
                             made.label[row] = samples.known_label(index)
                         else:
                             image, made.label[row] = samples.load(index, self._transform, made.clock, data)
@@ -140,6 +166,12 @@ class BatchMaker:
                     made.errors[index] = row_error(error)
         if packer is not None:
             made.clock("pack", time.perf_counter() - started - sum(made.seconds.values()))
+        return num_rows
+
+    def _packs(self, data: bytes, packer: JpegPacker, row: int) -> bool:
+        """Leave an image to the GPU, if that may decode it."""
+        header = read_header(data)
+        return header is not None and self._is_for_gpu(header) and packer.add(data, header, row)
 
     def _is_for_gpu(self, header: Header) -> bool:
         """Decide whether the GPU decodes a JPEG; Pillow judges all that is not plain."""

@@ -60,37 +60,46 @@ class WorkerPool:
         """How often workers have hung, by sample, or by order where no sample was begun."""
 
     def make(self, orders: Iterator[Order], *, ahead: int, held: int) -> Generator[Made]:
-        """Yield what is made of each order, in their order.
+        """Yield what is made of the orders, in their order; the rest of one that is not made whole is ordered again.
 
-        Up to `ahead` orders are given out before their turn; a slot is used again `held` batches later.
+        Up to `ahead` orders are given out before their turn; a slot is used again `held` results later.
 
         Raises:
             StateError: a worker died, or the source is not what was listed.
             RuntimeError: a worker raised, with its traceback.
         """
-        if not self._workers.processes:
-            yield from (self._maker.make(replace(order, slot=n % self._num_slots)) for n, order in enumerate(orders))
         made: dict[int, Made] = {}
-        in_use: deque[int] = deque()
+        given: deque[int] = deque()
+        """In the order of their samples."""
+        held_slots: deque[int] = deque()
         # The first slots are pinned first, and the slot used last is used next: it may be in a cache.
         free = [*reversed(range(self._num_slots))]
-        num_given = 0
-        for number in itertools.count():
-            if number >= held:
-                free.append(in_use.popleft())
+        numbers = itertools.count()
+
+        def give(order: Order) -> int:
+            number = next(numbers)
+            self._give(number, replace(order, slot=free.pop()))
+            return number
+
+        while True:
+            if len(held_slots) == held:
+                free.append(held_slots.popleft())
             self._receive(made, timeout_s=0)
-            for order in itertools.islice(orders, number + ahead - num_given):
-                in_use.append(free.pop())
-                self._give(num_given, replace(order, slot=in_use[-1]))
-                num_given += 1
-            if num_given == number:
+            given.extend(give(order) for order in itertools.islice(orders, ahead - len(given)))
+            if not given:
                 return
+            number = given.popleft()
             self._wait_for(number, made)
-            yield made.pop(number)
+            result = made.pop(number)
+            held_slots.append(result.slot)
+            if result.rest is not None:
+                given.appendleft(give(result.rest))
+            yield result
 
     def _give(self, number: int, order: Order) -> None:
         self._given[number] = order
-        self._workers.orders.put((number, order))
+        if self._workers.processes:
+            self._workers.orders.put((number, order))
 
     def _receive(self, made: dict[int, Made], timeout_s: float) -> None:
         for number, result in self._workers.receive(timeout_s):
@@ -101,6 +110,8 @@ class WorkerPool:
 
     def _wait_for(self, number: int, made: dict[int, Made]) -> None:
         """Wait until an order is made, and replace the workers when nobody gets on with it."""
+        if not self._workers.processes:
+            made[number] = self._maker.make(self._given.pop(number))
         limit_s, silent_s, seen = self._maker.timeout_s + MARGIN_S, 0.0, [-1]
         while number not in made:
             since = time.monotonic()

@@ -12,16 +12,27 @@ import pytest
 import torch
 from PIL import Image
 
-from mgpu_ddp.config.schema import LoaderConfig
+from mgpu_ddp.config.schema import (
+    Config,
+    DataConfig,
+    FakeConfig,
+    FolderConfig,
+    LoaderConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TransformConfig,
+)
 from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.errors import UsageError
 from mgpu_ddp.inference import gpu_input
 from mgpu_ddp.inference.gpu_input import Decoded, Group, Portion, Staged, Staging, copied
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.jpegs import COLUMNS, Jpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Order
-from mgpu_ddp.preprocess.transform import plain
+from mgpu_ddp.preprocess.transform import TensorInput, plain
+from tests.support.choices import resolved
 from tests.support.samples import encoded, photo
 
 SIDE, BATCH_SIZE = 16, 3
@@ -246,3 +257,19 @@ def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
         inputs.go.release(100)
     assert given[0] == 64
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scaled_decoding_runs_wherever_images_come_as_files(device: str, tmp_path: Path) -> None:
+    def decode_with(data: DataConfig, own: TensorInput | None = None) -> str:
+        runtime = RuntimeConfig(decode="scaled")
+        config = Config(data=data, transform=TransformConfig(), model=ModelConfig(), runtime=runtime)
+        return gpu_input.decode_of(config, torch.device(device), own=own)
+
+    folder = FolderConfig(root=str(tmp_path))
+    assert decode_with(folder) == "scaled"
+    with pytest.raises(UsageError, match=r"^runtime.decode must be cpu or auto where images do not come as files, got"):
+        decode_with(FakeConfig())
+    with pytest.raises(UsageError, match=r"where the script's transform takes a PIL image, got 'scaled'"):
+        decode_with(folder, TensorInput(shape=(3, 8, 8)))
+    assert not resolved(decode="scaled").on_gpu

@@ -38,6 +38,7 @@ from mgpu_ddp.loader.loader import COPYING_WORKERS, Pieces, load_batches, num_wo
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Made, Order
 from mgpu_ddp.preprocess.transform import Pixels, StageClock, Transform, plain
+from mgpu_ddp.preprocess.transform import decode as decode_image
 from tests.support.choices import resolved
 from tests.support.samples import encoded, photo
 
@@ -231,6 +232,18 @@ def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
     assert [len(order.indices) for order in orders] == [200, 200]
     pieces.seen(made_of(seen[1], 5000))
     assert len(next(iter(pieces)).indices) == 1
+
+
+@pytest.mark.parametrize("decode", ["cpu", "scaled"])
+def test_workers_scale_jpegs_where_that_is_asked_for(world: World, tmp_path: Path, decode: str) -> None:
+    data = encoded(photo(300, 200), "JPEG", quality=95)
+    samples, choices = folder(tmp_path, {"0.jpg": data}), resolved(decode=decode, batch_size=1, transform=plain(SIZE))
+    plan = Plan(start=0, stop=1, size=1, batch_size=1, contiguous=False, smallest_rows=1, largest_rows=1)
+    with load_batches(samples, ShardSampler(plan, 0), LoaderConfig(), choices, world, held=1) as batches:
+        (batch,) = list(batches)
+    want = plain(SIZE).geometry(decode_image(data, SIZE if decode == "scaled" else None))
+    assert batch.jpegs is None
+    assert np.array_equal(batch.pixels[0].numpy(), want)
 
 
 @pytest.mark.parametrize("limit", [599, 600])

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,3 +206,47 @@ def test_unreadable_metadata_does_not_cost_the_pixels() -> None:
 def test_a_strip_too_narrow_to_resize_is_refused_before_it_takes_the_memory() -> None:
     with pytest.raises(ValueError, match="20000x1 pixels are too narrow"):
         imagenet(224).geometry(Image.new("RGB", (20000, 1)))
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "expected"),
+    [
+        ((1600, 1200), 150, (200, 150)),
+        ((1600, 1200), 151, (400, 300)),
+        ((1200, 1601), 256, (300, 401)),
+        ((1600, 1200), 600, (800, 600)),
+        ((1600, 1200), 601, (1600, 1200)),
+        ((30, 20), 256, (30, 20)),
+    ],
+)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_scaled_jpeg_has_no_side_below_what_it_is_resized_to(
+    size: tuple[int, int], side: int, expected: tuple[int, int], progressive: bool
+) -> None:
+    data = encoded(photo(*size), "JPEG", quality=95, progressive=progressive)
+    found = decode(data, side)
+    assert (found.mode, found.size) == ("RGB", expected)
+    factor = -(-size[0] // expected[0])
+    mean = decode(data).reduce(factor)
+    apart = np.abs(np.asarray(found, dtype=int) - np.asarray(mean, dtype=int))
+    assert apart.mean() < 2
+
+
+def test_scaling_turns_an_image_upright_and_leaves_other_formats() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(photo(1600, 1200), "JPEG", exif=exif), 150).size == (150, 200)
+    data = encoded(photo(160, 120), "PNG")
+    assert np.array_equal(np.asarray(decode(data, 15)), np.asarray(decode(data)))
+
+
+@pytest.mark.parametrize("transform", [imagenet(64), plain(64), Transform(resize=(40, 90))])
+def test_a_transform_says_how_small_a_jpeg_may_come(transform: Transform) -> None:
+    scaled = replace(transform, scaled=True)
+    assert transform.decoded_side is None
+    assert scaled.decoded_side == max(transform.resize)
+    assert scaled.described() == transform.described(), "run folders of before know no such key"
+    data = encoded(photo(1600, 1200), "JPEG", quality=95)
+    small = scaled.geometry(decode(data, scaled.decoded_side))
+    apart = np.abs(small.astype(int) - transform.geometry(decode(data)))
+    assert 0 < apart.mean() < 4

@@ -51,7 +51,7 @@ class EncodedSamples(Samples):
         if data is None:
             data = self.read(index, clock)
         started = time.perf_counter()
-        image = decode(data)
+        image = decode(data, transform.decoded_side)
         decoded = time.perf_counter()
         clock("decode", decoded - started)
         pixels = transform.geometry(image)

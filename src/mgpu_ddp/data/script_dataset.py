@@ -235,7 +235,7 @@ def _as_input(image: Any, transform: AnyTransform) -> Pixels:
     if isinstance(transform, TensorInput) and transform.function is None:
         raise TypeError(f"the item is {type(image).__name__}, and those before were float Tensors")
     if isinstance(image, bytes | bytearray | memoryview):
-        return transform.geometry(decode(bytes(image)))
+        return transform.geometry(decode(bytes(image), transform.decoded_side))
     if isinstance(image, Image.Image):
         return transform.geometry(to_rgb(upright(image)))
     if isinstance(image, torch.Tensor):

@@ -54,7 +54,7 @@ ALIGNMENT = 512
 def decode_of(
     config: Config, device: torch.device, dataset: ScriptDataset | None = None, own: AnyTransform | None = None
 ) -> str:
-    """`runtime.decode` with auto decided: gpu where there is one and images come as files. gpu, exact or cpu.
+    """`runtime.decode` with auto decided: gpu where there is one and images come as files.
 
     `dataset` and `own`, a transform, are the script's.
 
@@ -62,13 +62,13 @@ def decode_of(
         UsageError: the GPU was asked for, and cannot decode.
     """
     wanted, lacks = config.runtime.decode, ""
-    if device.type != "cuda":
+    if device.type != "cuda" and wanted != "scaled":
         lacks = "where there is no CUDA device"
     elif not (isinstance(config.data, Listed) or (dataset is not None and dataset.kind.image == "encoded")):
         lacks = "where images do not come as files"
     elif isinstance(own, TensorInput):
         lacks = "where the script's transform takes a PIL image"
-    elif wanted != "cpu" and library() is None:
+    elif wanted not in ("cpu", "scaled") and library() is None:
         lacks = "without nvJPEG, which torchvision's CUDA wheels bring"
     require(not lacks or wanted in ("auto", "cpu"), "runtime.decode", f"cpu or auto {lacks}", wanted, "Leave it out.")
     return "cpu" if lacks else "gpu" if wanted == "auto" else wanted

@@ -7,6 +7,7 @@ first batch.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 from PIL import Image
 from torch.utils.data import BatchSampler
@@ -93,6 +94,8 @@ def load_batches(
     batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.on_gpu
     num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
     transform, planar = resolved.transform, raw is not None and raw.planar
+    if isinstance(transform, Transform):
+        transform = replace(transform, scaled=resolved.decode == "scaled")
     if raw is not None and isinstance(transform, Transform):
         transform = transform.without_geometry((raw.height, raw.width))
     rows = min(batch_size, LARGEST_PIECE) if packed else batch_size

@@ -65,6 +65,8 @@ class Transform:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    scaled: bool = False
+    """JPEGs are decoded at a fraction of their size, as `runtime.decode` says and the manifest with it."""
 
     dtype: ClassVar[torch.dtype] = torch.uint8
     """Of an image after `geometry`."""
@@ -92,6 +94,11 @@ class Transform:
                 steps.append(f"{name} {' '.join(f'{value:.4g}' for value in values)}")
         return ", ".join(steps)
 
+    @property
+    def decoded_side(self) -> int | None:
+        """The least side, in pixels, that a JPEG may be decoded at; None: at its own size alone."""
+        return max(self.resize) if self.scaled else None
+
     def geometry(self, image: Image.Image) -> Pixels:
         """Resize and crop an RGB image: uint8 (height, width, 3), bitwise as torchvision does for PIL images.
 
@@ -116,7 +123,9 @@ class Transform:
 
     def described(self) -> dict[str, Any]:
         """As JSON values, for the manifest."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        values = asdict(self)
+        del values["scaled"]
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def cut(self, height: int, width: int) -> tuple[int, int] | None:
         """The output's (top, left) in an image of this size that needs no resizing; None for any other."""
@@ -162,6 +171,7 @@ class TensorInput:
     """A sample of the dataset, to try the model with."""
 
     dtype: ClassVar[torch.dtype] = torch.float32
+    decoded_side: ClassVar[None] = None
 
     def __str__(self) -> str:
         return f"{self.name or 'tensors'} of the script, {'x'.join(map(str, self.shape))}"
@@ -173,7 +183,8 @@ class TensorInput:
             ValueError: it returned something else.
         """
         assert self.function is not None
-        return self.checked(self.function(image), "transform")
+        # A plain image, which knows nothing of its file.
+        return self.checked(self.function(image.copy()), "transform")
 
     def checked(self, value: Any, what: str) -> Pixels:
         """A float tensor as float32 of `shape`.
@@ -246,22 +257,27 @@ def from_weights(preset: Any, size: int) -> Transform:
     )
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, side: int | None = None) -> Image.Image:
     """Decode an image file on the CPU into upright RGB; the first frame of an animation.
+
+    With `side`, a JPEG comes at an eighth, a quarter or a half of its size, as long as no side is below that: libjpeg
+    computes only these pixels, each about the mean of those it stands for.
 
     Raises whatever Pillow raises: OSError for most broken files, but ValueError, SyntaxError and others too.
     """
     if heic.is_heic(data):
         heic.register()
-        return heic.decode_apart(lambda: _decode(data, (heic.FORMAT,)))
-    return _decode(data, FORMATS)
+        return heic.decode_apart(lambda: _decode(data, (heic.FORMAT,), None))
+    return _decode(data, FORMATS, side)
 
 
-def _decode(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+def _decode(data: bytes, formats: tuple[str, ...], side: int | None) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of large images; those past its limit are errors all the same.
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data), formats=formats)
+        if side is not None:
+            image.draft(None, (side, side))
         image.load()
         return to_rgb(upright(image))
 
@@ -287,4 +303,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
         upper = image.convert("RGBA")
         white = Image.new("RGBA", upper.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, upper).convert("RGB")
-    return image.convert("RGB")
+    # Of an image that is RGB already, Pillow would make a copy.
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -62,7 +62,8 @@ def log_into(run_dir: Path, world: World) -> Iterator[None]:
 def log_plan(world: World, resolved: Resolved, model_bytes: int, batch_bytes: int) -> None:
     """Log the devices, what `auto` chose and whether model and batch fit."""
     log.info("preprocessing: %s", resolved.transform)
-    chose = f"precision {resolved.precision}, decode {resolved.decode}, compile {resolved.compile}"
+    smaller = " (JPEGs come smaller, so their pixels differ from cpu's)" if resolved.decode == "scaled" else ""
+    chose = f"precision {resolved.precision}, decode {resolved.decode}{smaller}, compile {resolved.compile}"
     if world.device.type == "cpu":
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         threads = plural(world.share_of_cpus, "thread")

@@ -23,7 +23,7 @@ REMEDIES = {
     "pack": MORE_CORES,
     "decode": MORE_CORES,
     "resize": MORE_CORES,
-    "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or, for small images, runtime.decode=cpu with many cores",
+    "gpu input": "the GPU's JPEG decoder is the limit: more GPUs, or for small images runtime.decode=cpu",
     "forward": "raise batch_size, or lower runtime.precision",
     "collect and write": "set output.collect=shards or write fewer output.fields",
     "waiting for peers": "look at the slowest rank in metrics.json",

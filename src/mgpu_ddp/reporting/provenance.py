@@ -9,6 +9,7 @@ DECODERS = {
     "gpu": "JPEGs decoded on the GPU",
     "exact": "JPEGs decoded on the GPU as Pillow does",
     "cpu": "decoded by Pillow",
+    "scaled": "JPEGs decoded at a fraction of their size",
 }
 NAMELESS = {"fake": "FakeData", "script": "the script's dataset"}
 PRECISIONS = {"fp32": "fp32", "tf32": "fp32 with tf32 products", "bf16": "bf16", "fp16": "fp16"}

@@ -158,6 +158,22 @@ def test_a_piece_ends_when_its_slot_has_its_share_of_encoded_images(
     assert (rest.index.tolist(), rest.is_last, rest.rest) == ([3], True, None)
 
 
+def test_the_file_alone_decides_who_decodes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = encoded(photo(20, 30), "JPEG"), encoded(photo(300, 300), "JPEG", quality=95)
+    monkeypatch.setattr(shared_slots, "ROOM_BYTES", len(small) + len(large) - 1)
+    monkeypatch.setattr(shared_slots, "_whole_pages", lambda num_bytes: num_bytes)
+    samples = folder(tmp_path, {"0.jpg": small, "1.jpg": large, "2.jpg": small})
+    slots = SharedSlots(1, 3, (SIZE, SIZE, 3), packed=True)
+    worker = BatchMaker(samples, plain(SIZE), slots, LoaderConfig(), packed=True)
+    order, found = Order(slot=0, indices=[0, 1, 2]), list[tuple[list[int], int, bool]]()
+    while order is not None:
+        piece = worker.make(order)
+        assert piece.jpegs is not None
+        found.append((piece.index.tolist(), len(piece.jpegs.records), piece.is_last))
+        order = piece.rest
+    assert found == [([0], 1, False), ([1], 1, False), ([2], 1, True)]
+
+
 def test_what_the_room_does_not_hold_is_decoded_by_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_slots, "ROOM_BYTES", 4096)
     large = encoded(photo(300, 300), "JPEG", quality=95)
@@ -175,7 +191,12 @@ def test_a_slot_gives_back_the_memory_of_a_large_image(monkeypatch: pytest.Monke
     for slot in range(2):
         slots.pixels(slot)[:] = 7
         slots.room(slot)[:] = 7
-    slots.trim(0)
+    slots.trim(0, len(slots.room(0)))
+    assert slots.room(0).all()
+    slots.trim(0, 3 << 20)
+    assert slots.room(0)[: 3 << 20].all()
+    assert not slots.room(0)[3 << 20 :].any()
+    slots.trim(0, 100)
     assert slots.room(0)[: 2 << 20].all()
     assert not slots.room(0)[2 << 20 :].any()
     assert slots.pixels(0).all()

@@ -67,14 +67,16 @@ class JpegPacker:
 
     def __init__(self, room: Pixels) -> None:
         self._room = room
+        self.most = len(room)
+        """Bytes of the largest image that an empty room holds."""
         self._records: list[tuple[int, ...]] = []
         self.used = 0
         """Bytes of the room."""
 
     def add(self, data: bytes, header: Header, row: int) -> bool:
-        """Pack an image; False if the room does not hold it."""
+        """Pack an image; False if what is left of the room does not hold it."""
         first, after = self.used, self.used + len(data)
-        if after > len(self._room):
+        if after > self.most:
             return False
         self._room[first:after] = np.frombuffer(data, dtype=np.uint8)
         self.used = after

@@ -49,6 +49,8 @@ class SharedSlots:
         self._slot_bytes = self._pixel_bytes + self._room
         self._map = shared_memory.allocate(count * self._slot_bytes)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._grown = np.frombuffer(shared_memory.allocate(count), dtype=np.bool_)
+        """Slots that hold more memory than they may keep."""
         self._count = count
         self._pinned: list[Future[None]] = []
 
@@ -87,11 +89,14 @@ class SharedSlots:
         first = slot * self._slot_bytes + self._pixel_bytes
         return self._memory[first : first + self._room]
 
-    def trim(self, slot: int) -> None:
-        """Give back the memory of large images that a slot held before."""
-        first = slot * self._slot_bytes + self._pixel_bytes + min(_whole_pages(2 * self.share), self._room)
-        if first < (slot + 1) * self._slot_bytes:
-            self._map.madvise(mmap.MADV_REMOVE, first, (slot + 1) * self._slot_bytes - first)
+    def trim(self, slot: int, used: int) -> None:
+        """Give back the memory of large images that a slot held before; of its room, so many bytes are in use."""
+        kept = min(_whole_pages(max(2 * self.share, used)), self._room)
+        first, after = slot * self._slot_bytes + self._pixel_bytes + kept, (slot + 1) * self._slot_bytes
+        # It takes locks that the workers share.
+        if self._grown[slot] and first < after:
+            self._map.madvise(mmap.MADV_REMOVE, first, after - first)
+        self._grown[slot] = used > 2 * self.share
 
     def close(self) -> None:
         """Unpin; the memory goes with its last reader."""

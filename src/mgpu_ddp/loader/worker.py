@@ -57,7 +57,7 @@ class Made:
     """In the slot's room."""
     is_last: bool = True
     rest: Order | None = None
-    """What is left of the order, because the slot has its share of encoded images."""
+    """What is left of the order, because the slot is full of encoded images."""
 
     def clock(self, stage: str, spent_s: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
@@ -94,7 +94,7 @@ class BatchMaker:
     def make(self, order: Order, then: Sequence[int] = (), at: Integers | None = None) -> Made:
         """Fill the slot; `then` is what will be asked for next. At each sample, the number in `at` goes up by one.
 
-        Where encoded images fill the slot's share before the last sample, the rest is to be ordered again.
+        Where encoded images fill the slot before the last sample, the rest is to be ordered again.
 
         Raises:
             StateError: the source is not what was listed, which concerns more than one sample.
@@ -110,7 +110,6 @@ class BatchMaker:
         pixels = self._slots.array(order.slot)
         packer = None
         if self._packed:
-            self._slots.trim(order.slot)
             packer = JpegPacker(self._slots.room(order.slot).numpy())
         try:
             if order.row_by_row or not self._samples.fill(order.indices, self._transform, pixels, made.clock):
@@ -122,6 +121,8 @@ class BatchMaker:
             raise StateError(str(error)) from None
         if packer is None:
             pixels[num_rows:] = 0
+        else:
+            self._slots.trim(order.slot, packer.used)
         if num_rows < len(order.indices):
             rest = replace(order, indices=order.indices[num_rows:])
         return replace(
@@ -153,7 +154,11 @@ class BatchMaker:
                         raise TookTooLongError(order.hung[index])
                     with limit:
                         data = samples.read(index, made.clock) if packer is not None else None
-                        if packer is not None and data is not None and self._packs(data, packer, row):
+                        header = self._header_for_gpu(data, packer)
+                        if packer is not None and data is not None and header is not None:
+                            if not packer.add(data, header, row):
+                                num_rows = row
+                                break
                             made.label[row] = samples.known_label(index)
                         else:
                             image, made.label[row] = samples.load(index, self._transform, made.clock, data)
@@ -168,18 +173,16 @@ class BatchMaker:
             made.clock("pack", time.perf_counter() - started - sum(made.seconds.values()))
         return num_rows
 
-    def _packs(self, data: bytes, packer: JpegPacker, row: int) -> bool:
-        """Leave an image to the GPU, if that may decode it."""
-        header = read_header(data)
-        return header is not None and self._is_for_gpu(header) and packer.add(data, header, row)
+    def _header_for_gpu(self, data: bytes | None, packer: JpegPacker | None) -> Header | None:
+        """The header of a JPEG that a GPU decodes; None for what Pillow decodes or judges: all that is not plain.
 
-    def _is_for_gpu(self, header: Header) -> bool:
-        """Decide whether the GPU decodes a JPEG; Pillow judges all that is not plain."""
-        return (
-            header.plain
-            and self._transform.may_resize(header.width, header.height)
-            and header.width * header.height <= self._config.max_pixels
-        )
+        The file alone decides, because the pixels differ: its neighbours in a piece depend on the number of workers.
+        """
+        header = read_header(data) if packer is not None and data is not None else None
+        if packer is None or data is None or header is None or not header.plain or len(data) > packer.most:
+            return None
+        is_small = header.width * header.height <= self._config.max_pixels
+        return header if is_small and self._transform.may_resize(header.width, header.height) else None
 
 
 def _bytes_read() -> int:

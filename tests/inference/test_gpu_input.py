@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.inference import gpu_input
-from mgpu_ddp.inference.gpu_input import Decoded, Group, Portion, Staged, Staging, copied
+from mgpu_ddp.inference.gpu_input import Contenders, Decoded, Group, Portion, Staged, Staging, copied
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.jpegs import COLUMNS, Jpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
@@ -185,9 +185,10 @@ def staged_by(staging: Staging, sizes: Sequence[int], batch_size: int, pixels: i
     ("batch_size", "sizes", "pixels", "portions"),
     [
         (128, [128] * 4, 1, [256, 256]),
+        (64, [64] * 4, 2000, [256]),
         (32, [32] * 8, 1, [256]),
         (600, [200] * 3, 1, [400, 200]),
-        (64, [4] * 32, 1, [32] * 4),
+        (64, [4] * 32, 1, [16] * 8),
         (64, [32] * 4, 1 << 21, [32] * 4),
         (512, [256, 256], 1, [256, 256]),
     ],
@@ -257,6 +258,61 @@ def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
         inputs.go.release(100)
     assert given[0] == 64
+
+
+def test_input_of_a_batch_waits_for_memory_that_portions_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, group, tried = Decoding(), Decoding.group, list[int]()
+
+    def scarce(self: Decoding, batch_size: int) -> Group:
+        tried.append(len(self.portions))
+        if tried == [0, 0]:
+            self.go.release()
+            raise torch.OutOfMemoryError
+        return group(self, batch_size)
+
+    monkeypatch.setattr(Decoding, "group", scarce)
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        staged_by(staging, [256, 256], 256)
+        inputs.go.release()
+    assert tried == [0, 0, 1]
+
+
+def test_who_lacks_memory_waits_for_another_to_end() -> None:
+    contenders, waits, may_end = Contenders(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with contenders.working():
+            waits.set()
+            assert may_end.wait(60)
+
+    with ThreadPoolExecutor(1) as threads, contenders.working():
+        ended = threads.submit(other)
+        assert waits.wait(60)
+        threading.Timer(0.05, may_end.set).start()
+        assert contenders.wait(contenders.num_left)
+        ended.result()
+        assert not contenders.wait(contenders.num_left)
+        # One that ends meanwhile has left its memory as well.
+        before = contenders.num_left
+        threads.submit(other).result()
+        assert contenders.wait(before)
+        assert not contenders.wait(contenders.num_left)
+
+
+def test_of_several_that_lack_memory_one_never_waits() -> None:
+    contenders, are_in, rounds = Contenders(), threading.Barrier(4), list[bool]()
+
+    def lack() -> None:
+        with contenders.working():
+            are_in.wait(60)
+            while contenders.wait(contenders.num_left):
+                rounds.append(True)
+
+    with ThreadPoolExecutor(4) as threads:
+        done, not_done = wait([threads.submit(lack) for _ in range(4)], timeout=60)
+    assert not not_done
+    assert all(future.exception() is None for future in done)
+    assert rounds, "the others have waited"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

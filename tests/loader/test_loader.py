@@ -34,6 +34,7 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, StateError
 from mgpu_ddp.loader import shared_slots, worker_pool
 from mgpu_ddp.loader.batch import Batch, as_batch
+from mgpu_ddp.loader.jpegs import RECORD, PackedJpegs
 from mgpu_ddp.loader.loader import COPYING_WORKERS, Pieces, load_batches, num_workers, plan_slots
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.loader.worker import BatchMaker, Made, Order
@@ -253,6 +254,19 @@ def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
     assert [len(order.indices) for order in orders] == [200, 200]
     pieces.seen(made_of(seen[1], 5000))
     assert len(next(iter(pieces)).indices) == 1
+
+
+@pytest.mark.parametrize(
+    ("megapixels", "length"), [(1, 63), (4, 14), (5, 7), (12, 5), (60, 1), (90, 1)], ids=lambda number: f"{number}"
+)
+def test_a_piece_is_what_the_gpu_decodes_in_one_call(megapixels: int, length: int) -> None:
+    pieces = Pieces([[*range(10 * length)]], share=1 << 40)
+    records = np.zeros(3, dtype=RECORD)
+    records["heights"], records["widths"] = 1000, 1000 * megapixels
+    index, label = np.arange(3), np.zeros(3, dtype=np.int32)
+    jpegs = PackedJpegs(records=records)
+    pieces.seen(Made(slot=0, index=index, label=label, errors={}, seconds={}, encoded_bytes=3, jpegs=jpegs))
+    assert [len(order.indices) for order in pieces] == [length] * 10
 
 
 @pytest.mark.parametrize("decode", ["cpu", "scaled"])

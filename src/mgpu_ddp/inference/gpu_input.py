@@ -9,6 +9,7 @@ large batch is made of many portions, which bounds the memory of what is decoded
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -25,15 +26,16 @@ from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import HangError, OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.jpegs import Jpegs
+from mgpu_ddp.loader.loader import PIECE_PIXELS
 from mgpu_ddp.loader.worker import row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, TensorInput, Transform, decode, imagenet
 
-MAX_DECODED_PIXELS = 1 << 27
-"""Pixels that one thread decodes at once, three bytes each, to bound memory. A portion ends with half as many."""
+MAX_DECODED_PIXELS = PIECE_PIXELS
+"""Pixels that one thread decodes at once, three bytes each, to bound memory."""
 GROUP = 256
 """Images of a portion: of fewer small ones the engines would idle between the calls."""
-PIECES = 8
+PIECES = 4
 """Pieces of a portion, where batches are not so small that 256 images are more."""
 PORTIONS = 5
 """Portions that are begun and not done: a few for the decoder, and what is copied and resized meanwhile."""
@@ -186,6 +188,46 @@ class Portion:
                 yield first_row + rows, piece.pixels[torch.from_numpy(rows)]
 
 
+class Contenders:
+    """Portions at work, which contend for the GPU's memory."""
+
+    def __init__(self) -> None:
+        self._ending = threading.Condition()
+        self._num_at_work = self._num_ended = 0
+        self.num_left = 0
+        """How often one has ended, or has begun to wait."""
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with self._ending:
+            self._num_at_work += 1
+        try:
+            yield
+        finally:
+            with self._ending:
+                self._num_at_work -= 1
+                self._num_ended += 1
+                self.num_left += 1
+                self._ending.notify_all()
+
+    def wait(self, num_left: int) -> bool:
+        """Wait, holding nothing, until another one has ended; not if one has left since `num_left` was read.
+
+        False if this is the only one at work: there is nothing to wait for.
+        """
+        with self._ending:
+            if self.num_left != num_left:
+                return True
+            if self._num_at_work == 1:
+                return False
+            self._num_at_work -= 1
+            self.num_left += 1
+            before = self._num_ended
+            self._ending.wait_for(lambda: self._num_ended != before)
+            self._num_at_work += 1
+        return True
+
+
 class GpuInput:
     """Makes model input of portions, several at a time, each in its own thread and on its own stream."""
 
@@ -205,6 +247,7 @@ class GpuInput:
         for _ in range(self.THREADS):
             self._streams.put(torch.cuda.Stream(device))
         self._zeroing = torch.cuda.Stream(device)
+        self._contenders = Contenders()
         rule = "gpu or cpu on a GPU without JPEG engines"
         is_possible = not exact or decoder_of(device).has_engines
         require(is_possible, "runtime.decode", rule, "exact", "Use runtime.decode=cpu for Pillow's pixels.")
@@ -242,7 +285,7 @@ class GpuInput:
         """Decode what is encoded, and preprocess; adds bad samples that show up to their piece's errors."""
         stream, spent_s = self._streams.get(), list[float]()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            with torch.cuda.device(self._device), torch.cuda.stream(stream), self._contenders.working():
                 stream.wait_event(group.zeroed)
                 self._decode_portion(portion, group.images, spent_s.append)
                 made = torch.cuda.Event()
@@ -274,50 +317,64 @@ class GpuInput:
             preprocess_images(images, np.ones_like(where), transform, out=out, rows=where)
 
     def _decode_portion(self, portion: Portion, images: torch.Tensor, clock: Callable[[float], None]) -> None:
-        from mgpu_ddp.preprocess.resize_kernel import preprocess_images
-
         jpegs = portion.jpegs
         # Pinned, so that the decoder need not copy them while it keeps others waiting.
         pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
         files = copied(jpegs, pinned)
         for run in _runs(jpegs.heights * jpegs.widths):
-            for numbers, decoded in self._decode(jpegs, files, run, clock):
-                if decoded is None:
-                    portion.decode_on_cpu(int(numbers[0]), self._transform.geometry)
-                else:
-                    turned, rows = jpegs.orientations[numbers], jpegs.rows[numbers]
-                    preprocess_images(decoded, turned, self._transform, out=images, rows=rows)
-                # The next ones are not to lie beside these.
-                del decoded
+            self._decode_run(portion, files, run, images, clock)
         for rows, pixels in portion.pixels():
-            self._fill(images, pixels, rows, self._finish)
+            self._with_room(functools.partial(self._fill, images, pixels, rows, self._finish))
 
-    def _decode(
-        self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]
-    ) -> Iterator[tuple[Integers, Images | None]]:
-        """Decode images, by their numbers, in as few calls as possible; yields None for one that is refused.
+    def _decode_run(
+        self, portion: Portion, files: Files, numbers: Integers, images: torch.Tensor, clock: Callable[[float], None]
+    ) -> None:
+        """Turn JPEGs, by their numbers, into their rows of model input, in as few calls as possible.
 
         Raises:
             torch.OutOfMemoryError: there is no room for a single image.
         """
-        decoded, is_full = None, False
-        try:
+        from mgpu_ddp.preprocess.resize_kernel import preprocess_images
+
+        jpegs = portion.jpegs
+        turned, rows = jpegs.orientations[numbers], jpegs.rows[numbers]
+
+        def run() -> None:
             decoded = self._decoded(jpegs, files, numbers, clock)
-        except JpegError:
-            pass
+            preprocess_images(decoded, turned, self._transform, out=images, rows=rows)
+
+        try:
+            self._with_room(run)
         except torch.OutOfMemoryError:
             if len(numbers) == 1:
                 raise
-            is_full = True
-        if decoded is not None or len(numbers) == 1:
-            yield numbers, decoded
+        except JpegError:
+            if len(numbers) == 1:
+                portion.decode_on_cpu(int(numbers[0]), self._transform.geometry)
+                return
+        else:
             return
-        if is_full:
-            # What torch keeps for later is missing to nvJPEG.
-            torch.cuda.empty_cache()
         # One refused image fails the call, and too many for the memory do so as well: halve.
         for half in np.array_split(numbers, 2):
-            yield from self._decode(jpegs, files, half, clock)
+            self._decode_run(portion, files, half, images, clock)
+
+    def _with_room(self, work: Callable[[], None]) -> None:
+        """Do work that needs memory of the GPU; where there is none, again once other portions have left theirs.
+
+        Raises:
+            torch.OutOfMemoryError: there is none although no other portion is at work.
+        """
+        while True:
+            num_left = self._contenders.num_left
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                # Its traceback would keep what is decoded.
+                lack = error.with_traceback(None)
+            # What torch keeps for later is missing to nvJPEG.
+            torch.cuda.empty_cache()
+            if not self._contenders.wait(num_left):
+                raise lack
 
     def _decoded(self, jpegs: Jpegs, files: Files, numbers: Integers, clock: Callable[[float], None]) -> Images:
         sizes = jpegs.heights[numbers], jpegs.widths[numbers]
@@ -426,8 +483,7 @@ class Staging:
         """Put a piece into the group and the next portion; begin with what is full."""
         size = piece.batch_size
         if self._group is None:
-            with _told(size):
-                self._group = self._inputs.group(size)
+            self._group = self._new_group(size)
             groups = max(1, min(STAGED, STAGED_BYTES // self._group.images.nbytes))
             self.most_staged = groups * group_of(size)
         group, first_row = self._group, self._group.num_batches * size
@@ -438,14 +494,24 @@ class Staging:
             staged.view = group.images[first_row : first_row + size]
             group.num_batches += 1
         jpegs = [each.jpegs for _, each, _ in self._waiting if each.jpegs is not None]
-        pixels = sum(int(each.heights @ each.widths) for each in jpegs)
+        pixels = [int(each.heights @ each.widths) for each in jpegs]
         if (
             sum(map(len, jpegs)) >= GROUP
-            or 2 * pixels >= MAX_DECODED_PIXELS
+            # Another piece like this one would be more than is decoded at once.
+            or sum(pixels) + pixels[-1] > MAX_DECODED_PIXELS
             or len(jpegs) >= max(PIECES, group_of(size))
             or group.num_batches == group_of(size)
         ):
             self.flush()
+
+    def _new_group(self, batch_size: int) -> Group:
+        try:
+            return self._inputs.group(batch_size)
+        except torch.OutOfMemoryError:
+            # The portions at work need theirs for a while only.
+            self._await(self._begun)
+        with _told(batch_size):
+            return self._inputs.group(batch_size)
 
     def flush(self) -> None:
         """Begin with a portion that is not full, because no more pieces come."""

@@ -71,8 +71,9 @@ class GpuPipeline:
                    wait_s           input_s            predict_s    the clock that runs
                            `most_staged`      `depth`               the most batches between two stages
 
-    A batch that is decoded moves on at once: the first one need not wait for those read ahead. Waiting for a decoder
-    that has enough to do counts as input_s.
+    A batch that is decoded moves on at once, as long as nothing has to be waited for: the first one need not wait for
+    those read ahead, and they need not wait for the model. Waiting for a decoder that has enough to do counts as
+    input_s.
 
     All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`. The model
     runs on the current stream, or, where its forward waits for the GPU, in threads with a stream each.
@@ -97,13 +98,17 @@ class GpuPipeline:
                 yield self.land()
 
     def _advance(self, most_staged: int) -> Generator[tuple[Batch, Columns]]:
-        """Launch and land what is ready; wait for the oldest where more batches are staged or in flight."""
-        while self._staged and (len(self._staged) > most_staged or self._staged[0].is_done()):
-            self.launch()
-            if len(self._flying) >= self._depth:
+        """Launch and land what is ready; wait only while more than so many batches are staged."""
+        while True:
+            while self._flying and self._flying[0][2].done():
                 yield self.land()
-        while self._flying and self._flying[0][2].done():
-            yield self.land()
+            is_free = len(self._flying) < self._depth
+            if self._staged and is_free and (len(self._staged) > most_staged or self._staged[0].is_done()):
+                self.launch()
+            elif len(self._staged) > most_staged:
+                yield self.land()
+            else:
+                return
 
     def stage(self, piece: Batch) -> None:
         """Let the input of a piece be made."""

@@ -55,6 +55,10 @@ class PackedJpegs:
     records: npt.NDArray[np.void]
     """`RECORD` (k,), `addresses` counted from the start of the slot's room."""
 
+    @property
+    def pixels(self) -> int:
+        return int(self.records["heights"] @ self.records["widths"])
+
     def in_room(self, room: torch.Tensor) -> Jpegs:
         """Find the images in this process's view of the slot's room."""
         columns = {name: self.records[name] for name in COLUMNS}

@@ -30,6 +30,10 @@ FIRST_PIECE = 4
 """Samples of a piece as long as nobody knows how large they are."""
 LARGEST_PIECE = 256
 """More samples would only come later."""
+PIECE_PIXELS = 1 << 26
+"""Pixels of a piece, so that the GPU decodes it in one call."""
+ENGINES = 7
+"""JPEGs that an H200 decodes at a time, which nvJPEG does not tell: eight in a call take as long as fourteen."""
 
 
 def num_workers(config: Config, world: World) -> int:
@@ -118,7 +122,10 @@ def _ahead(config: LoaderConfig, resolved: Resolved) -> int:
 
 
 class Pieces:
-    """Cuts batches into orders whose encoded images fill their slot's share, judged by the pieces before."""
+    """Cuts batches into orders of as many images as their slot's share and a call of the decoder hold.
+
+    Judged by the pieces before.
+    """
 
     def __init__(self, batches: Iterable[list[int]], share: int) -> None:
         self._batches, self._share = batches, share
@@ -136,7 +143,11 @@ class Pieces:
 
     def seen(self, made: Made) -> Made:
         """Pass a result on, and cut what comes next by what its images weigh."""
-        fitting = self._share * len(made.index) // max(made.encoded_bytes, 1)
+        pixels = made.jpegs.pixels if made.jpegs is not None else 0
+        by_bytes = self._share * len(made.index) // max(made.encoded_bytes, 1)
+        fitting = min(by_bytes, PIECE_PIXELS * len(made.index) // max(pixels, 1))
+        if fitting > ENGINES:
+            fitting -= fitting % ENGINES
         self._most = max(1, min(LARGEST_PIECE, fitting))
         return made
 

@@ -84,7 +84,7 @@ class Images:
     def empty(cls, heights: Integers, widths: Integers, device: torch.device) -> "Images":
         """Room for images of these sizes."""
         sizes = 3 * heights * widths
-        data = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
+        data = _memory(int(sizes.sum()), device)
         return cls(data=data, starts=np.cumsum(sizes) - sizes, heights=heights, widths=widths)
 
     @property
@@ -123,7 +123,7 @@ class Planes:
         total = luma + 2 * chroma
         first = np.cumsum(total) - total
         return cls(
-            data=torch.empty(int(total.sum()), dtype=torch.uint8, device=device),
+            data=_memory(int(total.sum()), device),
             planes=np.stack([first, first + luma, first + luma + chroma], axis=1),
             heights=heights,
             widths=widths,
@@ -136,6 +136,15 @@ class Planes:
         """Bytes of a line of each plane, (n, 3); 0 where there is no such plane."""
         chroma = chroma_sizes(self.widths, self.across)
         return np.stack([self.widths, chroma, chroma], axis=1)
+
+
+def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """At least so many bytes of a device, in few sizes: what one call has given back then serves the next.
+
+    A power of two, times the three bytes of a pixel. Else torch would keep memory of each size that ever occurred.
+    """
+    rounded = 3 << max(0, -(-num_bytes // 3) - 1).bit_length()
+    return torch.empty(rounded, dtype=torch.uint8, device=device)
 
 
 def chroma_sizes(sizes: Integers, shared: Integers) -> Integers:

@@ -1,0 +1,58 @@
+"""Batches on their way through a GPU: what is waited for, and what is not."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mgpu_ddp.distributed.world import World
+from mgpu_ddp.inference import pipeline
+from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.gpu_input import STAGED, Ready
+from mgpu_ddp.inference.pipeline import GpuPipeline
+from mgpu_ddp.loader.batch import Batch
+from tests.inference.test_gpu_input import Decoding, pieces
+
+
+@pytest.mark.parametrize("is_slow", [True, False], ids=["slow model", "fast model"])
+def test_the_loader_is_asked_for_more_while_the_model_runs(
+    world: World, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    """Else the decoder idles while batches that it has decoded go through the model one by one."""
+    events = list[str]()
+
+    class Flight:
+        def __init__(self, _predictor: Any, ready: Ready) -> None:
+            assert all(made is None for made in ready.made)
+            events.append("launch")
+
+        def done(self) -> bool:
+            return not is_slow
+
+        def land(self) -> tuple[dict[str, torch.Tensor], float]:
+            events.append("land")
+            return {}, 0.0
+
+    def taken() -> Iterator[Batch]:
+        for piece in pieces([256] * 9, 256):
+            events.append("take")
+            yield piece
+            inputs.go.release()
+            for future in [*runs._staging._begun]:
+                future.result(timeout=60)
+
+    inputs: Any = Decoding()
+    monkeypatch.setattr(pipeline, "Flight", Flight)
+    predictor: Any = SimpleNamespace(streams=1)
+    runs = GpuPipeline(predictor, inputs, Clock(warm_up=1, began=0.0), world)
+    runs._depth = 2
+    seen = [int(batch.index[0]) for batch, _ in runs.run(taken())]
+    assert seen == [256 * number for number in range(9)]
+    words = " ".join(events)
+    if is_slow:
+        # The model has two batches; then the input of others is made, and only then is the model waited for.
+        assert words.startswith("take take launch take launch " + "take " * STAGED + "land launch take")
+    else:
+        assert words.startswith("take take launch land take launch land"), "no batch waits for those read ahead"

@@ -37,7 +37,7 @@ GROUP = 256
 """Images of a portion: of fewer small ones the engines would idle between the calls."""
 PIECES = 4
 """Pieces of a portion, where batches are not so small that 256 images are more."""
-PORTIONS = 5
+PORTIONS = 4
 """Portions that are begun and not done: a few for the decoder, and what is copied and resized meanwhile."""
 HANGS_S = 120
 """A batch takes the decoder milliseconds; one that takes this long never ends."""

@@ -99,16 +99,18 @@ class GpuPipeline:
 
     def _advance(self, most_staged: int) -> Generator[tuple[Batch, Columns]]:
         """Launch and land what is ready; wait only while more than so many batches are staged."""
-        while True:
-            while self._flying and self._flying[0][2].done():
-                yield self.land()
-            is_free = len(self._flying) < self._depth
-            if self._staged and is_free and (len(self._staged) > most_staged or self._staged[0].is_done()):
-                self.launch()
-            elif len(self._staged) > most_staged:
+        while self._staged:
+            is_full, is_due = len(self._flying) >= self._depth, len(self._staged) > most_staged
+            if not is_due and (is_full or not self._staged[0].is_done()):
+                break
+            if is_full:
                 yield self.land()
             else:
-                return
+                self.launch()
+        # Each question to the driver keeps the decoder's threads from it: only where the model has nothing else to do.
+        if not (self._staged and self._staged[0].is_done()):
+            while self._flying and self._flying[0][2].done():
+                yield self.land()
 
     def stage(self, piece: Batch) -> None:
         """Let the input of a piece be made."""

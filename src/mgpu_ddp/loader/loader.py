@@ -30,7 +30,7 @@ FIRST_PIECE = 4
 """Samples of a piece as long as nobody knows how large they are."""
 LARGEST_PIECE = 256
 """More samples would only come later."""
-PIECE_PIXELS = 1 << 26
+PIECE_PIXELS = 3 << 25
 """Pixels of a piece, so that the GPU decodes it in one call."""
 ENGINES = 7
 """JPEGs that an H200 decodes at a time, which nvJPEG does not tell: eight in a call take as long as fourteen."""

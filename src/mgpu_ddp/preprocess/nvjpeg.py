@@ -141,9 +141,12 @@ class Planes:
 def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     """At least so many bytes of a device, in few sizes: what one call has given back then serves the next.
 
-    A power of two, times the three bytes of a pixel. Else torch would keep memory of each size that ever occurred.
+    Four sizes from one power of two to the next, times the three bytes of a pixel. Else torch would keep memory of each
+    size that ever occurred.
     """
-    rounded = 3 << max(0, -(-num_bytes // 3) - 1).bit_length()
+    pixels = -(-num_bytes // 3)
+    step = max(1, 1 << pixels.bit_length() - 1 >> 2)
+    rounded = 3 * step * -(-pixels // step)
     return torch.empty(rounded, dtype=torch.uint8, device=device)
 
 

@@ -298,6 +298,7 @@ def test_a_page_that_is_made_in_haste_has_no_empty_boxes(
     predict(root, "hasty", world)
     page = Reader((root / "hasty" / "report.html").read_text())
     assert "samples left out, to save time" in page.text
+    assert "Samples by predicted class" not in page.text
     assert not [attributes for _, attributes in page.tags if "thumb" in (attributes.get("class") or "").split()]
 
 

@@ -67,16 +67,13 @@ def gallery(
             )
         return found
 
+    ends = [(number, described(most), described(least)) for number, most, least in by_class]
     return {
         "spread": described(picked.spread),
         "classes": [
-            {
-                "name": classes.name(number),
-                "rows": int(stats.preds[number]),
-                "most": described(most),
-                "least": described(least),
-            }
-            for number, most, least in by_class
+            {"name": classes.name(number), "rows": int(stats.preds[number]), "most": most, "least": least}
+            for number, most, least in ends
+            if most
         ],
         "left_out": left_out,
         "in_haste": deadline < math.inf,
@@ -88,7 +85,7 @@ def _texts(run_dir: Path, manifest: Manifest, indices: Sequence[int]) -> dict[in
     """The path of rows by index, and their values beside those of a classifier, read from their parts."""
     types = [ColumnType.read(values) for values in manifest.columns]
     schema = empty_table(types).schema
-    short = [each.name for each in types if each.ragged or math.prod(each.shape) <= NUMBERS_SHOWN]
+    short = [each.name for each in types if math.prod(each.shape) <= NUMBERS_SHOWN]
     names = ["index", "path", *(name for name in short if name not in (*OURS, *FIELDS))]
     wanted = schema.empty_table().select(names).schema
     found: dict[int, tuple[str | None, list[str]]] = {}

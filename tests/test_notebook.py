@@ -106,7 +106,7 @@ def test_in_a_notebook_calls_follow_each_other_and_a_ranks_error_has_its_traceba
     ]
     first, second, third = cell_outputs(cells, tmp_path)
     assert "of 40 rows to do" in first["stderr"]
-    assert "<th>rows</th>" in first["text/html"]
+    assert ">rows</th>" in first["text/html"]
     opened = mgpu_ddp.open(tmp_path / "first")
     assert opened.table()["twice"].to_pylist() == [2.0 * i for i in range(40)]
     assert "RunError" in second["stdout"]

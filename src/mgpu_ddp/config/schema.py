@@ -602,7 +602,7 @@ def section_of(group: str, option: str) -> type[Section]:
 
 def num_outcomes(num_classes: int) -> int:
     """How many classes `pred` tells apart: one logit is the score of class 1 against a 0 for class 0."""
-    return max(num_classes, 2)
+    return 2 if num_classes == 1 else num_classes
 
 
 def pack(config: Config) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_own_data(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PHOTOS", str(tmp_path / "photos.sqlite"))
     torch.manual_seed(3)
     module = get_model("squeezenet1_1", num_classes=12)
-    model = ("model.name=squeezenet1_1", "model.num_classes=12", f"model.weights={save(module, tmp_path / 'mine.pt')}")
+    model = ("model.name=squeezenet1_1", f"model.weights={save(module, tmp_path / 'mine.pt')}")
     settings = (*model, "transform.size=56", "loader.workers=2", *SETTINGS)
     ended = run(script_ranks(2, EXAMPLES / "own_data.py", *settings, "output.fields=[logits]"), tmp_path)
     assert ended.code == 0, ended.err

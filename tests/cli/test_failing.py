@@ -48,8 +48,8 @@ def test_help_or_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -
 
 
 MISTAKES = {
-    ("data=folder", "data.root=nowhere"): "/nowhere' (No such file or directory). Name another.",
-    ("data=folder", "data.root=empty"): "holds no image (jpg",
+    ("data=folder", "data.root=nowhere", "model.weights=null"): "/nowhere' (No such file or directory). Name another.",
+    ("data=folder", "data.root=empty", "model.weights=null"): "holds no image (jpg",
     ("model.name=resnet19",): "model.name must be a torchvision classification model, got 'resnet19'. Did you mean",
     ("runtime.device=cuda",): "runtime.device must be one this machine has, got 'cuda'. Use runtime.device=cpu.",
     ("output.dir=/proc/nowhere",): "output.dir must be a writable folder, got '/proc/nowhere'",

@@ -1,5 +1,7 @@
 """A job's place in the run folder, before anything is predicted."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,17 @@ from mgpu_ddp.config.schema import (
     ParquetConfig,
     TransformConfig,
     WebDatasetConfig,
+    dataset_range,
 )
 from mgpu_ddp.data.datasets import find_listing
+from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.inference.pipeline import STAGED, in_flight
 from mgpu_ddp.job.claim import claim_job, known_listing, place_job
 from mgpu_ddp.job.context import Claim
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.job.plan import Planner, dataset_range
+from mgpu_ddp.job.plan import Planner
 from mgpu_ddp.job.tasks import error_limit
 from mgpu_ddp.models.build import build_model
 from mgpu_ddp.output.run_folder import RunFolder
@@ -93,6 +97,31 @@ def test_a_resumed_job_keeps_its_images_and_appends_new_ones(tmp_path: Path, wor
     (tmp_path / "images/b.png").unlink()
     _, claim = claimed(settings, tmp_path / "run", world)
     assert (listed(claim), claim.stop) == (["b.png", "a.png"], 2), "what vanished keeps its index"
+
+
+def test_a_folder_that_was_begun_without_sizes_and_times_continues(tmp_path: Path, world: World) -> None:
+    images = make_images(tmp_path / "images", 3)
+    settings = config(data=FolderConfig(root=str(tmp_path / "images")))
+    claimed(settings, tmp_path / "run", world)
+    # As an earlier version left it.
+    listing, manifest = tmp_path / "run/listing.arrow", tmp_path / "run/manifest.json"
+    known = Listing.open(listing)
+    listing.write_bytes(Listing.build([known.path(i) for i in range(3)]).buffer)
+    newer = ("left_out", "changed", "checksum")
+    values = {key: value for key, value in json.loads(manifest.read_text()).items() if key not in newer}
+    assert not {"data.check", "data.extensions"} & values["fingerprint"].keys()
+    manifest.write_text(json.dumps(values))
+    os.utime(images[1])
+    _, claim = claimed(settings, tmp_path / "run", world)
+    assert len(claim.changed) == 0, "nothing is known of what it was"
+    again = Listing.open(listing)
+    assert again.table["bytes"].to_pylist() == [
+        (tmp_path / "images" / os.fsdecode(again.path(i))).stat().st_size for i in range(3)
+    ]
+    os.utime(images[1])
+    files = find_listing(settings, again, world)
+    assert files is not None
+    assert [again.path(i) for i in files.changed] == [os.fsencode(images[1].relative_to(tmp_path / "images"))]
 
 
 @pytest.mark.parametrize(

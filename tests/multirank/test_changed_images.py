@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig
+from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, WebDatasetConfig
 from mgpu_ddp.distributed.world import World
 from tests.support.runs import assert_proved, make_images, read_rows
+from tests.support.sources import write_tar
 from tests.support.worlds import Case, ended, run_world, tiny
 
 COUNT = 30
@@ -20,6 +21,9 @@ REPLACED = (0, 7, 29)
 BROKEN = 11
 FORMATS = ("parquet", "npy")
 PREDICTED_AGAIN = ("stat-parquet", "stat-npy", "hash-parquet", "list-parquet")
+IN_TAR = 10
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def replace_images(root: str, world: World) -> None:
@@ -30,7 +34,12 @@ def replace_images(root: str, world: World) -> None:
         for number in REPLACED:
             shutil.copy(others[number], images[number])
         images[BROKEN].write_bytes(b"no image any more")
+        pack(images[-IN_TAR:], Path(root).parent / "1.tar")
     world.exchange("replaced", None)
+
+
+def pack(images: list[Path], tar: Path) -> None:
+    write_tar(tar, images, [None] * len(images))
 
 
 def touch_image(root: str, world: World) -> None:
@@ -52,6 +61,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("changed")
     make_images(out / "photos", COUNT)
     root = str(out / "photos")
+    pack(paths(out / "photos")[:-IN_TAR], out / "0.tar")
+    pack(paths(out / "photos")[-IN_TAR:], out / "1.tar")
     (out / "list.txt").write_text("".join(f"{path}\n" for path in paths(out / "photos")))
     folder = partial(FolderConfig, root=root)
     data = {
@@ -63,6 +74,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = {
         name: job(data[name.partition("-")[0]], name.partition("-")[2]) for name in (*PREDICTED_AGAIN, "name-parquet")
     }
+    tars = job(WebDatasetConfig(urls=f"{out}/*.tar", check="stat"))
+    jobs |= {"tars": tars, "shard": job(folder(), shard="0/2")}
     stopped = job(folder(), max_errors=0)
     cases = [
         *(Case(name=name, config=config) for name, config in jobs.items()),
@@ -73,6 +86,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Case(name="resumed", config=job(folder()), run_dir=str(out / "stopped")),
         *(Case(name=f"{name}-again", config=config, run_dir=str(out / name)) for name, config in jobs.items()),
         *(Case(name=f"fresh-{how}", config=job(folder(), how)) for how in FORMATS),
+        Case(name="fresh-tars", config=tars),
         Case(name="touch", call=partial(touch_image, root)),
         *(
             Case(name=f"{name}-touched", config=jobs[f"{name}-parquet"], run_dir=str(out / f"{name}-parquet"))
@@ -99,6 +113,16 @@ def test_changed_images_and_no_others_are_predicted_again(out: Path, name: str) 
     if name == "list-parquet":
         wanted, rows = ([{k: v for k, v in row.items() if k != "label"} for row in each] for each in (wanted, rows))
     assert rows == wanted
+
+
+def test_the_rows_of_a_changed_tar_are_predicted_again(out: Path) -> None:
+    assert ended(out, "tars-again", 2)[0]["changed"] == IN_TAR
+    assert rows_of(out / "tars", "parquet") == rows_of(out / "fresh-tars", "parquet")
+
+
+def test_a_shard_looks_at_its_own_images(out: Path) -> None:
+    assert ended(out, "shard-again", 2)[0]["changed"] == sum(number < COUNT // 2 for number in (*REPLACED, BROKEN))
+    assert rows_of(out / "shard", "parquet") == rows_of(out / "fresh-parquet", "parquet")[: COUNT // 2]
 
 
 def test_names_alone_find_no_change(out: Path) -> None:

@@ -123,6 +123,10 @@ class ListConfig(DataConfig):
         _check_content(self.check, self.root)
 
 
+CHECK_ARCHIVES = (
+    "What becomes of committed rows when their file has changed between two starts. name: they stay. stat: all rows of"
+    " such a file are predicted again."
+)
 PATTERN = location("a pattern of files", "Give data.urls='photos/*.tar'.")
 
 
@@ -142,6 +146,7 @@ class WebDatasetConfig(DataConfig):
         PATTERN,
         path=True,
     )
+    check: str = key("name", CHECK_ARCHIVES, one_of("name", "stat"))
     extensions: list[str] = key(
         [],
         "Which members are images, by what follows the first dot of their name: [jpg], or [left.jpg] where a sample"
@@ -165,6 +170,7 @@ class ParquetConfig(DataConfig):
         PATTERN,
         path=True,
     )
+    check: str = key("name", CHECK_ARCHIVES, one_of("name", "stat"))
     column: str = key(
         "image",
         "The column of encoded images: bytes, or a struct of bytes and path as Hugging Face datasets have it.",
@@ -574,6 +580,13 @@ def parse_shard(text: str | None) -> tuple[int, int]:
         return 0, 1
     i, slash, n = text.partition("/")
     return (int(i), int(n)) if slash and i.isdecimal() and n.isdecimal() else (-1, 0)
+
+
+def dataset_range(config: Config, length: int) -> tuple[int, int]:
+    """The contiguous range of indices that `limit` and `shard` leave."""
+    total = length if config.limit is None else min(length, config.limit)
+    i, n = parse_shard(config.shard)
+    return total * i // n, total * (i + 1) // n
 
 
 GROUPS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.image_names import log_left_out, most_common
@@ -42,8 +44,12 @@ IndexArchive = Callable[[str, str], ArchiveIndex]
 """Index the archive at a path; the names of its images begin with the given name."""
 
 
-def index_archives(pattern: str, index: IndexArchive, known: Listing | None, world: World) -> Listing | None:
+def index_archives(
+    pattern: str, index: IndexArchive, known: Listing | None, world: World, *, check: str
+) -> Listing | None:
     """List the images of all archives, on rank 0. Collective: every rank calls this; `known` counts on rank 0 alone.
+
+    `check` is `data.check`.
 
     Raises:
         UsageError: an archive is missing or cannot be read.
@@ -67,8 +73,27 @@ def index_archives(pattern: str, index: IndexArchive, known: Listing | None, wor
             if known is not None and not found and len(kept) == len(known.archives):
                 return _counted(known)
             files = _join([(kept | found)[number] for number in range(len(paths))], known)
+            if known is not None:
+                _note_changed(files, known, check)
             return _counted(files)
     return None
+
+
+def _note_changed(files: Listing, known: Listing, check: str) -> None:
+    """Find the rows of archives that are not as they were indexed before."""
+    before = {archive.path: archive for archive in known.archives}
+    changed, first = [np.empty(0, np.int64)], 0
+    for archive in files.archives:
+        rows = sum(archive.groups)
+        was = before.get(archive.path, archive)
+        if not _is_as_indexed(was, (archive.num_bytes, archive.modified_ns)):
+            changed.append(np.arange(first, first + rows))
+        first += rows
+    if len(changed) > 1 and check == "name":
+        text = "%d of the files changed since they were indexed; committed rows stay (data.check=stat: predicted again)"
+        log.warning(text, len(changed) - 1)
+    elif check == "stat":
+        files.changed = np.concatenate(changed)
 
 
 def _counted(files: Listing) -> Listing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgpu_ddp.config.checks import protocol_of
-from mgpu_ddp.config.schema import Config, FolderConfig
+from mgpu_ddp.config.schema import Config, FolderConfig, dataset_range
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.content import Status, as_columns, check_of, content_of, status_of
 from mgpu_ddp.data.encoded import EncodedSamples
@@ -48,7 +48,7 @@ def list_folder(config: Config, known: Listing | None) -> Listing:
     data: FolderConfig = config.data
     if known is not None and config.shard is not None:
         # More samples would move the borders between the shards.
-        return known
+        return _look_again(known, config)
     found = _find(data)
     log_left_out(found.left_out)
     if known is not None:
@@ -62,6 +62,13 @@ def list_folder(config: Config, known: Listing | None) -> Listing:
         raise UsageError(f"data.root={data.root!r} holds no image ({kinds}){seen}. Name another folder.")
     files.left_out = found.left_out
     return files
+
+
+def _look_again(known: Listing, config: Config) -> Listing:
+    """A known listing that tells which of this job's images have changed."""
+    data, (start, stop) = config.data, dataset_range(config, len(known))
+    check = check_of(data.check, is_remote=bool(protocol_of(data.root)))
+    return known.checked(start, content_of(data.root, [known.path(i) for i in range(start, stop)], check))
 
 
 def _log_labels(files: Listing) -> None:

@@ -224,6 +224,13 @@ class Listing:
             label=pa.concat_arrays([self._labels, pa.array(labels, type=pa.int32())]),
         )
 
+    def checked(self, start: int, content: dict[str, Any]) -> "Listing":
+        """This listing, with the content that some of its files have now: those from `start` on."""
+        found_at = np.full(len(self), -1)
+        count = len(next(iter(content.values()), ()))
+        found_at[start : start + count] = np.arange(count)
+        return self._updated(found_at, content, path=self._paths, label=self._labels)
+
     def after(self, known: "Listing") -> "Listing":
         """This listing, compared row by row with an earlier one of the same images."""
         if len(self) < len(known):

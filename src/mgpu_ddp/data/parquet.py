@@ -30,7 +30,7 @@ def list_parquet(config: Config, known: Listing | None, world: World) -> Listing
         UsageError: a file is missing, broken, or lacks a column.
     """
     data: ParquetConfig = config.data
-    files = index_archives(data.urls, partial(index_parquet, data), known, world)
+    files = index_archives(data.urls, partial(index_parquet, data), known, world, check=data.check)
     if files is not None and config.collect == "gather" and world.size > 1:
         advise_block(files, config.loader.block)
     return files

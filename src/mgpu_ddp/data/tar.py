@@ -65,7 +65,7 @@ def list_tars(config: Config, known: Listing | None, world: World) -> Listing | 
         UsageError: a tar is missing, broken or compressed; labels are asked for and there are none.
     """
     data: WebDatasetConfig = config.data
-    files = index_archives(data.urls, partial(index_tar, data), known, world)
+    files = index_archives(data.urls, partial(index_tar, data), known, world, check=data.check)
     with world.together("look for labels"):
         # A folder that is continued may have been begun without this key: its claim says so.
         none_there = files is not None and known is None and files.table["label"].null_count == len(files)

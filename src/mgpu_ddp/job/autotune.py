@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mgpu_ddp.config.resolved import Resolved
-from mgpu_ddp.config.schema import Config
+from mgpu_ddp.config.schema import Config, dataset_range
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.host import available_bytes, peaks, reset_peaks
@@ -21,7 +21,7 @@ from mgpu_ddp.inference.clock import Clock
 from mgpu_ddp.inference.pipeline import in_flight, predict
 from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.context import Setup
-from mgpu_ddp.job.plan import batch_size_of, dataset_range
+from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.models.operations import operations
 from mgpu_ddp.output.rows import Rows

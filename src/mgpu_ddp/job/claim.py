@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mgpu_ddp import __version__
 from mgpu_ddp.config.checks import protocol_of, require
-from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed
+from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed, dataset_range
 from mgpu_ddp.data.datasets import identity, open_samples
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
@@ -24,7 +24,7 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.job.context import Claim, Setup
 from mgpu_ddp.job.job import Job
-from mgpu_ddp.job.plan import batch_size_of, dataset_range
+from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.models.class_names import names_digest
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.atomic_files import replace_bytes

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from mgpu_ddp.config.schema import FakeConfig
+from mgpu_ddp.config.schema import FakeConfig, dataset_range
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.inference.pipeline import held_slots
 from mgpu_ddp.job.context import Setup
-from mgpu_ddp.job.plan import batch_size_of, dataset_range
+from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.loader.loader import plan_slots
 from mgpu_ddp.models.prepare import DTYPES
 from mgpu_ddp.preprocess.transform import Transform

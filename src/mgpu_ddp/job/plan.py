@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mgpu_ddp.config.resolved import Resolved
-from mgpu_ddp.config.schema import Config, parse_shard
+from mgpu_ddp.config.schema import Config, dataset_range
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.distributed.sharding import Plan
 from mgpu_ddp.distributed.world import World
@@ -26,13 +26,6 @@ WARNED_FACTOR = 8
 """A warning is due where what all ranks read ahead makes windows of more than so many times `WINDOW_BYTES`."""
 STRETCH_BYTES = 8 << 20
 """Size of the rows that one rank writes itself in one window."""
-
-
-def dataset_range(config: Config, length: int) -> tuple[int, int]:
-    """The contiguous range of indices that `limit` and `shard` leave."""
-    total = length if config.limit is None else min(length, config.limit)
-    i, n = parse_shard(config.shard)
-    return total * i // n, total * (i + 1) // n
 
 
 def batch_size_of(config: Config, batch_size: int, length: int) -> int:

@@ -4,9 +4,11 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mgpu_ddp.data.input_file import open_input
 
@@ -20,10 +22,10 @@ Status = tuple[int, int]
 """Size in bytes and modification time in ns, both -1 for a file that cannot be looked at."""
 
 
-def as_columns(statuses: list[Status]) -> dict[str, Any]:
+def as_columns(numbers: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Columns of a listing from (n, 2): the status of each file."""
     import pyarrow as pa
 
-    numbers = np.array(statuses, dtype=np.int64).reshape(-1, 2)
     return {
         name: pa.array(column, mask=numbers[:, 0] < 0)
         for name, column in (("bytes", numbers[:, 0]), ("modified_ns", numbers[:, 1]))
@@ -36,7 +38,8 @@ def content_of(root: str, paths: Iterable[bytes], check: str) -> dict[str, Any]:
 
     full = (os.path.join(os.fsencode(root), path) for path in paths)
     if check == "stat":
-        return as_columns([status_of(path) for path in full])
+        numbers = np.fromiter(chain.from_iterable(map(status_of, full)), np.int64)
+        return as_columns(numbers.reshape(-1, 2))
     if check == "hash":
         with ThreadPoolExecutor() as pool:
             return {"sha256": pa.array(pool.map(_digest_of, full), type=pa.binary(32))}

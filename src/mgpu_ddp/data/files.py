@@ -3,14 +3,17 @@
 import logging
 import os
 import stat
+from array import array
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.config.schema import Config, FolderConfig, dataset_range
 from mgpu_ddp.data import object_store
-from mgpu_ddp.data.content import Status, as_columns, check_of, content_of, status_of
+from mgpu_ddp.data.content import as_columns, check_of, content_of, status_of
 from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.image_names import EXTENSIONS, ImageNames, describe, log_left_out, most_common
 from mgpu_ddp.data.input_file import open_input
@@ -116,8 +119,10 @@ def find_images(
     search.walk(b"")
     order = sorted(range(len(search.found)), key=search.found.__getitem__)
     paths = [search.found[number] for number in order]
-    content = as_columns([search.statuses[number] for number in order]) if check == "stat" else {}
-    if check == "hash":
+    content: dict[str, Any] = {}
+    if check == "stat":
+        content = as_columns(np.array(search.statuses, dtype=np.int64).reshape(-1, 2)[order])
+    elif check == "hash":
         content = content_of(root, paths, check)
     return Found(paths=paths, content=content, left_out=most_common(search.names.left_out))
 
@@ -138,8 +143,8 @@ class _Search:
         self._links: list[bytes] = []
         self.names = names
         self.found: list[bytes] = []
-        self.statuses: list[Status] = []
-        """Of what was found, where that is asked for."""
+        self.statuses = array("q")
+        """Size and time of what was found, one after the other, where that is asked for."""
 
     def walk(self, folder: bytes) -> None:
         self._folders = [folder]
@@ -169,7 +174,7 @@ class _Search:
                     elif self.names.take(entry.name):
                         self.found.append(inside + entry.name)
                         if self._with_status:
-                            self.statuses.append(status_of(entry.path))
+                            self.statuses.extend(status_of(entry.path))
         except OSError as error:
             shown = os.fsdecode(path)
             raise UsageError(
@@ -192,4 +197,4 @@ class _Search:
         elif self.names.take(os.path.basename(link)):
             self.found.append(link)
             if self._with_status:
-                self.statuses.append((status.st_size, status.st_mtime_ns))
+                self.statuses.extend((status.st_size, status.st_mtime_ns))

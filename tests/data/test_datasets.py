@@ -1,10 +1,14 @@
 """Names of datasets → samples: FakeData bit for bit, and the files of a folder."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import FakeData
 
@@ -17,9 +21,10 @@ from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.preprocess.transform import MEAN, STD, Pixels, StageClock, Transform, imagenet, plain
+from tests.support.heics import PLAIN, QUARTERS
 from tests.support.loading import load_all
 from tests.support.samples import encoded, ignore_time, photo
-from tests.support.sources import config_of
+from tests.support.sources import config_of, open_source, sources
 
 
 def model_input(samples: FakeSamples, index: int, transform: Transform) -> tuple[torch.Tensor, int]:
@@ -145,3 +150,19 @@ def test_fake_data_needs_no_listing(world: World) -> None:
     config = config_of(FakeConfig(size=3))
     assert find_listing(config, None, world) is None
     assert isinstance(open_samples(config, None), FakeSamples)
+
+
+def test_every_source_reads_heic_and_avif_whatever_they_are_called(tmp_path: Path, world: World) -> None:
+    avif = io.BytesIO()
+    Image.new("RGB", (64, 48), QUARTERS[0]).save(avif, "AVIF")
+    images = [tmp_path / name for name in ("a.jpg", "b.jpg", "c.heic", "d.avif", "e.png", "f.png")]
+    for path, data in zip(images, (PLAIN, avif.getvalue()) * 3, strict=True):
+        path.write_bytes(data)
+    every: dict[str, Any] = {"folder": FolderConfig(root=str(tmp_path)), **sources(tmp_path, images, [None] * 6)}
+    # No member holds a label.
+    every["webdataset"] = replace(every["webdataset"], label_extension=None)
+    for name, data in every.items():
+        samples = open_source(data, world)
+        loaded = [samples.load(i, plain(8), ignore_time)[0] for i in range(len(samples))]
+        assert len(loaded) == 6, name
+        assert np.abs(np.stack([pixels[1, 1] for pixels in loaded]).astype(int) - QUARTERS[0]).max() <= 6, name

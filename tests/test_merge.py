@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgpu_ddp import report
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import ProofError, UsageError
 from mgpu_ddp.merge import Shard, _identity, main, merge
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.report import rebuild
+from mgpu_ddp.version import version_text
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.sources import index_tars, tar_of
 from tests.support.worlds import folder, run_job, tiny
@@ -258,3 +260,13 @@ def test_the_command_line_is_one_key(
         main()
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("mgpu_ddp: run must be ")
+
+
+@pytest.mark.parametrize(("name", "main"), [("merge", main), ("report", report.main)])
+def test_a_command_says_what_it_is_for_and_what_it_is_made_with(
+    name: str, main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, said in {"--help": f"  python -m mgpu_ddp.{name} run=DIR\n", "--version": version_text()}.items():
+        monkeypatch.setattr("sys.argv", [name, flag])
+        main()
+        assert said in capsys.readouterr().out

@@ -33,13 +33,19 @@ from mgpu_ddp.reporting import console
 from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake
 from mgpu_ddp.sweep.isolated import run_isolated
 from mgpu_ddp.sweep.sweep import Point, Sweep, point_of
+from mgpu_ddp.version import version_text
 
 Infer = Callable[[Job, World, StopWish, Kept], dict[str, Any]]
 
 
-def main(infer: Infer, script: Script) -> None:
-    """Join the world; rank 0 reads the command and leads through its jobs by `infer`, the other ranks follow."""
+def main(infer: Infer, script: Script) -> dict[str, Any]:
+    """Join the world; rank 0 reads the command and leads through its jobs by `infer`, the other ranks follow.
+
+    Returns the summary of the last job if all are complete, and nothing where none was asked for. Otherwise the process
+    ends.
+    """
     make_output_safe()
+    argv = sys.argv
     # A thread that returns from a decoder or a device must not wait 5 ms, the default, for the GIL.
     sys.setswitchinterval(0.0005)
     start = start_command()
@@ -62,6 +68,9 @@ def main(infer: Infer, script: Script) -> None:
     except Exception as raised:
         error = raised
     session.depart(error)
+    sys.argv = argv
+    stop.uninstall()
+    return session.outcomes[-1] if session.outcomes else {}
 
 
 def lead(session: Session, argv: list[str]) -> None:
@@ -70,6 +79,9 @@ def lead(session: Session, argv: list[str]) -> None:
     try:
         register()
         command = check_command(session.script.with_options(argv))
+        if "--version" in command.words:
+            print(version_text(), flush=True)
+            return
         if command.folder:
             check_utf8("hydra.sweep.dir" if command.multirun else "output.dir", command.folder)
             command = replace(command, folder=session.world.first_of_launch("folder", command.folder))

@@ -9,6 +9,7 @@ from mgpu_ddp import cli
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.signals import StopWish
 from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import Exit
 from mgpu_ddp.job.agreement import Ending
 from mgpu_ddp.job.cache import Kept
 from mgpu_ddp.job.claim import claim_job
@@ -16,6 +17,7 @@ from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.job.finish import finish_job
 from mgpu_ddp.job.job import Job
 from mgpu_ddp.job.plan import dry_run
+from mgpu_ddp.job.session import end_process
 from mgpu_ddp.job.setup import begin, set_up
 from mgpu_ddp.job.tasks import collecting, predict_task, profiled, tasks, too_many_errors
 
@@ -47,3 +49,4 @@ def predict_all(context: JobContext) -> Ending:
 
 if __name__ == "__main__":
     cli.main(infer, Script())
+    end_process(Exit.COMPLETE)

@@ -11,6 +11,7 @@ from mgpu_ddp.distributed.launcher import OUTCOME_FILE, explained_torchrun, lite
 from mgpu_ddp.errors import Exit, MgpuError
 from mgpu_ddp.output.run_folder import mark_lost
 from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake, print_next, print_traceback
+from mgpu_ddp.version import version_text
 
 
 def main() -> None:
@@ -19,6 +20,10 @@ def main() -> None:
     if words and words[0].endswith(".py") and "=" not in words[0]:
         script, words = words[:1], words[1:]
     make_output_safe()
+    if words == ["--version"]:
+        # Without starting a process for each GPU.
+        print(version_text())
+        return
     with tempfile.TemporaryDirectory(prefix="mgpu_ddp-") as folder:
         file = Path(folder) / "outcome"
         os.environ[OUTCOME_FILE] = str(file)

@@ -28,6 +28,16 @@ from mgpu_ddp.report import rebuild, run_command
 from mgpu_ddp.reporting.class_table import CLASSES
 from mgpu_ddp.reporting.terminal import print_mistake
 
+HELP = """\
+Merge the shards of a job into one run folder.
+
+  python -m mgpu_ddp.merge run=DIR
+
+DIR holds a folder for each shard, as jobs with shard=0/n to shard=n-1/n and output.dir=DIR/... have left them. All must
+be complete. DIR itself becomes a run folder like any other: its parts are hard links, or copies where those cannot be,
+and every part is read and proved. The shards stay as they are. The last line on stdout is JSON.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -41,7 +51,7 @@ class Shard:
 
 def main() -> None:
     """Merge the shards below a folder and print one JSON line."""
-    run_command(merge)
+    run_command(merge, HELP)
 
 
 def merge(run_dir: Path) -> dict[str, Any]:

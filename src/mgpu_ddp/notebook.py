@@ -175,11 +175,13 @@ def be_rank() -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from mgpu_ddp import program
+    from mgpu_ddp.job.session import end_process
 
     pickled = Path(os.environ[FUNCTIONS_FILE]).read_bytes()
     # What cannot be loaded here is told as what a rank raises.
     functions: Any = record(cloudpickle.loads)(pickled)
     program.main(**functions)
+    end_process(Exit.COMPLETE)
 
 
 def python(code: str) -> list[str]:

@@ -20,11 +20,12 @@ def main(
     dataset: Callable[[], Any] | None = None,
     outputs: Callable[[Any], Any] | None = None,
     version: str = "",
-) -> None:
+) -> dict[str, Any]:
     """Run the program on this process's command line, with a model, transform, dataset or columns of your own.
 
-    Does not return: the process leaves with the exit code that says how it went. Started by torchrun, `mgpu-infer`,
-    srun, or alone.
+    Started by torchrun, `mgpu-infer`, srun, or alone. Returns in every rank once the job is complete, with the summary
+    that its JSON line has (`mgpu_ddp.open(summary["run_dir"])` opens the folder); of a sweep, its last job's. Otherwise
+    the process ends with the exit code that says how it went.
 
     `model` builds the module, in every rank; rank 0's weights reach the others. Its forward takes (B, 3, H, W), or what
     `dataset` yields, collated. `transform` gives a function `(PIL.Image) -> Tensor (3, H, W)`, or the `transforms()` of
@@ -47,7 +48,7 @@ def main(
     script = Script(
         model=model, transform=transform, dataset=once, outputs=outputs, version=version, start=words_that_start()
     )
-    cli.main(infer.infer, script)
+    return cli.main(infer.infer, script)
 
 
 def check_functions(functions: dict[str, Any], version: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +20,36 @@ from mgpu_ddp.reporting.terminal import make_output_safe, print_mistake
 from mgpu_ddp.reporting.thumbnails import reopen_samples
 from mgpu_ddp.sweep.page import write_sweep_page
 from mgpu_ddp.sweep.results import SWEEP_FILE
+from mgpu_ddp.version import version_text
+
+HELP = """\
+Write report.html of a run folder or of a sweep again, from what the folder holds.
+
+  python -m mgpu_ddp.report run=DIR
+
+Nothing is predicted and no row is changed. The last line on stdout is JSON and names the page. Images are looked for
+where they were, for the thumbnails; the page is written without those that are not there.
+"""
 
 
 def main() -> None:
     """Write the page of a folder again and print one JSON line."""
-    run_command(lambda folder: {"report": str(rebuild(folder))})
+    run_command(lambda folder: {"report": str(rebuild(folder))}, HELP)
 
 
-def run_command(act: Callable[[Path], dict[str, Any]]) -> None:
+def run_command(act: Callable[[Path], dict[str, Any]], help_text: str) -> None:
     """Act on the folder that `run=DIR` names and print the result as one JSON line, or the error in one."""
     make_output_safe()
     try:
         argv = sys.argv[1:]
+        if {"-h", "--help"} & {*argv}:
+            print(help_text, end="")
+            return
+        if "--version" in argv:
+            print(version_text())
+            return
         key, _, value = argv[0].partition("=") if len(argv) == 1 else ("", "", "")
+        value = os.path.expanduser(value)
         is_folder = key == "run" and value != "" and Path(value).is_dir()
         require(is_folder, "run", "a folder", " ".join(argv), "Give run=DIR.")
         check_utf8("run", str(Path(value).absolute()))

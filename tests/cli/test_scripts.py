@@ -171,3 +171,33 @@ def test_the_frames_of_a_video_are_those_that_were_put_in(tmp_path: Path) -> Non
     for i, row in enumerate(read_rows(tmp_path / "out")):
         assert (row["path"], row["time"]) == (f"{i:08d}", pytest.approx(i / 10))
         assert row["grey"] * 255 == pytest.approx(12 * i, abs=4)
+
+
+def test_what_comes_after_main_runs_in_every_rank_once_all_is_well(tmp_path: Path) -> None:
+    script = write(tmp_path, "return {'mean': images.mean((1, 2, 3))}")
+    body = """
+    import os, signal, sys
+    handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    argv = list(sys.argv)
+    summary = mgpu_ddp.main(model=Net)
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
+    assert sys.argv == argv
+    rows = mgpu_ddp.open(summary["run_dir"]).table().num_rows if summary else None
+    print("after", os.environ.get("RANK", "0"), rows, flush=True)
+"""
+    script.write_text(script.read_text().partition("    mgpu_ddp.main(")[0] + body)
+    folders = [tmp_path / name for name in ("two", "version", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    bad = ("data=folder", f"data.root={tmp_path}", "max_errors=0")
+    commands = [
+        script_ranks(2, script, *FAKE, *SETTINGS),
+        script_ranks(1, script, "--version"),
+        script_ranks(1, script, *bad, *SETTINGS),
+    ]
+    two, version, stopped = run_all(commands, folders)
+    assert (two.code, version.code, stopped.code) == (0, 0, 3), two.err + version.err + stopped.err
+    assert sorted(line for line in two.out.splitlines() if line.startswith("after")) == ["after 0 8", "after 1 8"]
+    assert version.out.endswith("\nafter 0 None\n")
+    assert "after" not in stopped.out

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mgpu_ddp.version import version_text
 from tests.support.runs import LAUNCH, assert_proved, make_images, read_rows
 from tests.support.starting import (
     BIN,
@@ -147,6 +148,16 @@ def test_a_path_is_taken_as_typed_however_the_command_starts(tmp_path: Path, nam
     assert (again.code, again.summary["run_dir"]) == (0, f"{tmp_path}/alone/{name}"), again.err
     shown = run([sys.executable, "-m", "mgpu_ddp.report", f"run={name}"], tmp_path / "alone")
     assert shown.summary == {"report": f"{tmp_path}/alone/{name}/report.html"}, shown.err
+
+
+def test_python_m_mgpu_ddp_is_mgpu_infer_which_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "version").mkdir()
+    commands = [[sys.executable, "-m", "mgpu_ddp", word] for word in ("batch_size=0", "--version")]
+    mistaken, told = run_all(commands, [tmp_path, tmp_path / "version"])
+    assert mistaken.code == 2
+    assert mistaken.err == "mgpu_ddp: batch_size must be at least 1 or auto, got 0. Try batch_size=32.\n"
+    assert told.code == 0, told.err
+    assert told.out == f"{version_text()}\n"
 
 
 def test_an_interpreter_without_the_package_is_refused_and_no_other_taken(

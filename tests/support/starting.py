@@ -86,6 +86,7 @@ def ranks(size: int, *settings: str) -> Forks:
 def script_ranks(size: int, script: Path, *settings: str, **environ: str) -> Forks:
     """The ranks of torchrun with a script of the user's, without a launcher."""
     environs = [{}] if size == 1 else places_in_world(size)
+    environ |= {COMMAND: shlex.join([sys.executable, str(script), *settings])}
     return Forks(function=be_script, arguments=(str(script), *settings), environs=[e | environ for e in environs])
 
 

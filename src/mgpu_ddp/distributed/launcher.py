@@ -1,6 +1,7 @@
 """torchrun's own command line, run in this process, and the outcome that its rank 0 leaves."""
 
 import json
+import logging
 import os
 import runpy
 import sys
@@ -54,21 +55,26 @@ def outcome_in(file: Path) -> dict[str, Any]:
 
 def explained_torchrun(argv: Sequence[str]) -> int:
     """Run torchrun and return rank 0's exit code, which torchrun hides. What rank 0 has not explained is raised."""
+    file = Path(os.environ[OUTCOME_FILE])
+    # torchrun would tell in a line of its own that a rank has failed.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda _: not _is_explained(file))
     try:
         torchrun(argv)
     except BaseException as error:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         # torchrun raises for a failed worker and for a signal alike; rank 0 has written down which it was.
-        outcome = outcome_in(Path(os.environ[OUTCOME_FILE]))
-        code = int(outcome.get("exit_code", Exit.FAILED))
-        # Of a rank that died torchrun knows more than the other ranks do.
-        is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
-        is_explained = "status" in outcome and code != Exit.COMPLETE and not is_lost
-        if not is_explained and not isinstance(error, SystemExit | SignalException):
+        if not _is_explained(file) and not isinstance(error, SystemExit | SignalException):
             raise
-        return code
+        return int(outcome_in(file).get("exit_code", Exit.FAILED))
     return int(Exit.COMPLETE)
+
+
+def _is_explained(file: Path) -> bool:
+    """Tell whether rank 0 has said why it left. Of a rank that died torchrun knows more than the other ranks do."""
+    outcome = outcome_in(file)
+    is_lost = str(outcome.get("reason")).startswith(PeerLostError.__name__)
+    return "status" in outcome and outcome.get("exit_code", Exit.FAILED) != Exit.COMPLETE and not is_lost
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from mgpu_ddp.errors import Exit
 
@@ -29,6 +30,7 @@ class StopWish:
         self.signal_name: str | None = None
         self._since = 0.0
         self._asked = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
@@ -40,7 +42,12 @@ class StopWish:
     def install(self) -> None:
         """Take the signals of this process."""
         for number in stop_signals():
-            signal.signal(number, self._receive)
+            self._before[number] = signal.signal(number, self._receive)
+
+    def uninstall(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is None:

@@ -51,7 +51,7 @@ LINGER_S = 3.0
 
 
 class Session:
-    """Runs jobs, remembers how they ended, and leaves the process with the exit code that follows."""
+    """Runs jobs, remembers how they ended, and leaves as follows from that."""
 
     def __init__(
         self,
@@ -218,8 +218,8 @@ class Session:
         order = [Exit.FAILED, Exit.USAGE, Exit.TOO_MANY_ERRORS, Exit.PREEMPTED]
         return next((int(code) for code in order if code in codes), int(Exit.COMPLETE))
 
-    def depart(self, error: BaseException | None) -> NoReturn:
-        """Leave the process with the exit code that says how it went; after a failure, with its cause."""
+    def depart(self, error: BaseException | None) -> None:
+        """Leave the world, and unless all went well the process: with the exit code that says how it went."""
         code = self.exit_code if error is None else getattr(error, "exit_code", Exit.FAILED)
         if error is not None and not isinstance(error, UsageError):
             _log_error(error)
@@ -241,11 +241,19 @@ class Session:
         elif isinstance(error, PeerError):
             # The launcher names the rank that leaves first as the root cause: that must not be this one.
             self.stop.wait(LINGER_S)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Finalising would wait for threads inside a collective that lost its peer, and for stuck loader workers.
-        os._exit(int(code))
+        if code != Exit.COMPLETE:
+            end_process(int(code))
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave the process at once.
+
+    Finalising would wait for threads inside a collective that lost its peer, and for stuck loader workers.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _log_error(error: BaseException) -> None:

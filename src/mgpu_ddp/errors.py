@@ -102,6 +102,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`, `0 classes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def cause_of(error: Exception) -> str:
     """Why a file or URL cannot be read, in one line, without its path, which the caller's own message names."""
     return " ".join((getattr(error, "strerror", None) or str(error)).split())

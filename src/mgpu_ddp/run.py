@@ -9,7 +9,7 @@ import numpy as np
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.data.listing import FILE_NAME, Listing, no_names, readable
-from mgpu_ddp.errors import StateError, UsageError
+from mgpu_ddp.errors import StateError, UsageError, plural
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.formats import FORMATS, empty_table, to_table
 from mgpu_ddp.output.manifest import ARRAY, MANIFEST, Manifest
@@ -143,7 +143,7 @@ class Run:
         summary = self.summary
         return (
             f"<Run {str(self.folder)!r}: {summary['status']}, {summary['rows']:,} of {summary['samples']:,} rows,"
-            f" {summary['errors']:,} errors>"
+            f" {plural(summary['errors'], 'error')}>"
         )
 
     def _repr_html_(self) -> str:

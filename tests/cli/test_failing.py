@@ -123,6 +123,7 @@ def test_a_plan_needs_no_writable_folder(tmp_path: Path, key: str) -> None:
     assert ended.code == 0, ended.err
     assert "\npreprocessing  resize 32x32, bilinear\n" in ended.out
     assert ended.summary["run_dir"] == "/proc/nowhere/at/all"
+    assert "\ndevice         CPU, 1 process, precision fp32\n" in ended.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr.txt", "stdout.txt"]
 
 

@@ -76,7 +76,7 @@ def test_it_counts_the_errors_that_the_parts_really_hold(tmp_path: Path, how: st
     folder = claim(tmp_path, how)
     write_parts(folder, 8, 20)
     folder.claimed.parts[0] = dataclasses.replace(folder.claimed.parts[0], errors=listed)
-    with pytest.raises(ProofError, match=rf"holds 1 error rows, but manifest\.json says {listed}"):
+    with pytest.raises(ProofError, match=rf"holds 1 error row, but manifest\.json says {listed}"):
         folder.finish("complete", SAMPLES.path)
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 

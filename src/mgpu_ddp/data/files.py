@@ -18,7 +18,7 @@ from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.image_names import EXTENSIONS, ImageNames, describe, log_left_out, most_common
 from mgpu_ddp.data.input_file import open_input
 from mgpu_ddp.data.listing import Listing, readable
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import UsageError, plural
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -77,7 +77,7 @@ def _look_again(known: Listing, config: Config) -> Listing:
 def _log_labels(files: Listing) -> None:
     names = [readable(name) for name in files.classes()]
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    labels = f"labels from {len(names):,} class folders ({shown})"
+    labels = f"labels from {plural(len(names), 'class folder')} ({shown})"
     why_not = "no labels: not every image lies in one level of class folders"
     log.info("%s images, %s", f"{len(files):,}", labels if names else why_not)
 

@@ -67,8 +67,8 @@ def _outcome(context: JobContext, ending: Ending) -> Outcome:
     manifest, job = context.folder.claimed, context.job
     if ending == "too many errors":
         reason = (
-            f"max_errors must be at least the errors found, got {context.config.max_errors} and {manifest.errors}"
-            " errors. Raise it to continue."
+            f"max_errors must be at least the errors found, got {context.config.max_errors} and"
+            f" {plural(manifest.errors, 'error')}. Raise it to continue."
         )
         again = job.next_command(("max_errors=null",))
         return Outcome(status="failed", exit_code=Exit.TOO_MANY_ERRORS, reason=reason, next_command=again)

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config, dataset_range
 from mgpu_ddp.data.datasets import open_samples
 from mgpu_ddp.distributed.sharding import Plan
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import Exit
+from mgpu_ddp.errors import Exit, plural
 from mgpu_ddp.inference.pipeline import held_batches
 from mgpu_ddp.job.context import Setup
-from mgpu_ddp.job.job import Job
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.reporting import console
 from mgpu_ddp.reporting.terminal import print_lines
@@ -102,21 +103,25 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print_lines([*describe_plan(job, plan, types), f"preprocessing  {setup.resolved.transform}"])
+        print_lines(describe_plan(setup, plan))
         console.print_summary(summary)
     return summary
 
 
-def describe_plan(job: Job, plan: Plan, types: Sequence[ColumnType]) -> list[str]:
+def describe_plan(setup: Setup, plan: Plan) -> list[str]:
+    job, device = setup.job, setup.world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = plan.stop - plan.start
     number, grows = -(-rows // plan.smallest), plan.smallest != plan.largest
     most, least = ("at most ", "at least ") if grows else ("", "")
     windows = f"{most}{number:,}, of {least}{plan.smallest:,} rows" if number > 1 else f"{number}"
-    num_bytes = rows * row_bytes(types)
+    num_bytes = rows * row_bytes(setup.types)
     return [
         f"run folder     {job.run_dir}",
         f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",
         f"rows per rank  {', '.join(f'{plan.count(rank):,}' for rank in range(plan.size))}",
         f"windows        {windows}",
+        f"device         {name}, {plural(plan.size, 'process')}, precision {setup.resolved.precision}",
+        f"preprocessing  {setup.resolved.transform}",
         f"output         {job.config.output.format}, about {num_bytes / 2**20:,.1f} MiB before compression",
     ]

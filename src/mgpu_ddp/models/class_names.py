@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.data.input_file import open_value
-from mgpu_ddp.errors import UsageError, cause_of
+from mgpu_ddp.errors import UsageError, cause_of, plural
 
 NAME_BYTES = 4096
 """A longer text is no name."""
@@ -23,7 +23,7 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
     key, remedy = "model.class_names", "Give one name a line, in the order of the model's classes."
     with open_value(key, path) as file:
         num_bytes, most_bytes = os.fstat(file.fileno()).st_size, num_classes * NAME_BYTES
-        rule = f"a file of at most {most_bytes:,} bytes for {num_classes} classes"
+        rule = f"a file of at most {most_bytes:,} bytes for {plural(num_classes, 'class')}"
         require(num_bytes <= most_bytes, key, rule, f"{num_bytes:,} in {str(path)!r}", remedy)
         data = io.BytesIO(file.read())
     try:
@@ -36,7 +36,7 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
     ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(ok, key, "a list of names", str(path), remedy)
     found = f"{len(names)} in {str(path)!r}"
-    require(len(names) == num_classes, key, f"a file of {num_classes} names for this model", found, remedy)
+    require(len(names) == num_classes, key, f"a file of {plural(num_classes, 'name')} for this model", found, remedy)
     names = tuple(name.strip() for name in names)
     for number, name in enumerate(names):
         # JSON may spell a lone surrogate, which no table can hold.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mgpu_ddp.errors import ProofError, cause_of
+from mgpu_ddp.errors import ProofError, cause_of, plural
 from mgpu_ddp.output.atomic_files import replace_bytes
 from mgpu_ddp.output.formats import FORMATS
 from mgpu_ddp.output.layout import entries_in
@@ -35,8 +35,8 @@ class Proof:
         """
         if (self.rows, self.missing, self.duplicates) != (self.total, 0, 0):
             raise ProofError(
-                f"{where} does not hold each of {self.total} samples once: {self.rows} rows, {self.missing} missing,"
-                f" {self.duplicates} duplicates. Start again with overwrite=true."
+                f"{where} does not hold each of {self.total} samples once: {plural(self.rows, 'row')},"
+                f" {self.missing} missing, {self.duplicates} duplicates. Start again with overwrite=true."
             )
 
 
@@ -51,7 +51,8 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
         rows = _rows_of_array(run_dir)
         if rows != manifest.stop - manifest.start:
             raise ProofError(
-                f"{ARRAY} has {rows} rows instead of {manifest.stop - manifest.start}. Delete it and start again."
+                f"{ARRAY} has {plural(rows, 'row')} instead of {manifest.stop - manifest.start}."
+                " Delete it and start again."
             )
     else:
         # What a reader would take for rows; other files are nobody's business.
@@ -67,7 +68,8 @@ def prove(run_dir: Path, manifest: Manifest) -> Proof:
         in_order = in_order and np.array_equal(index, np.arange(next_index, next_index + part.rows))
         if in_order and errors != part.errors:
             raise ProofError(
-                f"{part.file} holds {errors} error rows, but {MANIFEST} says {part.errors}. Delete it and start again."
+                f"{part.file} holds {plural(errors, 'error row')}, but {MANIFEST} says {part.errors}."
+                " Delete it and start again."
             )
         rows, next_index = rows + len(index), part.stop
     missing, duplicates = manifest.stop - next_index, 0

@@ -62,7 +62,7 @@ class ClassTable:
         if self.num_labels == self.num_classes:
             return np.arange(self.num_classes), "labels in their order with classes in the model's order"
         why = "with no name in common" if by_name is not None else "without names to match them by"
-        return None, f"the data has {self.num_labels:,} classes and the model {self.num_classes:,}, {why}"
+        return None, f"the data has {plural(self.num_labels, 'class')} and the model {self.num_classes:,}, {why}"
 
     def _match_names(self) -> npt.NDArray[np.int64] | None:
         """int64 (labels,): the only class of the same name, or -1. None where names are missing."""

@@ -2,10 +2,9 @@
 
 RANDOM_WEIGHTS = "random weights: rows say nothing about the images (model.weights=DEFAULT takes trained ones)"
 
+from mgpu_ddp.errors import plural
 
-def plural(number: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+__all__ = ["duration", "gibibytes", "hours_minutes_seconds", "plural"]
 
 
 def hours_minutes_seconds(seconds: float) -> str:

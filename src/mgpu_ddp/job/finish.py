@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mgpu_ddp.errors import Exit
+from mgpu_ddp.errors import Exit, plural
 from mgpu_ddp.job.agreement import Ending
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.output.parts import write_error
@@ -14,7 +14,6 @@ from mgpu_ddp.reporting import console, metrics
 from mgpu_ddp.reporting.class_table import find_classes
 from mgpu_ddp.reporting.page import JobResults, try_write_page
 from mgpu_ddp.reporting.table_stats import count_rows
-from mgpu_ddp.reporting.text import plural
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from mgpu_ddp.config.schema import num_outcomes
 from mgpu_ddp.data.listing import FILE_NAME, Listing, readable
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import UsageError, plural
 from mgpu_ddp.output.atomic_files import replace_json
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.regular_files import read_json
-from mgpu_ddp.reporting.text import plural
 
 CLASSES = "classes.json"
 

@@ -15,10 +15,11 @@ import torch
 from mgpu_ddp.config.resolved import RANDOM, Resolved
 from mgpu_ddp.data.image_names import describe
 from mgpu_ddp.distributed.world import World
+from mgpu_ddp.errors import plural
 from mgpu_ddp.output.parts import write_error
 from mgpu_ddp.reporting.metrics import RankMetrics
 from mgpu_ddp.reporting.terminal import OneLine, print_lines
-from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, hours_minutes_seconds, plural
+from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, hours_minutes_seconds
 
 log = logging.getLogger("mgpu_ddp")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mgpu_ddp.config.resolved import RANDOM
 from mgpu_ddp.data.image_names import describe
+from mgpu_ddp.errors import plural
 from mgpu_ddp.inference import clock
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.regular_files import open_regular
@@ -20,7 +21,7 @@ from mgpu_ddp.reporting.metrics import all_starts
 from mgpu_ddp.reporting.provenance import provenance, source
 from mgpu_ddp.reporting.render import shorten
 from mgpu_ddp.reporting.table_stats import TableStats
-from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, gibibytes, plural
+from mgpu_ddp.reporting.text import RANDOM_WEIGHTS, duration, gibibytes
 
 log = logging.getLogger("mgpu_ddp")
 

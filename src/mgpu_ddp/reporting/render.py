@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgpu_ddp.reporting.text import duration, gibibytes, plural
+from mgpu_ddp.errors import plural
+from mgpu_ddp.reporting.text import duration, gibibytes
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -2,10 +2,6 @@
 
 RANDOM_WEIGHTS = "random weights: rows say nothing about the images (model.weights=DEFAULT takes trained ones)"
 
-from mgpu_ddp.errors import plural
-
-__all__ = ["duration", "gibibytes", "hours_minutes_seconds", "plural"]
-
 
 def hours_minutes_seconds(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)

@@ -1,6 +1,6 @@
 """Numbers with nouns."""
 
-from mgpu_ddp.reporting.text import plural
+from mgpu_ddp.errors import plural
 
 
 def test_one_of_a_thing_is_no_plural() -> None:

@@ -254,7 +254,7 @@ def test_memory_is_bounded_however_large_a_batch_is(
     assert (clock.errors, len(rows.index)) == (0, 120)
     # All of them decoded take 1.1 GB.
     portion = 3 * gpu_input.MAX_DECODED_PIXELS
-    assert torch.cuda.max_memory_allocated() - before < (gpu_input.PORTIONS + 1) * portion
+    assert torch.cuda.max_memory_allocated() - before < (gpu_input.LARGE_PORTIONS + 1) * portion
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_the_kernel_yields_libjpegs_levels() -> None:
 
 def test_a_refused_file_does_not_spoil_the_next_batch(decoder: Decoder) -> None:
     good = [encoded(375, 500, "4:2:0", quality) for quality in range(50, 60)]
-    want = decoded(decoder, good).data.cpu()
+    want = decoded(decoder, good).data[: 10 * 375 * 500].cpu()
     broken = bytearray(good[3])
     middle = broken.index(b"\xff\xda") + 40
     broken[middle : middle + 60] = b"\xff\xd3" * 30
@@ -91,7 +91,7 @@ def test_a_refused_file_does_not_spoil_the_next_batch(decoder: Decoder) -> None:
         decoded(decoder, [*good[:3], bytes(broken)])
     except JpegError as error:
         print(error)
-    assert torch.equal(decoded(decoder, good).data.cpu(), want)
+    assert torch.equal(decoded(decoder, good).data[: len(want)].cpu(), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

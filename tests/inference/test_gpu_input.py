@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
@@ -212,12 +212,34 @@ def test_a_portion_ends_when_it_is_worth_a_call(
         assert each.batch.seconds == {"read": len(each.pieces)}
 
 
+@pytest.mark.parametrize(
+    ("share", "most"), [(0.0, gpu_input.PORTIONS), (0.9, gpu_input.LARGE_PORTIONS), (2.0, 2), (5.0, 1)]
+)
+def test_portions_at_work_are_bounded_in_number_and_in_pixels(
+    monkeypatch: pytest.MonkeyPatch, share: float, most: int
+) -> None:
+    inputs, waited = Decoding(), list[int]()
+    await_, pixels = Staging._await, int(share * gpu_input.MAX_DECODED_PIXELS)
+
+    def awaited(staging: Staging, futures: Sequence[Future[Decoded]]) -> None:
+        waited.append(len(staging._begun))
+        inputs.go.release()
+        await_(staging, futures)
+
+    monkeypatch.setattr(gpu_input, "_pixels", lambda piece: pixels)
+    monkeypatch.setattr(Staging, "_await", awaited)
+    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
+        staged_by(staging, [256] * 10, 256)
+        assert waited == [most] * (10 - most)
+        inputs.go.release(10)
+
+
 def test_a_batch_is_done_before_the_others_of_its_group() -> None:
     inputs = Decoding()
     with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
-        first, second = staged_by(staging, [32] * 4, 64, 1 << 21)
+        first, second = staged_by(staging, [32] * 4, 64, 3 << 14)
         assert not first.is_done()
-        inputs.go.release(2)
+        inputs.go.release(1)
         staging.wait(first)
         assert first.is_done()
         assert not second.is_done()

@@ -35,10 +35,12 @@ MAX_DECODED_PIXELS = PIECE_PIXELS
 """Pixels that one thread decodes at once, three bytes each, to bound memory."""
 GROUP = 256
 """Images of a portion: of fewer small ones the engines would idle between the calls."""
-PIECES = 4
+PIECES = 3
 """Pieces of a portion, where batches are not so small that 256 images are more."""
-PORTIONS = 4
+PORTIONS = 6
 """Portions that are begun and not done: a few for the decoder, and what is copied and resized meanwhile."""
+LARGE_PORTIONS = 4
+"""As many of them where they are as large as may be."""
 HANGS_S = 120
 """A batch takes the decoder milliseconds; one that takes this long never ends."""
 LOOK_S = 5.0
@@ -449,6 +451,8 @@ class Staging:
         self._threads = ThreadPoolExecutor(inputs.THREADS)
         self._begun: list[Future[Decoded]] = []
         """Portions that threads may still be at work on, the oldest first."""
+        self._pixels: list[int] = []
+        """Of each of these."""
         self._looks = 0
         """How often what is waited for was not there yet."""
         self._staged = Staged()
@@ -493,13 +497,12 @@ class Staging:
         if piece.is_last:
             staged.view = group.images[first_row : first_row + size]
             group.num_batches += 1
-        jpegs = [each.jpegs for _, each, _ in self._waiting if each.jpegs is not None]
-        pixels = [int(each.heights @ each.widths) for each in jpegs]
+        pixels = [_pixels(each) for _, each, _ in self._waiting]
         if (
-            sum(map(len, jpegs)) >= GROUP
+            sum(len(each.jpegs or ()) for _, each, _ in self._waiting) >= GROUP
             # Another piece like this one would be more than is decoded at once.
             or sum(pixels) + pixels[-1] > MAX_DECODED_PIXELS
-            or len(jpegs) >= max(PIECES, group_of(size))
+            or len(pixels) >= max(PIECES, group_of(size))
             or group.num_batches == group_of(size)
         ):
             self.flush()
@@ -517,12 +520,16 @@ class Staging:
         """Begin with a portion that is not full, because no more pieces come."""
         if not self._waiting or self._group is None:
             return
-        while len(self._begun) >= PORTIONS:
+        self._retire()
+        pixels = sum(_pixels(piece) for _, piece, _ in self._waiting)
+        room = LARGE_PORTIONS * MAX_DECODED_PIXELS - pixels
+        while len(self._begun) >= PORTIONS or (self._begun and sum(self._pixels) > room):
             self._await(self._begun[:1])
             self._retire()
         batches, pieces, first_rows = zip(*self._waiting, strict=True)
         future = self._threads.submit(self._inputs.decode, Portion(pieces, first_rows), self._group)
         self._begun.append(future)
+        self._pixels.append(pixels)
         for staged in dict.fromkeys(batches):
             staged.begun.append(future)
             staged.num_waiting = 0
@@ -554,7 +561,7 @@ class Staging:
 
     def _retire(self) -> None:
         while self._begun and self._begun[0].done():
-            future = self._begun.pop(0)
+            future, _ = self._begun.pop(0), self._pixels.pop(0)
             if future.exception() is None:
                 self._decode_s += future.result().decode_s
 
@@ -575,6 +582,11 @@ class Staging:
         self._threads.shutdown(wait=False, cancel_futures=True)
         # `wait` does not count cancelled futures as done.
         self._await([future for future in self._begun if not future.done()])
+
+
+def _pixels(piece: Batch) -> int:
+    """Of all its JPEGs together."""
+    return 0 if piece.jpegs is None else int(piece.jpegs.heights @ piece.jpegs.widths)
 
 
 @contextmanager

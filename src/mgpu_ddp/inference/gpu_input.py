@@ -459,6 +459,8 @@ class Staging:
         self._group: Group | None = None
         self._waiting: list[tuple[Staged, Batch, int]] = []
         """Pieces of the next portion, with their first rows in the group."""
+        self._num_waiting = self._pixels_waiting = 0
+        """Their samples, and the pixels of their JPEGs."""
         self.most_staged = STAGED
         """Batches whose input may be made ahead of the model."""
         self._decode_s = 0.0
@@ -497,12 +499,14 @@ class Staging:
         if piece.is_last:
             staged.view = group.images[first_row : first_row + size]
             group.num_batches += 1
-        pixels = [_pixels(each) for _, each, _ in self._waiting]
+        pixels = _pixels(piece)
+        self._num_waiting += len(piece.index)
+        self._pixels_waiting += pixels
         if (
-            sum(len(each.jpegs or ()) for _, each, _ in self._waiting) >= GROUP
+            self._num_waiting >= GROUP
             # Another piece like this one would be more than is decoded at once.
-            or sum(pixels) + pixels[-1] > MAX_DECODED_PIXELS
-            or len(pixels) >= max(PIECES, group_of(size))
+            or self._pixels_waiting + pixels > MAX_DECODED_PIXELS
+            or len(self._waiting) >= max(PIECES, group_of(size))
             or group.num_batches == group_of(size)
         ):
             self.flush()
@@ -521,19 +525,18 @@ class Staging:
         if not self._waiting or self._group is None:
             return
         self._retire()
-        pixels = sum(_pixels(piece) for _, piece, _ in self._waiting)
-        room = LARGE_PORTIONS * MAX_DECODED_PIXELS - pixels
+        room = LARGE_PORTIONS * MAX_DECODED_PIXELS - self._pixels_waiting
         while len(self._begun) >= PORTIONS or (self._begun and sum(self._pixels) > room):
             self._await(self._begun[:1])
             self._retire()
         batches, pieces, first_rows = zip(*self._waiting, strict=True)
         future = self._threads.submit(self._inputs.decode, Portion(pieces, first_rows), self._group)
         self._begun.append(future)
-        self._pixels.append(pixels)
+        self._pixels.append(self._pixels_waiting)
         for staged in dict.fromkeys(batches):
             staged.begun.append(future)
             staged.num_waiting = 0
-        self._waiting = []
+        self._waiting, self._num_waiting, self._pixels_waiting = [], 0, 0
         if self._group.num_batches == group_of(pieces[0].batch_size):
             self._group = None
 
@@ -548,7 +551,8 @@ class Staging:
             return staged.ready
         if staged.num_waiting:
             self.flush()
-        self._await(staged.begun)
+        if not staged.is_done():
+            self._await(staged.begun)
         assert staged.view is not None
         with _told(len(staged.view)):
             return Ready(images=staged.view, made=[future.result().made for future in staged.begun])

@@ -88,7 +88,7 @@ ENDS: dict[str, tuple[list[str], Callable[[int], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", [pytest.param(end, marks=[pytest.mark.slow] * ("torchrun" in end)) for end in ENDS])
 def test_a_job_that_was_cut_short_names_the_command_that_continues_it(
     tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +150,7 @@ def test_a_mistake_names_no_command(tmp_path: Path) -> None:
     assert (ended.code, ended.err.count("mgpu_ddp: ")) == (2, 1)
 
 
-@pytest.mark.parametrize("launcher", ["basic", "torchrun"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_sweep_that_was_cut_short_names_its_command(tmp_path: Path, launcher: str) -> None:
     settings = (*SMALL, "data.size=600", "output.commit_every=80", "-m", "seed=1,2", f"hydra/launcher={launcher}")
 

@@ -200,4 +200,4 @@ def test_what_comes_after_main_runs_in_every_rank_once_all_is_well(tmp_path: Pat
     assert (two.code, version.code, stopped.code) == (0, 0, 3), two.err + version.err + stopped.err
     assert sorted(line for line in two.out.splitlines() if line.startswith("after")) == ["after 0 8", "after 1 8"]
     assert version.out.endswith("\nafter 0 None\n")
-    assert "after" not in stopped.out
+    assert "\nafter " not in stopped.out

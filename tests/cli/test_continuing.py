@@ -88,7 +88,7 @@ ENDS: dict[str, tuple[list[str], Callable[[int], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("end", [pytest.param(end, marks=[pytest.mark.slow] * ("torchrun" in end)) for end in ENDS])
+@pytest.mark.parametrize("end", [pytest.param(end, marks=[pytest.mark.slow] * ("lost" in end)) for end in ENDS])
 def test_a_job_that_was_cut_short_names_the_command_that_continues_it(
     tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,10 +73,12 @@ def _run_alone(err: Path, *settings: str) -> int:
     if pid == 0:
         with err.open("w") as file:
             os.dup2(file.fileno(), 2)
+        code = 99
         try:
             infer(*settings)
+            code = 0
         finally:
-            os._exit(99)
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

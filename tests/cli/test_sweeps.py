@@ -74,7 +74,7 @@ def test_a_job_that_fails_on_one_rank_leaves_the_others_whole(tmp_path: Path, br
     assert [(row["batch_size"], row["on_error"]) for row in table[:2]] == [("4", "raise"), ("4", "record")]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "torchrun"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_sweep_over_paths_takes_each_as_typed(tmp_path: Path, launcher: str) -> None:
     names = ["it's (one)", "Fotos, 日本", "{a}=$#"]
     for count, name in enumerate(names, start=1):

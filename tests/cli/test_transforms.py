@@ -17,7 +17,7 @@ from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.samples import encoded, photo
 from tests.support.starting import Ended, ranks, run, run_all
 
-MODEL = ("model.name=squeezenet1_1", "model.num_classes=12", "batch_size=4", "loader.workers=1")
+MODEL = ("model.name=squeezenet1_1", "model.num_classes=12", "batch_size=4", "loader.workers=1", "model.weights=null")
 KEYS = ("transform.resize=50", "transform.crop=[48,32]", "transform.interpolation=bicubic", "transform.mean=0.5")
 SHOWN = "resize shorter side to 50, bicubic, crop 48x32, mean 0.5 0.5 0.5, std "
 
@@ -49,7 +49,7 @@ def test_photos_of_every_kind_are_prepared_as_torchvision_does(tmp_path: Path) -
             transforms.Normalize([0.5] * 3, [0.229, 0.224, 0.225]),
         ]
     )
-    model = ModelConfig(name="squeezenet1_1", num_classes=12)
+    model = ModelConfig(name="squeezenet1_1", num_classes=12, weights=None)
     module = build_model(Config(data=FakeConfig(), transform=TransformConfig(), model=model)).module.eval()
     paths = sorted((tmp_path / "photos").iterdir())
     with torch.inference_mode():

@@ -98,7 +98,7 @@ def test_accuracy_and_time_are_those_of_all_starts(
     ended = predict(root, "again", world)
     said = capsys.readouterr().out
     assert re.search(
-        r"^in all: [0-9.]+ s, 121 rows, [0-9.]+ images/s with start-up, over 2 starts$", said, re.MULTILINE
+        r"^in all: [0-9.]+ s, 121 rows, [0-9.,]+ images/s with start-up, over 2 starts$", said, re.MULTILINE
     )
     assert re.search(rf"^this start: {ended['wall_s']:.1f} s, ", said, re.MULTILINE)
     metrics = json.loads((root / "again" / "metrics.json").read_text())

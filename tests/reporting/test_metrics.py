@@ -53,7 +53,7 @@ def test_a_job_that_had_nothing_to_do_has_no_bottleneck(world: World) -> None:
 
 def test_a_forward_pass_on_cpus_is_not_sped_up_by_what_helps_a_gpu(world: World, tmp_path: Path) -> None:
     rank = replace(metrics(world), rows=1, predict_s=9.0, wall_s=9.0)
-    others: dict[str, Any] = {"rows": 1, "deterministic": True, "of_all_starts": {}}
+    others: dict[str, Any] = {"rows": 1, "deterministic": True, "of_job": {}}
     remedies = [
         write_metrics(tmp_path, [replace(rank, device=device)], **others)["remedy"] for device in ("cpu", "NVIDIA H200")
     ]

@@ -137,7 +137,9 @@ def _write_metrics(context: JobContext, ranks: Sequence[metrics.RankMetrics], re
         ranks,
         rows=rows,
         deterministic=context.config.runtime.deterministic,
-        of_all_starts={
+        of_job={
+            "changed": len(context.claim.changed),
+            "transform": str(context.resolved.transform),
             "all_starts": metrics.all_starts(manifest),
             "accuracy": stats.accuracy,
             "accuracy_per_class": stats.per_class(results.classes),

@@ -178,7 +178,7 @@ def write_metrics(
     *,
     rows: int,
     deterministic: bool,
-    of_all_starts: dict[str, Any],
+    of_job: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `metrics.json` and return its figures of this start, all ranks together. Rank 0 only."""
     wall_s = max(r.wall_s for r in ranks)
@@ -208,7 +208,5 @@ def write_metrics(
         "remedy": remedies[stage] if stage else None,
     }
     each = [{name: value for name, value in asdict(r).items() if name != "pace"} for r in ranks]
-    replace_json(
-        run_dir / "metrics.json", {**together, **of_all_starts, "throughput": throughput(ranks), "ranks": each}
-    )
+    replace_json(run_dir / "metrics.json", {**together, **of_job, "throughput": throughput(ranks), "ranks": each})
     return together

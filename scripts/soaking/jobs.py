@@ -164,8 +164,10 @@ def _rows(run_dir: Path) -> list[tuple[int, str]]:
 
 
 def _unclean(run_dir: Path, reference: Path) -> list[str]:
-    status = json.loads((run_dir / "status.json").read_text())
-    expected = json.loads((reference / "status.json").read_text())
+    # `next` names the folder itself.
+    status, expected = (
+        json.loads((path / "status.json").read_text()) | {"next": None} for path in (run_dir, reference)
+    )
     manifest = json.loads((run_dir / "manifest.json").read_text())
     listed = {part["file"] for part in manifest["parts"]}
     found = {f"predictions/{path.name}" for path in run_dir.glob("predictions/*")}

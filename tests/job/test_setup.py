@@ -115,7 +115,10 @@ def test_without_a_network_one_line_names_the_file_and_its_place(
     images: Path, tmp_path: Path, offline: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, path = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth", offline / SQUEEZENET
-    said = f"Put {url} at {path}, or set model.weights=null for random ones."
+    said = (
+        f"Put {url} at {path}, give a checkpoint of yours (model.weights=FILE.pt), or set model.weights=null for random"
+        " ones."
+    )
 
     def refused() -> str:
         with pytest.raises(UsageError) as raised:

@@ -318,7 +318,8 @@ def test_weights_that_cannot_be_reached_name_the_file_and_its_place(
     assert text.startswith("model.weights must be on this machine or reachable, got 'DEFAULT'")
     place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
-    assert text.endswith(f"Put {url} at {place}, or set model.weights=null for random ones.")
+    roads = "give a checkpoint of yours (model.weights=FILE.pt), or set model.weights=null for random ones."
+    assert text.endswith(f"Put {url} at {place}, {roads}")
     assert len(text.splitlines()) == 1
 
     module = trained(num_classes=1000)

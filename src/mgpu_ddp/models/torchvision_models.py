@@ -103,6 +103,7 @@ def _fetch(model: str, name: str) -> State:
     except Exception as error:
         raise UsageError(
             f"model.weights must be on this machine or reachable, got {name!r} ({in_one_line(error)}). Put"
-            f" {weights.url} at {file}, or set model.weights=null for random ones."
+            f" {weights.url} at {file}, give a checkpoint of yours (model.weights=FILE.pt), or set model.weights=null"
+            " for random ones."
         ) from None
     return state

@@ -134,15 +134,20 @@ def test_errors_name_the_key_that_gets_past_them(tmp_path: Path, number: int) ->
     assert_proved(tmp_path / "it's", 21, errors=1)
     again = run(ranks(1, *settings), tmp_path)
     assert (again.code, again.summary["rows"], "rows_this_run" in again.summary) == (0, 21, False)
+    assert "21 samples: 20 ok, 1 error (in errors.jsonl), 0 missing" in again.out
+    assert again.err.count("0 of 21 rows to do") == 1
     assert "complete already: no row was left to predict. overwrite=true starts anew, retry_failed=true" in again.out
     line = named_in(again, "to retry the errors")
     assert shlex.split(line)[-1] == "retry_failed=true"
     paths = sorted(root.rglob("*.*"))
     paths[1].write_bytes(paths[0].read_bytes())
     (tmp_path / "elsewhere").rename(tmp_path / "before")
-    continue_by(line, tmp_path)
+    retried = continue_by(line, tmp_path)
     assert_proved(tmp_path / "it's", 21)
     assert status_of(tmp_path / "it's")["next"] is None
+    assert "1 of 1 failed rows to do" in retried.err
+    assert "0 of 21 rows to do" not in retried.err, "nothing to say of nothing to do"
+    assert retried.err.count("preprocessing: ") == 1
 
 
 def test_a_mistake_names_no_command(tmp_path: Path) -> None:

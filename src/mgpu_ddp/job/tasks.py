@@ -58,7 +58,7 @@ def tasks(context: JobContext) -> Iterator[Task]:
         total=claim.stop - claim.start,
         errors_before=claim.errors,
     )
-    if config.retry_failed or len(claim.changed):
+    if _comes_again(context):
         chosen = _failed_rows(context) if config.retry_failed else claim.changed
         yield Task(
             name="failed rows" if config.retry_failed else "changed images",
@@ -68,6 +68,11 @@ def tasks(context: JobContext) -> Iterator[Task]:
             total=len(chosen),
             errors_before=_errors_besides(context, chosen),
         )
+
+
+def _comes_again(context: JobContext) -> bool:
+    """True if samples that have a row are predicted again, after those without one."""
+    return context.config.retry_failed or len(context.claim.changed) > 0
 
 
 def _failed_rows(context: JobContext) -> npt.NDArray[np.int64]:
@@ -99,7 +104,9 @@ def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
         Progress(world, task.total, task.total - plan.rows_left),
         collector,
     ):
-        _log_task(context, task)
+        # Where only the second task has rows to do, it speaks for both.
+        if task.plan.rows_left or task.chosen is not None or not _comes_again(context):
+            _log_task(context, task)
         yield collector
     channel.close()
 

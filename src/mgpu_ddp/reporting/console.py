@@ -124,6 +124,8 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
     """Print the table for people, then the JSON line for scripts, last on stdout. Rank 0 only."""
     ok, missing = (f"{summary[name]:,} {name}" for name in ("ok", "missing"))
     errors, duplicates = (plural(summary[f"{noun}s"], noun) for noun in ("error", "duplicate"))
+    if summary["errors"]:
+        errors += " (in errors.jsonl)"
     shape = ", ".join(str(n) for n in summary["predictions"])
     found = ", ".join(summary.get("columns", ())) or f"predictions ({shape})"
     lines = [
@@ -163,7 +165,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
             batch = f"{r.batch_p50_ms:.0f}/{r.batch_p95_ms:.0f} ms"
             lines.append(f"{r.rank:>4}{r.rows:>12,}{r.images_per_s:>12,.1f}{seconds}{batch:>18}")
     elif summary["status"] == "complete":
-        retry = f", retry_failed=true retries the {errors}" if summary["errors"] else ""
+        retry = f", retry_failed=true retries the {plural(summary['errors'], 'error')}" if summary["errors"] else ""
         lines.append(f"complete already: no row was left to predict. overwrite=true starts anew{retry}.")
     print_lines(lines)
     print_summary(summary)

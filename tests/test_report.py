@@ -167,6 +167,7 @@ def test_the_page_is_written_again(root: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path) -> None:
     make_images(tmp_path / "photos", 12)
+    (tmp_path / "photos" / "notes.txt").write_text("beside the folders of classes")
     (recipe,) = recipes("report")
     # As it stands, but for a model that is large for this.
     small = " ".join(setting for setting in SMALL_IMAGES if not setting.startswith("model.num_classes"))

@@ -112,6 +112,17 @@ def test_keys_replace_the_weights_own_one_by_one(swin: Model, caplog: pytest.Log
     )
 
 
+@pytest.mark.parametrize(
+    ("weights", "name", "times"), [("w.pt", "auto", 1), ("w.pt", "imagenet", 0), (None, "auto", 0)]
+)
+def test_what_a_checkpoint_does_not_say_is_said(
+    caplog: pytest.LogCaptureFixture, weights: str | None, name: str, times: int
+) -> None:
+    with caplog.at_level(logging.INFO, "mgpu_ddp"):
+        choose_transform(job(weights=weights, transform=TransformConfig(name=name)), BARE)
+    assert caplog.text.count("a checkpoint does not say how its images were prepared") == times
+
+
 def test_a_transform_stands_in_the_manifest_as_before_and_however_it_is_written() -> None:
     """Folders of earlier versions continue."""
     before = {

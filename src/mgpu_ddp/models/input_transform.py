@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.schema import ArrayConfig, Config, TransformConfig
+from mgpu_ddp.config.schema import ArrayConfig, Config, ModelConfig, TransformConfig
 from mgpu_ddp.data.array import open_array
+from mgpu_ddp.models.checkpoint import is_checkpoint
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.preprocess.transform import MAX_RESIZED_PIXELS, AnyTransform, Transform, from_weights, imagenet, plain
 
@@ -56,6 +57,10 @@ def _named(config: Config, model: Model) -> tuple[str, Transform]:
         return "transform=plain", plain(own_size or size)
     if name == "auto" and model.preset is not None:
         return "the weights' own transform", from_weights(model.preset, size)
+    if name == "auto" and isinstance(config.model, ModelConfig) and is_checkpoint(config.model.weights):
+        log.info(
+            "a checkpoint does not say how its images were prepared: ImageNet's way, unless transform.* says another"
+        )
     return "transform=imagenet", imagenet(size)
 
 

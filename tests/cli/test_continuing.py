@@ -145,7 +145,7 @@ def test_errors_name_the_key_that_gets_past_them(tmp_path: Path, number: int) ->
     retried = continue_by(line, tmp_path)
     assert_proved(tmp_path / "it's", 21)
     assert status_of(tmp_path / "it's")["next"] is None
-    assert "1 of 1 failed rows to do" in retried.err
+    assert "1 of 1 failed row to do" in retried.err
     assert "0 of 21 rows to do" not in retried.err, "nothing to say of nothing to do"
     assert retried.err.count("preprocessing: ") == 1
 

@@ -13,7 +13,7 @@ from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.samples import ChosenSamples, Samples
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
-from mgpu_ddp.errors import SampleError
+from mgpu_ddp.errors import SampleError, plural
 from mgpu_ddp.inference.pipeline import held_slots, predict
 from mgpu_ddp.inference.predictor import NONFINITE
 from mgpu_ddp.inference.trace import Profile
@@ -36,7 +36,7 @@ class Task:
     """One pass over samples, window by window."""
 
     name: str
-    """Names its rows in the log."""
+    """One of its rows, in the log."""
     plan: Plan
     samples: Samples
     chosen: npt.NDArray[np.int64] | None
@@ -51,7 +51,7 @@ def tasks(context: JobContext) -> Iterator[Task]:
     config, claim, world = context.config, context.claim, context.world
     planner = Planner(config=config, resolved=context.resolved, types=context.types, world=world)
     yield Task(
-        name="rows",
+        name="row",
         plan=planner.plan(claim.prefix, claim.stop),
         samples=claim.samples,
         chosen=None,
@@ -61,7 +61,7 @@ def tasks(context: JobContext) -> Iterator[Task]:
     if _comes_again(context):
         chosen = _failed_rows(context) if config.retry_failed else claim.changed
         yield Task(
-            name="failed rows" if config.retry_failed else "changed images",
+            name="failed row" if config.retry_failed else "changed image",
             plan=planner.plan_few(len(chosen)),
             samples=ChosenSamples(claim.samples, chosen),
             chosen=chosen,
@@ -126,12 +126,11 @@ def _log_task(context: JobContext, task: Task) -> None:
     model_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
     console.log_plan(context.world, resolved, model_bytes, resolved.batch_size * sample_bytes)
     log.info(
-        "%s; batch_size %d; %s of %s %s to do",
+        "%s; batch_size %d; %s of %s to do",
         model.origin,
         resolved.batch_size,
         f"{task.plan.rows_left:,}",
-        f"{task.total:,}",
-        task.name,
+        plural(task.total, task.name),
     )
 
 

@@ -152,7 +152,7 @@ def print_table(summary: dict[str, Any], ranks: Sequence[RankMetrics]) -> None:
         if summary["steady"]:
             rates = f"{steady:,.1f} images/s steady, {overall:,.1f} {start}"
         lines += [
-            f"{'this start: ' if summary['all_starts']['starts'] > 1 else ''}{summary['wall_s']:.1f} s, {rates}",
+            f"{'this start: ' if summary['all_starts']['starts'] > 1 else ''}{duration(summary['wall_s'])}, {rates}",
             *_bottleneck(summary),
             *_warnings(summary),
             "",

@@ -12,23 +12,23 @@ from mgpu_ddp.distributed.command import StartCommand
 from mgpu_ddp.job.next_command import next_words, shell_line
 
 RUN = ["torchrun", "--standalone", "-m", "mgpu_ddp.infer"]
-OUT = Path("/work/out")
+OUT = Path("/data/out")
 
 
 def words(*typed: str, sweep: bool = False, extra: tuple[str, ...] = ()) -> list[str]:
-    start = StartCommand(words=(*RUN, *typed), cwd="/work")
+    start = StartCommand(words=(*RUN, *typed), cwd="/data")
     return next_words(start, OUT, sweep=sweep, words=extra)[len(RUN) :]
 
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ([], ["output.dir=/work/out"]),
+        ([], ["output.dir=/data/out"]),
         (["seed=1", "output.dir=out"], ["seed=1", "output.dir=out"]),
         (["output.dir=out/", "seed=1"], ["output.dir=out/", "seed=1"]),
-        (["hydra.run.dir=/work/out"], ["hydra.run.dir=/work/out"]),
-        (["output.dir=runs/${now:%H}"], ["output.dir=/work/out"]),
-        (["hydra.run.dir=${now:%H}", "seed=1"], ["seed=1", "output.dir=/work/out"]),
+        (["hydra.run.dir=/data/out"], ["hydra.run.dir=/data/out"]),
+        (["output.dir=runs/${now:%H}"], ["output.dir=/data/out"]),
+        (["hydra.run.dir=${now:%H}", "seed=1"], ["seed=1", "output.dir=/data/out"]),
         (["overwrite=true", "++resume=false", "output.dir=out"], ["output.dir=out"]),
         (["retry_failed=true", "output.dir=out"], ["retry_failed=true", "output.dir=out"]),
     ],
@@ -45,16 +45,16 @@ def test_what_the_job_lacked_comes_in_the_place_of_what_was_typed() -> None:
 def test_a_sweep_continues_in_its_own_folder_and_so_do_its_jobs_that_started_apart() -> None:
     typed = ("-m", "seed=1,2")
     sweeps = words(*typed, sweep=True)
-    assert sweeps == [*typed, "hydra.sweep.dir=/work/out"]
+    assert sweeps == [*typed, "hydra.sweep.dir=/data/out"]
     assert words(*sweeps) == sweeps
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "${x}", "null", "a\\,b", "{x}=1,2", "日本", "~"])
 def test_a_folder_of_any_name_is_found_again(name: str) -> None:
-    start = StartCommand(words=("mgpu-infer",), cwd="/work")
-    _, word = next_words(start, Path("/work") / name, sweep=False)
+    start = StartCommand(words=("mgpu-infer",), cwd="/data")
+    _, word = next_words(start, Path("/data") / name, sweep=False)
     value = parse([as_typed(word, sweeps=False)])[0].value()
-    assert str(value).replace("\\${", "${") == f"/work/{name}"
+    assert str(value).replace("\\${", "${") == f"/data/{name}"
 
 
 def test_a_shell_reads_the_line_as_it_was_meant(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Script:
     dataset: Callable[[], Any] | None = None
     """Gives a map-style Dataset."""
     outputs: Callable[[Any], Any] | None = None
-    """What forward returned → a Tensor of logits, a dict of Tensors, or a list of dicts of Tensors."""
+    """The outputs of forward → a Tensor of logits, a dict of Tensors, or a list of dicts of Tensors."""
     version: str = ""
     start: tuple[str, ...] = THIS_PACKAGE
     """Arguments of the interpreter that start the script again, in processes of its own."""

@@ -68,7 +68,7 @@ def most_common(left_out: Counter[str]) -> dict[str, int]:
 
 
 def describe(left_out: Mapping[str, int]) -> str:
-    """What was left out in one line, and how to have it: `3 files left out: 2 .heic, 1 .txt`."""
+    """The files left out, in one line, and how to have them: `3 files left out: 2 .heic, 1 .txt`."""
     total = sum(left_out.values())
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count:,} {kind}" for kind, count in kinds[:KINDS_SHOWN]]

@@ -165,7 +165,7 @@ class Portion:
         self._pieces, self._first_rows = pieces, first_rows
         jpegs = [piece.jpegs for piece in pieces if piece.jpegs is not None]
         self.jpegs = Jpegs.joined(jpegs, first_rows)
-        """Those of all pieces; their `rows` are the group's."""
+        """The JPEGs of all pieces; their `rows` are the group's."""
         self._owners = np.repeat(np.arange(len(jpegs)), [len(each) for each in jpegs])
         self._of_pixels = [np.ones(len(piece.index), dtype=bool) for piece in pieces]
         for of_pixels, each in zip(self._of_pixels, jpegs, strict=True):
@@ -429,7 +429,7 @@ class Staged:
         self.num_waiting = 0
         """Pieces whose portion is not begun."""
         self.ready: Ready | None = None
-        """Of a batch of which nothing is encoded."""
+        """Input that was made at once, because nothing of the batch is encoded."""
         self.view: torch.Tensor | None = None
         """Its rows of its group."""
 
@@ -452,7 +452,7 @@ class Staging:
         self._begun: list[Future[Decoded]] = []
         """Portions that threads may still be at work on, the oldest first."""
         self._pixels: list[int] = []
-        """Of each of these."""
+        """Pixels of the JPEGs of each of these."""
         self._looks = 0
         """How often what is waited for was not there yet."""
         self._staged = Staged()
@@ -589,7 +589,7 @@ class Staging:
 
 
 def _pixels(piece: Batch) -> int:
-    """Of all its JPEGs together."""
+    """Pixels of all JPEGs of a piece together."""
     return 0 if piece.jpegs is None else int(piece.jpegs.heights @ piece.jpegs.widths)
 
 

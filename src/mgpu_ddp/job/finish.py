@@ -109,21 +109,28 @@ def _summarise(context: JobContext, outcome: Outcome, proof: Proof, results: Job
         "errors": proof.errors,
         "missing": proof.missing,
         "duplicates": proof.duplicates,
-        "changed": len(context.claim.changed),
         "left_out": manifest.left_out,
         "predictions": [proof.rows, *manifest.row_shape],
         **({} if model.num_classes is not None else {"columns": [each.name for each in context.types]}),
         **({} if context.bitwise else {"bitwise": False}),
-        "accuracy": results.stats.accuracy,
-        "all_starts": metrics.all_starts(manifest),
+        **_of_job(context, results),
         "weights": manifest.weights,
         "world_size": context.world.size,
         "batch_size": manifest.batch_size,
         "device": manifest.fingerprint["runtime.device"],
         "precision": manifest.fingerprint["runtime.precision"],
-        "transform": str(context.resolved.transform),
         "run_dir": str(results.home),
         "next": outcome.next_command,
+    }
+
+
+def _of_job(context: JobContext, results: JobResults) -> dict[str, Any]:
+    """Facts that the JSON summary and `metrics.json` share."""
+    return {
+        "changed": len(context.claim.changed),
+        "transform": str(context.resolved.transform),
+        "accuracy": results.stats.accuracy,
+        "all_starts": metrics.all_starts(results.manifest),
     }
 
 
@@ -137,11 +144,5 @@ def _write_metrics(context: JobContext, ranks: Sequence[metrics.RankMetrics], re
         ranks,
         rows=rows,
         deterministic=context.config.runtime.deterministic,
-        of_job={
-            "changed": len(context.claim.changed),
-            "transform": str(context.resolved.transform),
-            "all_starts": metrics.all_starts(manifest),
-            "accuracy": stats.accuracy,
-            "accuracy_per_class": stats.per_class(results.classes),
-        },
+        of_job={**_of_job(context, results), "accuracy_per_class": stats.per_class(results.classes)},
     )

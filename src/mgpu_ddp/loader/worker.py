@@ -57,7 +57,7 @@ class Made:
     """In the slot's room."""
     is_last: bool = True
     rest: Order | None = None
-    """What is left of the order, because the slot is full of encoded images."""
+    """The rest of the order, because the slot is full of encoded images."""
 
     def clock(self, stage: str, spent_s: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s

@@ -26,7 +26,7 @@ MOST_WORDS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What a file holds."""
+    """The content of a file."""
 
     path: Path
     states: dict[str, State]

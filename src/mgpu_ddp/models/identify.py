@@ -12,7 +12,7 @@ from mgpu_ddp.models.checkpoint import Checkpoint
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model
 
 SEARCH_S = 8.0
-"""Of CPU time."""
+"""CPU time of a search."""
 HINTED, TIMM = "hinted", "timm"
 MANY_OF_TIMM = (
     *("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"),

@@ -12,7 +12,7 @@ KINDS = {
     "optical_flow": "finds motion: bring it by a script (docs/own.md).",
     "quantization": "is quantized: bring it by a script (docs/own.md).",
 }
-"""What becomes of torchvision's models that do not classify images, by their package."""
+"""Purposes of torchvision's models that do not classify images, by their package."""
 
 
 def way_from_torchvision(name: str) -> str:
@@ -50,7 +50,7 @@ def way_from_timm(name: str, names: Sequence[str]) -> str:
 
 
 def kind_of(name: str) -> str | None:
-    """What a model of torchvision's does that does not classify images, and what becomes of it."""
+    """The purpose of a model of torchvision's that does not classify images, and the way to run it."""
     import torchvision
 
     return KINDS.get(torchvision.models.get_model_builder(name).__module__.split(".")[2])

@@ -39,7 +39,7 @@ class Fitted:
     state: State
     """With keys that the model does not have, as they stand in the checkpoint."""
     choices: tuple[str, ...]
-    """What was taken and what was left, in words, where there was a choice."""
+    """The choice that was made, in words, where there was one."""
 
 
 def load_weights(model: Model, config: ModelConfig, checkpoint: Checkpoint | None = None) -> None:

@@ -26,7 +26,7 @@ SIZE = struct.Struct("II")
 CPU_S = 300
 """No image takes as long: what does will never end."""
 ROOM_BYTES, PIXEL_BYTES = 256 << 20, 16
-"""What decoding takes: planes, RGB, Pillow's copy of it with four bytes a pixel, and the answer."""
+"""Memory that decoding takes: planes, RGB, Pillow's copy of it with four bytes a pixel, and the answer."""
 
 
 def is_heic(data: bytes) -> bool:

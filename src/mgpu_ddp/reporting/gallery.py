@@ -17,7 +17,7 @@ from mgpu_ddp.reporting.thumbnails import make_thumbnails
 FIELDS = ("logits", "probs", "embedding")
 CLASSES_SHOWN = 8
 NUMBERS_SHOWN = 4
-"""Of a list in a row."""
+"""Entries that are shown of a list in a row."""
 
 
 def gallery(

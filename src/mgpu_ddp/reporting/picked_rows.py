@@ -44,7 +44,7 @@ class PickedRows:
     """Picks rows from blocks that come in dataset order. What it holds is bounded, whatever their number."""
 
     def __init__(self, start: int, stop: int, num_classes: int) -> None:
-        """Of the rows [start, stop) of a model with so many classes, 0 for one that names none."""
+        """Pick from the rows [start, stop) of a model with so many classes, 0 for one that names none."""
         num_spread = min(SPREAD, stop - start)
         self._wanted = start + np.linspace(0, stop - start - 1, num_spread).astype(np.int64)
         self.spread: list[PickedRow] = []

@@ -1,4 +1,4 @@
-"""What produced the predictions of a run folder, in words."""
+"""Tells in words how the predictions of a run folder came about."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ PRECISIONS = {"fp32": "fp32", "tf32": "fp32 with tf32 products", "bf16": "bf16",
 
 
 def provenance(manifest: Manifest) -> dict[str, str]:
-    """What produced the predictions, in words: model, weights, preprocessing, data, device and versions."""
+    """The origin of the predictions, in words: model, weights, preprocessing, data, device and versions."""
     job = manifest.fingerprint
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     found = {

@@ -27,7 +27,7 @@ log = logging.getLogger("mgpu_ddp")
 
 PIXELS = 128
 MAX_CHARACTERS = 1_200_000
-"""Of all thumbnails of a page."""
+"""Bytes that all thumbnails of a page may take."""
 MAX_THREADS = 4
 
 

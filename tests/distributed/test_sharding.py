@@ -196,3 +196,11 @@ def test_a_huge_dataset_costs_no_list_of_its_indices() -> None:
     sampler = ShardSampler(plan, 3)
     assert len(sampler) == 10**15 // 4
     assert list(itertools.islice(sampler, 3)) == [3, 7, 11]
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_batches_that_are_loaded_together_end_with_their_window(rank: int) -> None:
+    plan = Plan(start=3, stop=100, size=2, batch_size=4, contiguous=False, smallest_rows=24, largest_rows=24)
+    found = [*ShardSampler(plan, rank).batches(8)]
+    assert [len(indices) for indices in found] == [8, 4, 8, 4, 8, 4, 8, 4, 1][: 9 - rank]
+    assert [index for indices in found for index in indices] == [*ShardSampler(plan, rank)]

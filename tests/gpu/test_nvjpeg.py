@@ -112,19 +112,18 @@ def test_a_recorded_step_gives_the_same_bits() -> None:
     module = module.cuda().half().to(memory_format=torch.channels_last)
     called = 0
 
-    def step(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def step(images: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
         nonlocal called
         called += 1
-        return {"logits": module(images).float()}
+        return {"logits": torch.cat([module(batch).float() for batch in images.split(batch_size)])}
 
     replayed = Replayed(step)
-    # As the jobs of a sweep over batch sizes come, and then half of a batch that was split.
-    for batch_size, batches in ((8, 2 * EAGER_STEPS), (16, 2 * EAGER_STEPS), (8, 1)):
+    # As the jobs of a sweep over batch sizes come, and then several batches at once.
+    for batch_size, together, steps in ((8, 1, 2 * EAGER_STEPS), (16, 1, 2 * EAGER_STEPS), (8, 4, 2 * EAGER_STEPS)):
         called = 0
-        for number in range(batches):
-            images = (
-                torch.randn(batch_size, 3, 32, 32, device="cuda").half().contiguous(memory_format=torch.channels_last)
-            )
-            expected = module(images).float()
-            assert torch.equal(replayed(images)["logits"], expected), (batch_size, number)
-        assert called == min(batches, EAGER_STEPS + 1)
+        for number in range(steps):
+            images = torch.randn(batch_size * together, 3, 32, 32, device="cuda").half()
+            images = images.contiguous(memory_format=torch.channels_last)
+            expected = torch.cat([module(batch).float() for batch in images.split(batch_size)])
+            assert torch.equal(replayed(images, batch_size)["logits"], expected), (batch_size, number)
+        assert called == EAGER_STEPS + 1

@@ -26,7 +26,7 @@ from mgpu_ddp.data.files import FileSamples
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.inference import gpu_input
-from mgpu_ddp.inference.gpu_input import Contenders, Decoded, Group, Portion, Staged, Staging, copied
+from mgpu_ddp.inference.gpu_input import Contenders, Decoded, Portion, Staged, Staging, Zeros, copied
 from mgpu_ddp.loader.batch import Batch, as_batch
 from mgpu_ddp.loader.jpegs import COLUMNS, Jpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
@@ -138,28 +138,27 @@ class Decoding:
     THREADS = 1
 
     def __init__(self) -> None:
-        self.portions: list[tuple[Group, Portion]] = []
+        self.portions: list[Portion] = []
         self.go = threading.Semaphore(0)
 
-    def group(self, batch_size: int) -> Group:
-        images = torch.zeros(batch_size * gpu_input.group_of(batch_size), 1)
-        return Group(images=images, zeroed=None)  # type: ignore[arg-type]
+    def zeros(self, rows: int) -> Zeros:
+        return Zeros(images=torch.zeros(rows, 1), zeroed=None)  # type: ignore[arg-type]
 
-    def decode(self, portion: Portion, group: Group) -> Decoded:
+    def decode(self, portion: Portion, into: Zeros) -> Decoded:
         assert self.go.acquire(timeout=60)
-        self.portions.append((group, portion))
-        group.images[portion.jpegs.rows] = torch.from_numpy(portion.jpegs.widths)[:, None].float()
+        self.portions.append(portion)
+        into.images[portion.jpegs.rows] = torch.from_numpy(portion.jpegs.widths)[:, None].float()
         return Decoded(made=None, decode_s=1.0)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """It does not hang."""
 
 
-def pieces(sizes: Sequence[int], batch_size: int, pixels: int = 100) -> Iterator[Batch]:
-    """Batches of JPEGs whose widths tell them apart, in pieces of these sizes."""
+def pieces(sizes: Sequence[int], rows: int, pixels: int = 100, batch_size: int | None = None) -> Iterator[Batch]:
+    """Batches of so many rows of JPEGs, whose widths tell them apart, in pieces of these sizes."""
     number = left = 0
     for size in sizes:
-        left = left or batch_size
+        left = left or rows
         one = np.ones(size, dtype=np.int64)
         widths = number + np.arange(size)
         columns = dict.fromkeys(COLUMNS, one) | {"rows": np.arange(size), "widths": widths, "heights": one * pixels}
@@ -171,44 +170,43 @@ def pieces(sizes: Sequence[int], batch_size: int, pixels: int = 100) -> Iterator
             jpegs=Jpegs(**columns),
             errors={},
             seconds={"read": 1.0},
-            batch_size=batch_size,
+            batch_size=batch_size or rows,
+            rows=rows,
             is_last=left == 0,
         )
         number += size
 
 
-def staged_by(staging: Staging, sizes: Sequence[int], batch_size: int, pixels: int = 100) -> list[Staged]:
-    return [staged for each in pieces(sizes, batch_size, pixels) if (staged := staging.submit(each)) is not None]
+def staged_by(staging: Staging, sizes: Sequence[int], rows: int, pixels: int = 100) -> list[Staged]:
+    return [staged for each in pieces(sizes, rows, pixels) if (staged := staging.submit(each)) is not None]
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "sizes", "pixels", "portions"),
+    ("rows", "sizes", "pixels", "portions"),
     [
-        (128, [128] * 4, 1, [256, 256]),
-        (64, [64] * 4, 2000, [256]),
-        (32, [32] * 8, 1, [256]),
+        (256, [128] * 4, 1, [256, 256]),
+        (256, [64] * 4, 2000, [256]),
+        (256, [32] * 8, 1, [256]),
         (600, [200] * 3, 1, [400, 200]),
-        (64, [4] * 32, 1, [16] * 8),
-        (64, [32] * 4, 1 << 21, [32] * 4),
+        (256, [4] * 128, 1, [256, 256]),
+        (256, [32] * 16, 1 << 21, [32] * 16),
         (512, [256, 256], 1, [256, 256]),
+        (36, [3] * 24, 1, [36, 36]),
     ],
 )
-def test_a_portion_ends_when_it_is_worth_a_call(
-    batch_size: int, sizes: list[int], pixels: int, portions: list[int]
-) -> None:
+def test_a_portion_ends_when_it_is_worth_a_call(rows: int, sizes: list[int], pixels: int, portions: list[int]) -> None:
     inputs = Decoding()
     inputs.go.release(100)
     with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
-        staged = staged_by(staging, sizes, batch_size, pixels)
-        staging.flush()
-        assert len(staged) == sum(sizes) // batch_size
+        staged = staged_by(staging, sizes, rows, pixels)
+        assert len(staged) == sum(sizes) // rows
         seen = torch.cat([staging.wait(each).images for each in staged]).flatten()
         assert seen.tolist() == list(range(sum(sizes)))
-        assert sorted(len(portion.jpegs) for _, portion in inputs.portions) == sorted(portions)
+        assert sorted(len(portion.jpegs) for portion in inputs.portions) == sorted(portions)
         assert staging.take_decode_s() == len(portions)
         assert staging.take_decode_s() == 0
-    for each, first in zip(staged, range(0, sum(sizes), batch_size), strict=True):
-        assert each.batch.index.tolist() == list(range(first, first + batch_size))
+    for each, first in zip(staged, range(0, sum(sizes), rows), strict=True):
+        assert each.batch.index.tolist() == list(range(first, first + rows))
         assert each.batch.seconds == {"read": len(each.pieces)}
 
 
@@ -234,27 +232,18 @@ def test_portions_at_work_are_bounded_in_number_and_in_pixels(
         inputs.go.release(10)
 
 
-def test_a_batch_is_done_before_the_others_of_its_group() -> None:
+def test_a_batch_is_done_once_all_its_portions_are() -> None:
     inputs = Decoding()
     with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
-        first, second = staged_by(staging, [32] * 4, 64, 3 << 14)
+        first, second = staged_by(staging, [128] * 8, 512)
+        inputs.go.release(1)
+        wait(first.begun[:1])
         assert not first.is_done()
         inputs.go.release(1)
         staging.wait(first)
         assert first.is_done()
         assert not second.is_done()
-        inputs.go.release(2)
-
-
-def test_a_batch_is_not_done_while_one_of_its_pieces_waits() -> None:
-    inputs = Decoding()
-    inputs.go.release(100)
-    with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
-        (staged,) = staged_by(staging, [3] * 12, 36)
-        wait(staged.begun)
-        assert not staged.is_done()
-        assert staging.wait(staged).images.flatten().tolist() == list(range(36))
-        assert staged.is_done()
+        inputs.go.release(3)
 
 
 def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +253,7 @@ def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     given, over = [0], threading.Event()
 
     def give() -> None:
-        for piece in pieces([16] * 64, 16):
+        for piece in pieces([16] * 64, 256):
             staging.submit(piece)
             given[0] += 1
         over.set()
@@ -272,9 +261,9 @@ def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
         thread = threading.Thread(target=give, daemon=True)
         thread.start()
-        most = gpu_input.held_pieces(16)
+        most = gpu_input.held_pieces(resolved(decode="gpu", batch_size=16))
         while not over.wait(0.05):
-            done = len(inputs.portions) * gpu_input.group_of(16)
+            done = 16 * len(inputs.portions)
             assert given[0] - done < most
             inputs.go.release()
         thread.join()
@@ -283,16 +272,16 @@ def test_what_is_begun_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_input_of_a_batch_waits_for_memory_that_portions_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, group, tried = Decoding(), Decoding.group, list[int]()
+    inputs, zeros, tried = Decoding(), Decoding.zeros, list[int]()
 
-    def scarce(self: Decoding, batch_size: int) -> Group:
+    def scarce(self: Decoding, rows: int) -> Zeros:
         tried.append(len(self.portions))
         if tried == [0, 0]:
             self.go.release()
             raise torch.OutOfMemoryError
-        return group(self, batch_size)
+        return zeros(self, rows)
 
-    monkeypatch.setattr(Decoding, "group", scarce)
+    monkeypatch.setattr(Decoding, "zeros", scarce)
     with closing(Staging(inputs)) as staging:  # type: ignore[arg-type]
         staged_by(staging, [256, 256], 256)
         inputs.go.release()

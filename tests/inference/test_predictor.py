@@ -59,6 +59,7 @@ def batches(batch_size: int, count: int) -> Iterator[Batch]:
             errors=errors,
             seconds={},
             batch_size=len(pixels),
+            rows=len(pixels),
         )
 
 

@@ -236,7 +236,7 @@ def test_pieces_come_in_order_and_make_whole_batches(
 
 
 def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
-    pieces = Pieces([[*range(10)], [*range(10, 410)]], share=1000)
+    pieces = Pieces([[*range(10)], [*range(10, 410)]], rows=256, share=1000)
     orders = iter(pieces)
 
     def made_of(order: Order, image_bytes: int) -> Made:
@@ -260,7 +260,7 @@ def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
     ("megapixels", "length"), [(1, 98), (4, 21), (5, 14), (12, 7), (60, 1), (101, 1)], ids=lambda number: f"{number}"
 )
 def test_a_piece_is_what_the_gpu_decodes_in_one_call(megapixels: int, length: int) -> None:
-    pieces = Pieces([[*range(10 * length)]], share=1 << 40)
+    pieces = Pieces([[*range(10 * length)]], rows=256, share=1 << 40)
     records = np.zeros(3, dtype=RECORD)
     records["heights"], records["widths"] = 1000, 1000 * megapixels
     index, label = np.arange(3), np.zeros(3, dtype=np.int32)

@@ -6,6 +6,8 @@ from mgpu_ddp.preprocess.transform import AnyTransform
 
 RANDOM = "random"
 """`Resolved.weights` of a model that was never trained."""
+TOGETHER = 256
+"""Images that a GPU is given at once, where a batch is not more: of fewer its decoder would idle between the calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,11 @@ class Resolved:
     def on_gpu(self) -> bool:
         """JPEGs are decoded on the GPU."""
         return is_on_gpu(self.decode)
+
+    @property
+    def batches_together(self) -> int:
+        """How many batches are loaded, and their input made, as one."""
+        return max(1, TOGETHER // self.batch_size) if self.on_gpu else 1
 
 
 def is_on_gpu(decode: str) -> bool:

@@ -157,5 +157,11 @@ class ShardSampler(DistributedSampler[int]):
         for window in self.plan.windows():
             yield from self.plan.rows(window, self.rank)
 
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """This rank's indices, so many at a time, but for the last ones of each window."""
+        for window in self.plan.windows():
+            rows = self.plan.rows(window, self.rank)
+            yield from ([*rows[first : first + size]] for first in range(0, len(rows), size))
+
     def __len__(self) -> int:
         return self.num_samples

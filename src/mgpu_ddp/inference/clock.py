@@ -86,14 +86,14 @@ class Clock:
                 return
             yield batch
 
-    def batch(self, rows: int, workers: dict[str, float]) -> None:
-        """Count a batch whose rows are done, with the seconds that its loader worker spent per stage."""
+    def batch(self, rows: int, workers: dict[str, float], number: int = 1) -> None:
+        """Count batches whose rows are done, with the seconds that loader workers spent on them per stage."""
         now = time.perf_counter()
         if not self.batch_s:
             self.first_at = now
         if len(self.batch_s) < self.warm_up:
             self._warm_at, self._warm_rows = now, self.rows + rows
-        self.batch_s.append(now - (self.ended or self.started))
+        self.batch_s.append((now - (self.ended or self.started)) / number)
         self.rows += rows
         self.ended = now
         if not self.pace or now - self.began >= self.pace[-1][0] + self._pace_s:
@@ -104,7 +104,8 @@ class Clock:
                 del self.pace[1:-1:2]
         for stage, seconds in workers.items():
             self.workers_s[stage] = self.workers_s.get(stage, 0.0) + seconds
-        self.on_batch()
+        for _ in range(number):
+            self.on_batch()
 
     @property
     def steady(self) -> tuple[int, float]:

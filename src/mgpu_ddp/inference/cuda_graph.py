@@ -18,17 +18,18 @@ class Replayed:
     What a call returns is valid until the next call, for work on the current stream.
     """
 
-    def __init__(self, step: Callable[[torch.Tensor], Columns]) -> None:
+    def __init__(self, step: Callable[[torch.Tensor, int], Columns]) -> None:
+        """`step` takes images and a batch size, as a call does."""
         self._step, self._eager_steps = step, 0
-        self._shape: tuple[torch.Size, torch.dtype] | None = None
+        self._shape: tuple[torch.Size, torch.dtype, int] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._images: torch.Tensor
         self._columns: Columns
 
-    def __call__(self, images: torch.Tensor) -> Columns:
+    def __call__(self, images: torch.Tensor, batch_size: int) -> Columns:
         if len(images) > LARGEST_BATCH:
-            return self._step(images)
-        shape = images.shape, images.dtype
+            return self._step(images, batch_size)
+        shape = images.shape, images.dtype, batch_size
         if shape != self._shape:
             # Batches of a sweep's next job, or halves of one that did not fit into memory.
             if self._graph is not None:
@@ -38,16 +39,16 @@ class Replayed:
         if self._graph is None:
             self._eager_steps += 1
             if self._eager_steps <= EAGER_STEPS:
-                return self._step(images)
-            self._graph = self._record(images)
+                return self._step(images, batch_size)
+            self._graph = self._record(images, batch_size)
         self._images.copy_(images)
         self._graph.replay()
         return self._columns
 
-    def _record(self, images: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def _record(self, images: torch.Tensor, batch_size: int) -> torch.cuda.CUDAGraph:
         self._images = images.clone()
         graph = torch.cuda.CUDAGraph()
         # Other threads decode, and allocate, in the meantime.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._columns = self._step(self._images)
+            self._columns = self._step(self._images, batch_size)
         return graph

@@ -3,8 +3,8 @@
 nvJPEG decodes whole portions of images, and one kernel makes model input of each. What nvJPEG refuses, Pillow decodes
 here; what is no plain JPEG, the loader's workers have decoded already.
 
-The rows of small batches lie in one tensor, their group's, so that a portion may hold images of several of them; a
-large batch is made of many portions, which bounds the memory of what is decoded at once.
+A batch here is what is loaded as one: small batches together, or a large one, which is made of many portions, so that
+the memory of what is decoded at once is bounded.
 """
 
 import ctypes
@@ -21,22 +21,21 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.config.checks import require
+from mgpu_ddp.config.resolved import TOGETHER, Resolved
 from mgpu_ddp.config.schema import Config, Listed
 from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import HangError, OutOfMemoryError
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.jpegs import Jpegs
-from mgpu_ddp.loader.loader import PIECE_PIXELS
+from mgpu_ddp.loader.loader import PIECE_PIXELS, piece_rows
 from mgpu_ddp.loader.worker import row_error
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
 from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, TensorInput, Transform, decode, imagenet
 
 MAX_DECODED_PIXELS = PIECE_PIXELS
 """Pixels that one thread decodes at once, three bytes each, to bound memory."""
-GROUP = 256
-"""Images of a portion: of fewer small ones the engines would idle between the calls."""
 PIECES = 3
-"""Pieces of a portion, where batches are not so small that 256 images are more."""
+"""Pieces of a portion, where batches are not so small that `TOGETHER` images are more."""
 PORTIONS = 6
 """Portions that are begun and not done: a few for the decoder, and what is copied and resized meanwhile."""
 LARGE_PORTIONS = 4
@@ -46,13 +45,11 @@ HANGS_S = 120
 LOOK_S = 5.0
 """Between two checks of a batch that is late."""
 STAGED = 4
-"""Groups of batches whose input is made while the model runs the batch before."""
+"""Batches whose input is made while the model runs the one before."""
 STAGED_BYTES = 512 << 20
-"""Model input of these groups, where one group is not more."""
+"""Model input of these, where that of one is not more."""
 COPIED_BYTES = 256 << 20
 """Bytes that raw images of a batch take on the GPU at once."""
-ALIGNMENT = 512
-"""Bytes that the memory of a tensor of its own is aligned to."""
 
 
 def decode_of(
@@ -78,14 +75,14 @@ def decode_of(
     return "cpu" if lacks else "gpu" if wanted == "auto" else wanted
 
 
-def group_of(batch_size: int) -> int:
-    """How many batches have their rows in one tensor."""
-    return max(1, GROUP // batch_size)
+def pieces_of(rows: int) -> int:
+    """The most pieces of a portion, of so many samples at most."""
+    return max(PIECES, TOGETHER // rows)
 
 
-def held_pieces(batch_size: int) -> int:
+def held_pieces(resolved: Resolved) -> int:
     """How many of the loader's pieces `Staging` may hold at once."""
-    return max(PIECES, group_of(batch_size)) * (PORTIONS + 1)
+    return pieces_of(piece_rows(resolved)) * (PORTIONS + 1)
 
 
 @functools.cache
@@ -125,24 +122,20 @@ class Ready:
     made: Sequence[torch.cuda.Event]
 
     def on_current_stream(self) -> torch.Tensor:
-        """The images (batch_size, 3, height, width) for work that is queued from now on."""
+        """The images (rows, 3, height, width) for work that is queued from now on."""
         current = torch.cuda.current_stream(self.images.device)
         for event in self.made:
             current.wait_event(event)
         self.images.record_stream(current)
-        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
-        return self.images if self.images.data_ptr() % ALIGNMENT == 0 else self.images.clone()
+        return self.images
 
 
-@dataclass(kw_only=True, slots=True)
-class Group:
-    """Batches whose rows lie one batch after the other in one tensor."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Zeros:
+    """Memory for a batch's model input: `zeroed` happens on the device when all is zero, padding among it."""
 
     images: torch.Tensor
     zeroed: torch.cuda.Event
-    """Rows that nothing is made for are zeros."""
-    num_batches: int = 0
-    """Batches that are whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,15 +150,15 @@ class Decoded:
 class Portion:
     """Pieces of batches that are decoded together.
 
-    Knows which piece a row of the group belongs to, and whether it is made of the piece's pixels or of a JPEG.
+    Knows which piece a row of the batch belongs to, and whether it is made of the piece's pixels or of a JPEG.
     """
 
     def __init__(self, pieces: Sequence[Batch], first_rows: Sequence[int]) -> None:
-        """`first_rows` are those of the pieces in their group."""
+        """`first_rows` are those of the pieces in their batch."""
         self._pieces, self._first_rows = pieces, first_rows
         jpegs = [piece.jpegs for piece in pieces if piece.jpegs is not None]
         self.jpegs = Jpegs.joined(jpegs, first_rows)
-        """The JPEGs of all pieces; their `rows` are the group's."""
+        """The JPEGs of all pieces; their `rows` are the batch's."""
         self._owners = np.repeat(np.arange(len(jpegs)), [len(each) for each in jpegs])
         self._of_pixels = [np.ones(len(piece.index), dtype=bool) for piece in pieces]
         for of_pixels, each in zip(self._of_pixels, jpegs, strict=True):
@@ -183,7 +176,7 @@ class Portion:
             piece.errors[int(piece.index[row])] = row_error(error)
 
     def pixels(self) -> Iterator[tuple[Integers, torch.Tensor]]:
-        """Yield, for each piece, the group's rows that are made of pixels, and these pixels."""
+        """Yield, for each piece, the batch's rows that are made of pixels, and these pixels."""
         for piece, first_row, chosen in zip(self._pieces, self._first_rows, self._of_pixels, strict=True):
             rows = np.flatnonzero(chosen)
             if len(rows):
@@ -275,21 +268,21 @@ class GpuInput:
         return Ready(images=images, made=[made])
 
     @torch.inference_mode()
-    def group(self, batch_size: int) -> Group:
-        """Model input for batches of this size that are decoded together."""
+    def zeros(self, rows: int) -> Zeros:
+        """Memory for the model input of so many rows."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._zeroing):
-            images, zeroed = self._empty(batch_size * group_of(batch_size)).zero_(), torch.cuda.Event()
+            images, zeroed = self._empty(rows).zero_(), torch.cuda.Event()
             zeroed.record()
-        return Group(images=images, zeroed=zeroed)
+        return Zeros(images=images, zeroed=zeroed)
 
     @torch.inference_mode()
-    def decode(self, portion: Portion, group: Group) -> Decoded:
+    def decode(self, portion: Portion, into: Zeros) -> Decoded:
         """Decode what is encoded, and preprocess; adds bad samples that show up to their piece's errors."""
         stream, spent_s = self._streams.get(), list[float]()
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(stream), self._contenders.working():
-                stream.wait_event(group.zeroed)
-                self._decode_portion(portion, group.images, spent_s.append)
+                stream.wait_event(into.zeroed)
+                self._decode_portion(portion, into.images, spent_s.append)
                 made = torch.cuda.Event()
                 made.record()
         finally:
@@ -424,14 +417,14 @@ class Staged:
 
     def __init__(self) -> None:
         self.pieces: list[Batch] = []
+        self.num_rows = 0
+        """Samples of its pieces."""
         self.begun: list[Future[Decoded]] = []
-        """Portions that hold its pieces, as far as they are begun."""
-        self.num_waiting = 0
-        """Pieces whose portion is not begun."""
+        """Portions of its pieces; of all of them once it is whole."""
         self.ready: Ready | None = None
         """Input that was made at once, because nothing of the batch is encoded."""
-        self.view: torch.Tensor | None = None
-        """Its rows of its group."""
+        self.into: Zeros | None = None
+        """Where its portions go."""
 
     @property
     def batch(self) -> Batch:
@@ -440,7 +433,7 @@ class Staged:
 
     def is_done(self) -> bool:
         """Its portions are decoded, or cannot be."""
-        return bool(self.begun) and not self.num_waiting and all(future.done() for future in self.begun)
+        return bool(self.begun) and all(future.done() for future in self.begun)
 
 
 class Staging:
@@ -456,9 +449,8 @@ class Staging:
         self._looks = 0
         """How often what is waited for was not there yet."""
         self._staged = Staged()
-        self._group: Group | None = None
-        self._waiting: list[tuple[Staged, Batch, int]] = []
-        """Pieces of the next portion, with their first rows in the group."""
+        self._waiting: list[tuple[Batch, int]] = []
+        """Pieces of the next portion, with their first rows in the batch."""
         self._num_waiting = self._pixels_waiting = 0
         """Their samples, and the pixels of their JPEGs."""
         self.most_staged = STAGED
@@ -476,7 +468,7 @@ class Staging:
         staged.pieces.append(piece)
         if piece.jpegs is None:
             # There is nothing to wait for: another thread would only cost time.
-            with _told(piece.batch_size):
+            with _told(piece):
                 staged.ready = self._inputs.make(piece)
         else:
             self._place(piece, staged)
@@ -486,59 +478,46 @@ class Staging:
         return staged
 
     def _place(self, piece: Batch, staged: Staged) -> None:
-        """Put a piece into the group and the next portion; begin with what is full."""
-        size = piece.batch_size
-        if self._group is None:
-            self._group = self._new_group(size)
-            groups = max(1, min(STAGED, STAGED_BYTES // self._group.images.nbytes))
-            self.most_staged = groups * group_of(size)
-        group, first_row = self._group, self._group.num_batches * size
-        row = first_row + sum(len(each.index) for each in staged.pieces[:-1])
-        self._waiting.append((staged, piece, row))
-        staged.num_waiting += 1
-        if piece.is_last:
-            staged.view = group.images[first_row : first_row + size]
-            group.num_batches += 1
+        """Put a piece into its batch and the next portion; begin with what is full."""
+        if staged.into is None:
+            staged.into = self._zeros(piece)
+            self.most_staged = max(1, min(STAGED, STAGED_BYTES // staged.into.images.nbytes))
+        self._waiting.append((piece, staged.num_rows))
+        staged.num_rows += len(piece.index)
         pixels = _pixels(piece)
         self._num_waiting += len(piece.index)
         self._pixels_waiting += pixels
         if (
-            self._num_waiting >= GROUP
+            piece.is_last
+            or self._num_waiting >= TOGETHER
             # Another piece like this one would be more than is decoded at once.
             or self._pixels_waiting + pixels > MAX_DECODED_PIXELS
-            or len(self._waiting) >= max(PIECES, group_of(size))
-            or group.num_batches == group_of(size)
+            or len(self._waiting) >= pieces_of(len(piece.pixels))
         ):
-            self.flush()
+            self._begin(staged, staged.into)
 
-    def _new_group(self, batch_size: int) -> Group:
+    def _zeros(self, piece: Batch) -> Zeros:
         try:
-            return self._inputs.group(batch_size)
+            return self._inputs.zeros(piece.rows)
         except torch.OutOfMemoryError:
             # The portions at work need theirs for a while only.
             self._await(self._begun)
-        with _told(batch_size):
-            return self._inputs.group(batch_size)
+        with _told(piece):
+            return self._inputs.zeros(piece.rows)
 
-    def flush(self) -> None:
-        """Begin with a portion that is not full, because no more pieces come."""
-        if not self._waiting or self._group is None:
-            return
+    def _begin(self, staged: Staged, into: Zeros) -> None:
+        """Begin with the next portion, once there is room for it."""
         self._retire()
         room = LARGE_PORTIONS * MAX_DECODED_PIXELS - self._pixels_waiting
         while len(self._begun) >= PORTIONS or (self._begun and sum(self._pixels) > room):
             self._await(self._begun[:1])
             self._retire()
-        batches, pieces, first_rows = zip(*self._waiting, strict=True)
-        future = self._threads.submit(self._inputs.decode, Portion(pieces, first_rows), self._group)
+        pieces, first_rows = zip(*self._waiting, strict=True)
+        future = self._threads.submit(self._inputs.decode, Portion(pieces, first_rows), into)
         self._begun.append(future)
         self._pixels.append(self._pixels_waiting)
-        for staged in dict.fromkeys(batches):
-            staged.begun.append(future)
-            staged.num_waiting = 0
+        staged.begun.append(future)
         self._waiting, self._num_waiting, self._pixels_waiting = [], 0, 0
-        if self._group.num_batches == group_of(pieces[0].batch_size):
-            self._group = None
 
     def wait(self, staged: Staged) -> Ready:
         """Wait until a batch's input is made.
@@ -549,13 +528,11 @@ class Staging:
         """
         if staged.ready is not None:
             return staged.ready
-        if staged.num_waiting:
-            self.flush()
         if not staged.is_done():
             self._await(staged.begun)
-        assert staged.view is not None
-        with _told(len(staged.view)):
-            return Ready(images=staged.view, made=[future.result().made for future in staged.begun])
+        assert staged.into is not None
+        with _told(staged.pieces[0]):
+            return Ready(images=staged.into.images, made=[future.result().made for future in staged.begun])
 
     def take_decode_s(self) -> float:
         """Seconds inside nvJPEG's calls, of the portions that are done and were not counted yet."""
@@ -594,8 +571,8 @@ def _pixels(piece: Batch) -> int:
 
 
 @contextmanager
-def _told(batch_size: int) -> Iterator[None]:
-    """Name the batch's size where the GPU has no memory left.
+def _told(piece: Batch) -> Iterator[None]:
+    """Name the batch size where the GPU has no memory left.
 
     Raises:
         OutOfMemoryError: it has none.
@@ -603,4 +580,4 @@ def _told(batch_size: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError.of("batch_size", batch_size, error) from None
+        raise OutOfMemoryError.of("batch_size", piece.batch_size, error) from None

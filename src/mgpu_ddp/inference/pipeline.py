@@ -1,10 +1,12 @@
 """Batches → rows of this rank, with several batches at work at once. Knows nothing of other ranks."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +14,15 @@ import torch
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.inference.clock import Clock
-from mgpu_ddp.inference.gpu_input import STAGED, GpuInput, Ready, Staged, Staging, group_of, held_pieces
+from mgpu_ddp.inference.gpu_input import STAGED, GpuInput, Ready, Staged, Staging, held_pieces
 from mgpu_ddp.inference.outputs import FINITE, SPLIT, Columns, OutputsError, on_host
 from mgpu_ddp.inference.predictor import NONFINITE, Predictor
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.output.rows import Rows
+
+LAUNCH_S = 0.1
+"""A launch of several batches takes at most so long: a job that is stopped waits for those in flight."""
 
 
 def in_flight(world: World, streams: int = 1) -> int:
@@ -29,13 +34,12 @@ def held_batches(resolved: Resolved, world: World) -> int:
     """How many batches `predict` may hold at once."""
     if world.device.type != "cuda":
         return in_flight(world) + 1
-    group = group_of(resolved.batch_size) if resolved.on_gpu else 1
-    return in_flight(world, resolved.speedups.streams) + (STAGED + 1) * group + 1
+    return (in_flight(world, resolved.speedups.streams) + STAGED + 2) * resolved.batches_together
 
 
 def held_slots(resolved: Resolved, world: World) -> int:
     """How many of the loader's batches or pieces `predict` may hold at once."""
-    return held_pieces(resolved.batch_size) if resolved.on_gpu else held_batches(resolved, world)
+    return held_pieces(resolved) if resolved.on_gpu else held_batches(resolved, world)
 
 
 def predict(
@@ -75,6 +79,9 @@ class GpuPipeline:
     those read ahead, and they need not wait for the model. Waiting for a decoder that has enough to do counts as
     input_s.
 
+    Small batches are staged several as one. They are launched so as well where the model is fast: what Python does for
+    a launch would otherwise take longer than the model.
+
     All three stages run in the rank's main thread. Input is made in threads and on streams of `Staging`. The model
     runs on the current stream, or, where its forward waits for the GPU, in threads with a stream each.
     """
@@ -84,6 +91,10 @@ class GpuPipeline:
         self._depth = in_flight(world, predictor.streams)
         self._staging = Staging(inputs)
         self._staged: deque[Staged] = deque()
+        self._ready: deque[tuple[Batch, Ready]] = deque()
+        """Batches of the oldest staged one, to be launched one by one."""
+        self._batch_s = math.inf
+        """Seconds that the GPU has spent on a batch, at least."""
         self._flying: deque[tuple[Batch, Ready, Flight | Future[Flight]]] = deque()
         self._threads = ThreadPoolExecutor(predictor.streams) if predictor.streams > 1 else None
 
@@ -92,25 +103,27 @@ class GpuPipeline:
             for piece in self._clock.waiting_for(batches):
                 self.stage(piece)
                 yield from self._advance(self._staging.most_staged)
-            self._staging.flush()
-            yield from self._advance(most_staged=0)
+            yield from self._advance(most_staged=-1)
             while self._flying:
                 yield self.land()
 
     def _advance(self, most_staged: int) -> Generator[tuple[Batch, Columns]]:
         """Launch and land what is ready; wait only while more than so many batches are staged."""
-        while self._staged:
+        while self._ready or self._staged:
             is_full, is_due = len(self._flying) >= self._depth, len(self._staged) > most_staged
-            if not is_due and (is_full or not self._staged[0].is_done()):
+            if not is_due and (is_full or not self._may_launch()):
                 break
             if is_full:
                 yield self.land()
             else:
                 self.launch()
         # Each question to the driver keeps the decoder's threads from it: only where the model has nothing else to do.
-        if not (self._staged and self._staged[0].is_done()):
+        if not self._may_launch():
             while self._flying and self._flying[0][2].done():
                 yield self.land()
+
+    def _may_launch(self) -> bool:
+        return bool(self._ready or (self._staged and self._staged[0].is_done()))
 
     def stage(self, piece: Batch) -> None:
         """Let the input of a piece be made."""
@@ -121,20 +134,31 @@ class GpuPipeline:
 
     def launch(self) -> None:
         """Wait for the oldest staged input, and queue the model and the copy of its results behind it."""
+        if not self._ready:
+            self._unstage()
+        batch, ready = self._ready.popleft()
+        with self._clock.measuring("predict_s"), _told_with(batch, self._world):
+            if self._threads is None:
+                self._flying.append((batch, ready, Flight(self._predictor, batch, ready)))
+            else:
+                self._flying.append((batch, ready, self._threads.submit(self._fly, batch, ready)))
+
+    def _unstage(self) -> None:
+        """Wait for the oldest staged input, and take it apart where its batches are launched one by one."""
         staged = self._staged.popleft()
         with self._clock.measuring("input_s"):
             ready = self._staging.wait(staged)
         batch = staged.batch
         self._clock.decode_s += self._staging.take_decode_s()
-        with self._clock.measuring("predict_s"), _told_with(batch, self._world):
-            if self._threads is None:
-                self._flying.append((batch, ready, Flight(self._predictor, ready)))
-            else:
-                self._flying.append((batch, ready, self._threads.submit(self._fly, ready)))
+        launch_s = self._batch_s * batch.rows / batch.batch_size
+        if batch.rows == batch.batch_size or (self._threads is None and launch_s <= LAUNCH_S):
+            self._ready.append((batch, ready))
+        else:
+            self._ready.extend((each, replace(ready, images=ready.images[rows])) for rows, each in batch.split())
 
-    def _fly(self, ready: Ready) -> "Flight":
+    def _fly(self, batch: Batch, ready: Ready) -> "Flight":
         with torch.cuda.device(self._world.device), torch.cuda.stream(stream_of_thread()):
-            flight = Flight(self._predictor, ready)
+            flight = Flight(self._predictor, batch, ready)
             flight.wait()
         return flight
 
@@ -145,6 +169,7 @@ class GpuPipeline:
         with self._clock.measuring("predict_s"), _told_with(batch, self._world):
             columns, busy_s = (flight if isinstance(flight, Flight) else flight.result()).land()
         self._clock.gpu_s += busy_s
+        self._batch_s = min(self._batch_s, busy_s * batch.batch_size / batch.rows)
         return batch, columns
 
 
@@ -162,12 +187,14 @@ def stream_of_thread() -> torch.cuda.Stream:
 class Flight:
     """A batch on its way through the model and back to the host."""
 
-    def __init__(self, predictor: Predictor, ready: Ready) -> None:
+    def __init__(self, predictor: Predictor, batch: Batch, ready: Ready) -> None:
         images = ready.on_current_stream()
         # Blocking: waiting would otherwise take a core from the loader's workers.
         self._began, self._ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._began.record()
-        self._columns = {name: c.to("cpu", non_blocking=True) for name, c in predictor(images).items()}
+        self._columns = {
+            name: c.to("cpu", non_blocking=True) for name, c in predictor(images, batch.batch_size).items()
+        }
         self._ended.record()
 
     def done(self) -> bool:
@@ -194,7 +221,7 @@ def _on_cpu(
     side_by_side = 1 if predictor.serial else world.share_of_cpus
     with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for batch in clock.waiting_for(batches):
-            flying.append((batch, threads.submit(predictor, batch.pixels)))
+            flying.append((batch, threads.submit(predictor, batch.pixels, batch.batch_size)))
             if len(flying) >= in_flight(world):
                 yield _landed(flying, clock, world)
         while flying:
@@ -227,7 +254,7 @@ def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:
     nonfinite = {i: NONFINITE for i in batch.index[~columns.pop(FINITE)].tolist() if i not in batch.errors}
     split = frozenset(batch.index[columns.pop(SPLIT)].tolist()) if SPLIT in columns else frozenset()
     errors = batch.errors | nonfinite
-    clock.batch(n, batch.seconds)
+    clock.batch(n, batch.seconds, -(-n // batch.batch_size))
     clock.read_bytes += batch.read_bytes
     clock.errors += len(errors)
     clock.nonfinite += len(nonfinite)

@@ -21,7 +21,13 @@ from mgpu_ddp.models.prepare import DTYPES, input_dtype
 
 log = logging.getLogger("mgpu_ddp")
 
+ALIGNMENT = 512
+"""Bytes that the memory of a tensor of its own is aligned to on a GPU."""
 NONFINITE = "NonFiniteError: the model's outputs for this image hold NaN or Inf"
+
+
+Step = Callable[[torch.Tensor, int], Columns]
+"""Takes images of one or more batches, and the batch size."""
 
 
 class Predictor:
@@ -56,7 +62,7 @@ class Predictor:
         self._splits = runtime.on_oom != "raise"
         # A compiled module launches in its own way, and DataParallel's threads cannot be recorded.
         graphs = resolved.speedups.graphs and resolved.compile != "on" and config.strategy == "ddp"
-        self._step: Callable[[torch.Tensor], Columns] = self._predict
+        self._step: Step = self._predict
         if graphs and device.type == "cuda":
             self._step = Replayed(self._predict)
         self._kept = threading.local()
@@ -77,41 +83,59 @@ class Predictor:
         features = inputs[0]
         self._kept.embedding = features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
-    def __call__(self, pixels: torch.Tensor) -> Columns:
-        """Predict a batch's pixels, or what `GpuInput` made of them: columns as `Rows` has them.
+    def __call__(self, pixels: torch.Tensor, batch_size: int) -> Columns:
+        """Predict pixels, or what `GpuInput` made of them, as batches of this size, one after the other.
 
-        Also `finite` bool (batch_size,), and `split` of the same shape where the batch was halved, perhaps more
-        than once, for lack of memory.
+        Returns columns as `Rows` has them, also `finite` bool (rows,), and `split` of the same shape where a batch was
+        halved, perhaps more than once, for lack of memory.
 
         Raises:
             OutOfMemoryError: there is no memory for a batch, and batches must not be split.
         """
-        columns = self._attempt(pixels)
-        if columns is None:
-            log.warning("a batch of %d did not fit into memory and was split: lower batch_size", len(pixels))
-            columns = self._in_halves(pixels)
-            columns[SPLIT] = torch.ones(len(pixels), dtype=torch.bool)
+        columns = self._attempt(self._step, pixels, batch_size)
+        if isinstance(columns, RuntimeError):
+            # One by one, because a graph of several holds more memory, and without one: its columns hold until it is
+            # replayed again.
+            columns = join([self._predict_alone(batch) for batch in pixels.split(batch_size)])
         return columns
 
-    def _attempt(self, pixels: torch.Tensor) -> Columns | None:
+    def _predict_alone(self, pixels: torch.Tensor) -> Columns:
+        columns = self._attempt(self._predict, pixels, len(pixels))
+        is_split = isinstance(columns, RuntimeError)
+        if isinstance(columns, RuntimeError):
+            columns = self._in_halves(pixels, columns)
+            log.warning("a batch of %d did not fit into memory and was split: lower batch_size", len(pixels))
+        columns[SPLIT] = torch.full((len(pixels),), is_split)
+        return columns
+
+    def _attempt(self, step: Step, pixels: torch.Tensor, batch_size: int) -> Columns | RuntimeError:
         try:
             with torch.inference_mode():
-                return self._step(pixels)
+                return step(pixels, batch_size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if len(pixels) == 1 or not self._splits:
-                raise OutOfMemoryError.of("batch_size", len(pixels), error) from None
-        return None
+            # Its traceback would keep what did not fit.
+            return error.with_traceback(None)
 
-    def _in_halves(self, pixels: torch.Tensor) -> Columns:
+    def _in_halves(self, pixels: torch.Tensor, lack: RuntimeError) -> Columns:
+        if len(pixels) == 1 or not self._splits:
+            raise OutOfMemoryError.of("batch_size", len(pixels), lack) from None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        halves = pixels.split(-(-len(pixels) // 2))
-        parts = [self._attempt(half) or self._in_halves(half) for half in halves]
+        parts = []
+        for half in pixels.split(-(-len(pixels) // 2)):
+            found = self._attempt(self._predict, half, len(half))
+            parts.append(self._in_halves(half, found) if isinstance(found, RuntimeError) else found)
         return join(parts)
 
-    def _predict(self, pixels: torch.Tensor) -> Columns:
+    def _predict(self, pixels: torch.Tensor, batch_size: int) -> Columns:
+        parts = [self._predict_batch(batch) for batch in pixels.split(batch_size)]
+        return parts[0] if len(parts) == 1 else join(parts)
+
+    def _predict_batch(self, pixels: torch.Tensor) -> Columns:
+        # A convolution's kernel, and with it the last bits, may depend on how its input is aligned.
+        pixels = pixels if pixels.data_ptr() % ALIGNMENT == 0 or not pixels.is_cuda else pixels.clone()
         images = pixels
         if self.inputs is None or pixels.dtype == torch.uint8:
             images = self._transform.normalise(pixels, dtype=self._dtype, channels_last=self._channels_last)

@@ -248,6 +248,7 @@ def noise(transform: AnyTransform, batch_size: int, device: torch.device) -> Bat
         errors={},
         seconds={},
         batch_size=batch_size,
+        rows=batch_size,
     )
 
 

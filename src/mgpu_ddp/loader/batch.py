@@ -1,7 +1,7 @@
 """A padded batch, or a piece of one, as the loader hands it to its rank."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from mgpu_ddp.preprocess.transform import Integers
 class Batch:
     """n samples on their way to the model.
 
-    `pixels`: uint8 (batch_size, height, width, 3), or float32 (batch_size, ...) that is model input already, in memory
+    `pixels`: uint8 (rows, height, width, 3), or float32 (rows, ...) that is model input already, in memory
     without gaps; rows of bad samples are zeros, rows past n too unless there are `jpegs`, and rows of those hold
     nothing of meaning. `index`: int64 (n,). `label`: int32 (n,). `errors`: dataset index → reason. `seconds`: worker
     time per stage. `pixels` and `jpegs` lie in memory that is used again: they hold until `held` batches later.
@@ -37,7 +37,9 @@ class Batch:
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     """Values that came with the samples, see `Rows`."""
     batch_size: int
-    """Rows of the batch, padding included."""
+    """Samples that the model takes at once."""
+    rows: int
+    """Rows of model input, padding included: several batches are one here where a GPU decodes what is small."""
     is_last: bool = True
     """The last piece of its batch, or all of it. Only what is left to a GPU comes in pieces, whose `pixels` have more
     rows than samples."""
@@ -56,6 +58,7 @@ class Batch:
             label=np.concatenate([piece.label for piece in pieces]),
             pixels=pieces[0].pixels[:0],
             batch_size=pieces[0].batch_size,
+            rows=pieces[0].rows,
             jpegs=None,
             errors={index: reason for piece in pieces for index, reason in piece.errors.items()},
             seconds=seconds,
@@ -63,9 +66,33 @@ class Batch:
             carried={name: np.ma.concatenate([piece.carried[name] for piece in pieces]) for name in pieces[0].carried},
         )
 
+    def split(self) -> "Iterator[tuple[slice, Batch]]":
+        """Yield the batches that are one here as the model takes them, each after its rows; without their pixels."""
+        for first in range(0, len(self.index), self.batch_size):
+            where = slice(first, first + self.batch_size)
+            index = self.index[where]
+            mine = {i: self.errors[i] for i in index.tolist() if i in self.errors} if self.errors else {}
+            yield (
+                where,
+                replace(
+                    self,
+                    index=index,
+                    label=self.label[where],
+                    pixels=self.pixels[:0],
+                    jpegs=None,
+                    errors=mine,
+                    seconds=self.seconds if first == 0 else {},
+                    read_bytes=self.read_bytes if first == 0 else 0,
+                    carried={name: values[where] for name, values in self.carried.items()},
+                    rows=self.batch_size,
+                ),
+            )
 
-def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False, batch_size: int | None = None) -> Batch:
-    """The batch in the rank's view of the slot that a worker filled, or a piece of a batch of `batch_size`."""
+
+def as_batch(
+    made: Made, slots: SharedSlots, *, raw: bool = False, batch_size: int | None = None, rows: int | None = None
+) -> Batch:
+    """The batch in the rank's view of the slot that a worker filled, or a piece of what has so many rows."""
     pixels = slots.pixels(made.slot)
     return Batch(
         index=made.index,
@@ -78,5 +105,6 @@ def as_batch(made: Made, slots: SharedSlots, *, raw: bool = False, batch_size: i
         read_bytes=made.read_bytes,
         carried=made.carried,
         batch_size=batch_size or len(pixels),
+        rows=rows or len(pixels),
         is_last=made.is_last,
     )

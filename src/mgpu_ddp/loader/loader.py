@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from PIL import Image
-from torch.utils.data import BatchSampler
 
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import ArrayConfig, Config, LoaderConfig
@@ -63,13 +62,11 @@ def plan_slots(
         OutOfMemoryError: there is no memory for them.
     """
     transform, on_gpu = resolved.transform, world.device.type == "cuda"
-    batch_size, fewest = resolved.batch_size, resolved.batch_size
-    if resolved.on_gpu:
-        batch_size, fewest = min(batch_size, LARGEST_PIECE), 1
+    slot_rows, fewest = piece_rows(resolved), 1 if resolved.on_gpu else resolved.batch_size
     # A short job uses each slot once.
     num_slots = max(1, min(_ahead(config, resolved) + held, -(-rows // fewest)))
     room = available_bytes() // world.local_size
-    raw = _raw_layout(samples, transform, num_slots * batch_size, room) if on_gpu else None
+    raw = _raw_layout(samples, transform, num_slots * slot_rows, room) if on_gpu else None
     if raw is None:
         numbers = math.prod(transform.shape)
         num_bytes = numbers * transform.dtype.itemsize
@@ -79,7 +76,7 @@ def plan_slots(
         require_memory(size_key, side, one, room, "Lower it.")
         remedy = "Lower it, or loader.workers or loader.prefetch, which read batches ahead."
         in_use = min(num_slots, _ahead(config, resolved) + 1) if resolved.on_gpu else num_slots
-        require_memory("batch_size", resolved.batch_size, in_use * batch_size * num_bytes, room, remedy)
+        require_memory("batch_size", resolved.batch_size, in_use * slot_rows * num_bytes, room, remedy)
     return num_slots, raw
 
 
@@ -95,26 +92,35 @@ def load_batches(
     Raises:
         OutOfMemoryError: there is no memory for the batches that are read ahead.
     """
-    batch_size, on_gpu, packed = resolved.batch_size, world.device.type == "cuda", resolved.on_gpu
+    on_gpu, packed = world.device.type == "cuda", resolved.on_gpu
+    batch_size, together = resolved.batch_size, resolved.batch_size * resolved.batches_together
     num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
     transform, planar = resolved.transform, raw is not None and raw.planar
     if isinstance(transform, Transform):
         transform = replace(transform, scaled=resolved.decode == "scaled")
     if raw is not None and isinstance(transform, Transform):
         transform = transform.without_geometry((raw.height, raw.width))
-    rows = min(batch_size, LARGEST_PIECE) if packed else batch_size
+    rows = piece_rows(resolved)
     slots = SharedSlots(num_slots, rows, transform.shape, dtype=transform.dtype, planar=planar, packed=packed)
     # Pillow warns above this and refuses twice as much. Workers inherit it.
     Image.MAX_IMAGE_PIXELS = config.max_pixels // 2
     maker = BatchMaker(samples, transform, slots, config, packed=packed)
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    pieces = Pieces(batches, slots.share)
+    batches = sampler.batches(together)
+    pieces = Pieces(batches, rows, slots.share)
     orders = iter(pieces) if packed else (Order(indices=indices) for indices in batches)
     with closing(slots), closing(WorkerPool(maker, resolved.workers, num_slots)) as pool:
         if on_gpu and not packed:
             slots.pin()
         made = pool.make(orders, ahead=_ahead(config, resolved), held=held)
-        yield (as_batch(pieces.seen(each), slots, raw=raw is not None, batch_size=batch_size) for each in made)
+        yield (
+            as_batch(pieces.seen(each), slots, raw=raw is not None, batch_size=batch_size, rows=together)
+            for each in made
+        )
+
+
+def piece_rows(resolved: Resolved) -> int:
+    """Samples of a slot."""
+    return min(resolved.batch_size, LARGEST_PIECE) if resolved.on_gpu else resolved.batch_size
 
 
 def _ahead(config: LoaderConfig, resolved: Resolved) -> int:
@@ -127,9 +133,10 @@ class Pieces:
     Judged by the pieces before.
     """
 
-    def __init__(self, batches: Iterable[list[int]], share: int) -> None:
-        self._batches, self._share = batches, share
-        self._most = FIRST_PIECE
+    def __init__(self, batches: Iterable[list[int]], rows: int, share: int) -> None:
+        """A slot has so many `rows`, and a `share` of the bytes."""
+        self._batches, self._rows, self._share = batches, rows, share
+        self._most = min(FIRST_PIECE, rows)
 
     def __iter__(self) -> Iterator[Order]:
         for indices in self._batches:
@@ -148,7 +155,7 @@ class Pieces:
         fitting = min(by_bytes, PIECE_PIXELS * len(made.index) // max(pixels, 1))
         if fitting > ENGINES:
             fitting -= fitting % ENGINES
-        self._most = max(1, min(LARGEST_PIECE, fitting))
+        self._most = max(1, min(self._rows, fitting))
         return made
 
 

@@ -17,9 +17,9 @@ from mgpu_ddp.loader.batch import Batch
 from tests.inference.test_gpu_input import Decoding, pieces
 
 
-@pytest.mark.parametrize("is_slow", [True, False], ids=["slow model", "fast model"])
+@pytest.mark.parametrize("done_after", [100, 4, 0], ids=["slow model", "model that has caught up", "fast model"])
 def test_the_loader_is_asked_for_more_while_the_model_runs(
-    world: World, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+    world: World, monkeypatch: pytest.MonkeyPatch, done_after: int
 ) -> None:
     """Else the decoder idles while batches that it has decoded go through the model one by one."""
     events = list[str]()
@@ -30,7 +30,7 @@ def test_the_loader_is_asked_for_more_while_the_model_runs(
             events.append("launch")
 
         def done(self) -> bool:
-            return not is_slow
+            return events.count("take") >= done_after
 
         def land(self) -> tuple[dict[str, torch.Tensor], float]:
             events.append("land")
@@ -52,7 +52,9 @@ def test_the_loader_is_asked_for_more_while_the_model_runs(
     seen = [int(batch.index[0]) for batch, _ in runs.run(taken())]
     assert seen == [256 * number for number in range(9)]
     words = " ".join(events)
-    if is_slow:
+    if done_after == 4:
+        assert words.startswith("take take launch take launch take land launch"), "its rows wait for nothing else"
+    elif done_after:
         # The model has two batches; then the input of others is made, and only then is the model waited for.
         assert words.startswith("take take launch take launch " + "take " * STAGED + "land launch take")
     else:

@@ -110,13 +110,15 @@ class GpuPipeline:
     def _advance(self, most_staged: int) -> Generator[tuple[Batch, Columns]]:
         """Launch and land what is ready; wait only while more than so many batches are staged."""
         while self._ready or self._staged:
-            is_full, is_due = len(self._flying) >= self._depth, len(self._staged) > most_staged
-            if not is_due and (is_full or not self._may_launch()):
+            is_due = len(self._staged) > most_staged
+            if not is_due and not self._may_launch():
                 break
-            if is_full:
+            if len(self._flying) < self._depth:
+                self.launch()
+            elif is_due or self._flying[0][2].done():
                 yield self.land()
             else:
-                self.launch()
+                break
         # Each question to the driver keeps the decoder's threads from it: only where the model has nothing else to do.
         if not self._may_launch():
             while self._flying and self._flying[0][2].done():

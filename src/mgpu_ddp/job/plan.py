@@ -15,6 +15,7 @@ from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import Exit, plural
 from mgpu_ddp.inference.pipeline import held_batches
 from mgpu_ddp.job.context import Setup
+from mgpu_ddp.loader.loader import piece_rows
 from mgpu_ddp.output.columns import ColumnType
 from mgpu_ddp.reporting import console
 from mgpu_ddp.reporting.terminal import print_lines
@@ -75,8 +76,9 @@ class Planner:
         config, resolved, world = self.config, self.resolved, self.world
         if config.output.commit_every != "auto":
             return int(config.output.commit_every), int(config.output.commit_every)
-        ahead = resolved.workers * config.loader.prefetch + 1 + held_batches(resolved, world)
-        smallest = max(world.exchange("batches read ahead", ahead)) * world.size * resolved.batch_size
+        ahead = (resolved.workers * config.loader.prefetch + 1) * piece_rows(resolved)
+        ahead += held_batches(resolved, world) * resolved.batch_size
+        smallest = max(world.exchange("rows read ahead", ahead)) * world.size
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
         largest = budget // row_bytes(self.types)
         if not contiguous and smallest > WARNED_FACTOR * largest:

@@ -27,6 +27,8 @@ COPYING_WORKERS = 4
 """Enough workers where they only copy images to a GPU: they fill the memory bus."""
 FIRST_PIECE = 4
 """Samples of a piece as long as nobody knows how large they are."""
+SMALLEST_PIECE = 64
+"""A slot's samples where a batch is not more: each piece costs its rank the same."""
 LARGEST_PIECE = 256
 """More samples would only come later."""
 PIECE_PIXELS = 3 << 25
@@ -120,7 +122,10 @@ def load_batches(
 
 def piece_rows(resolved: Resolved) -> int:
     """Samples of a slot."""
-    return min(resolved.batch_size, LARGEST_PIECE) if resolved.on_gpu else resolved.batch_size
+    if not resolved.on_gpu:
+        return resolved.batch_size
+    together = resolved.batch_size * resolved.batches_together
+    return min(max(resolved.batch_size, SMALLEST_PIECE), LARGEST_PIECE, together)
 
 
 def _ahead(config: LoaderConfig, resolved: Resolved) -> int:

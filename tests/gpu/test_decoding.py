@@ -37,6 +37,7 @@ from mgpu_ddp.distributed.world import World, join, leave
 from mgpu_ddp.errors import HangError
 from mgpu_ddp.inference import gpu_input
 from mgpu_ddp.inference.clock import Clock
+from mgpu_ddp.inference.cuda_graph import EAGER_STEPS
 from mgpu_ddp.inference.gpu_input import GpuInput, Staging, decoder_of
 from mgpu_ddp.inference.outputs import SPLIT
 from mgpu_ddp.inference.pipeline import held_slots, predict
@@ -44,6 +45,7 @@ from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.loader import shared_slots
 from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.loader import load_batches
+from mgpu_ddp.models.prepare import place
 from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Decoder
@@ -310,6 +312,29 @@ def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world
     hurt = sorted(tmp_path.rglob("*.*")).index(jpegs[7])
     others = np.arange(len(paths)) != hurt
     assert np.array_equal(rows.columns["logits"][others], good.columns["logits"][others])
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_compiled_model_that_is_replayed_gives_the_same_bits(world: World, together: int) -> None:
+    config = Config(
+        data=FolderConfig(root="."),
+        transform=TransformConfig(),
+        model=ModelConfig(weights=None),
+        output=OutputConfig(fields=["topk", "logits"]),
+    )
+    torch.manual_seed(0)
+    module = torchvision.models.convnext_tiny(num_classes=12).eval()
+    choices = resolved(precision="fp16", decode="gpu", compile="on", batch_size=8, transform=SQUARE)
+    module = place(module, config, choices, world.device, 12)
+    predictor = Predictor(module, config, choices, world.device)
+    images = torch.randn(8 * together, 3, 64, 64, device=world.device).half()
+    images = images.contiguous(memory_format=torch.channels_last)
+    first = predictor(images, 8)["logits"].clone()
+    for _ in range(2 * EAGER_STEPS):
+        last = predictor(images, 8)["logits"]
+    assert last.data_ptr() == predictor(images.flip(0), 8)["logits"].data_ptr(), "it is replayed"
+    assert torch.equal(predictor(images, 8)["logits"], first)
+    assert torch.equal(predictor(images.flip(0), 8)["logits"].flip(0), first)
 
 
 @pytest.fixture

@@ -132,9 +132,64 @@ def test_some_jobs_are_never_compiled(
     assert choose(job(tmp_path, **{"batch_size": 16, **changes}), world) == ("off", [])
 
 
-@pytest.mark.usefixtures("worth")
-def test_a_job_on_a_gpu_is_not_compiled(tmp_path: Path, world: World) -> None:
-    assert choose(job(tmp_path, batch_size=16), replace(world, device=torch.device("cuda"))) == ("off", [])
+@pytest.fixture
+def gpu(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    """As if there were a GPU, on which compiling were worth its while from `ROWS` images of a tiny Swin on."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    gain = autotune.MARGIN * autotune.COMPILE_S / (ROWS * operations(TINY, plain(SIDE)))
+    monkeypatch.setattr(autotune, "GAINS", {"swin_t$": gain})
+    return replace(world, device=torch.device("cuda"))
+
+
+def on_gpu(job: Job, world: World, name: str = "swin_t", precision: str = "fp16") -> bool:
+    job = replace(job, config=replace(job.config, model=ModelConfig(name=name, weights=None)))
+    made = setup(job, MODEL, world, PredictorsOf(TINY, job.config, world), transform=plain(SIDE), precision=precision)
+    return autotune._plan_compile(made).compiled
+
+
+def test_work_and_family_decide_on_a_gpu(tmp_path: Path, gpu: World) -> None:
+    wanted = job(tmp_path, batch_size=16)
+    assert on_gpu(wanted, gpu)
+    assert not on_gpu(job(tmp_path, batch_size=16, limit=ROWS - 1), gpu)
+    assert not on_gpu(wanted, replace(gpu, size=2)), "each rank has half the work, and compiles as long"
+    assert not on_gpu(wanted, gpu, name="swin_tv")
+    assert not on_gpu(wanted, gpu, precision="fp32")
+
+
+def test_what_was_compiled_before_is_worth_it_sooner(tmp_path: Path, gpu: World, world: World) -> None:
+    few = job(tmp_path, batch_size=16, limit=ROWS // 2)
+    assert not on_gpu(few, gpu)
+    made = setup(few, MODEL, gpu, PredictorsOf(TINY, few.config, gpu), transform=plain(SIDE), precision="fp16")
+    autotune.note_compiled(autotune._compiled_for(made, 16))
+    assert on_gpu(few, gpu)
+    assert not on_gpu(job(tmp_path, batch_size=32, limit=ROWS // 2), gpu), "other shapes are other code"
+    assert not on_gpu(job(tmp_path, batch_size=16, limit=ROWS // 4), gpu), "loading it takes a while as well"
+    compiled = replace(few, config=replace(few.config, runtime=RuntimeConfig(compile="on")))
+    mine = setup(compiled, MODEL, world, PredictorsOf(TINY, few.config, world), transform=plain(SIDE))
+    assert not autotune.was_compiled(autotune._compiled_for(mine, ROWS // 2))
+    choose(replace(compiled, config=replace(compiled.config, batch_size=ROWS // 2)), world)
+    assert autotune.was_compiled(autotune._compiled_for(mine, ROWS // 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "gains"),
+    [
+        ("swin_t", True),
+        ("swin_base_patch4_window7_224", True),
+        ("swin_v2_t", False),
+        ("convnext_base", True),
+        ("convnext_tiny.fb_in1k", True),
+        ("convnextv2_tiny", False),
+        ("efficientnet_v2_s", True),
+        ("tf_efficientnetv2_s", True),
+        ("efficientnet_b0", False),
+        ("resnet18", False),
+    ],
+)
+def test_families_that_were_measured_are_known_by_name(name: str, gains: bool, tmp_path: Path) -> None:
+    config = job(tmp_path).config
+    assert (autotune._gain(replace(config, model=ModelConfig(name=name))) > 0) == gains
 
 
 @pytest.mark.usefixtures("worth")

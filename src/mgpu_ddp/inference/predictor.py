@@ -60,8 +60,8 @@ class Predictor:
         )
         self.streams, self.serial = resolved.speedups.streams, resolved.speedups.serial
         self._splits = runtime.on_oom != "raise"
-        # A compiled module launches in its own way, and DataParallel's threads cannot be recorded.
-        graphs = resolved.speedups.graphs and resolved.compile != "on" and config.strategy == "ddp"
+        # DataParallel's threads cannot be recorded.
+        graphs = resolved.speedups.graphs and config.strategy == "ddp"
         self._step: Step = self._predict
         if graphs and device.type == "cuda":
             self._step = Replayed(self._predict)

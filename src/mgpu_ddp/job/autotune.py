@@ -1,6 +1,7 @@
 """Resolves `runtime.compile` and `batch_size` by trying the model, before a job's first start."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -23,6 +24,7 @@ from mgpu_ddp.inference.predictor import Predictor
 from mgpu_ddp.job.context import Setup
 from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.loader.batch import Batch
+from mgpu_ddp.models.compile_cache import note_compiled, was_compiled
 from mgpu_ddp.models.operations import operations
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.preprocess.transform import AnyTransform, TensorInput
@@ -40,6 +42,17 @@ SHARE_OF_MEMORY = 0.5
 WORTH_COMPILING = 1e15
 """Floating-point operations from which a job on CPUs is compiled: ResNet18 over 280,000 images. Compiling gains 5 to
 17 % of the two hours that they take two cores, and is worth its while up to about sixty-four of them."""
+GAINS = {
+    r"swin_(t|s|b)(iny|mall|ase)?([_.]|$)": 6.5e-15,
+    r"convnext_(t|s|b|l)(iny|mall|ase|arge)([_.]|$)": 1.7e-15,
+    r"(tf_)?efficientnet_?v2_": 1.7e-15,
+}
+"""Seconds that compiling saves a GPU per floating-point operation, by names of models. Other families gain nothing
+that was measured. Source: one H200, half precision, batches of 256 (`scripts/bench compile`)."""
+COMPILE_S, WARM_S = 40.0, 12.0
+"""Compiling takes a job on a GPU so long, and loading what is in Inductor's cache."""
+MARGIN = 1.25
+"""Compiling must win back this multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +69,8 @@ class CompilePlan:
 def choose_compile(setup: Setup) -> str:
     """Resolve `runtime.compile` to on or off, and try it where it is on. Collective: every rank calls this.
 
-    The job's work decides, and nothing that differs between worlds: a compiled model's last bits are its own.
+    The work that there is decides at a job's first start, because a compiled model's last bits are its own; on CPUs
+    nothing that differs between worlds does.
 
     Raises:
         UsageError: `on` was asked for, or the folder was begun with it, and the model does not compile.
@@ -73,6 +87,8 @@ def choose_compile(setup: Setup) -> str:
         return "on" if plan.compiled else "off"
     log.info("runtime.compile=%s: the model is compiled now, which takes half a minute the first time", asked)
     failures = _compile_on_all(Trial.of(setup, replace(setup.resolved, compile="on")), plan.batch_size)
+    if not failures and world.rank == 0:
+        note_compiled(_compiled_for(setup, plan.batch_size))
     if failures and not plan.may_fall_back:
         raise UsageError(
             f"runtime.compile must be off where the model cannot be compiled, got 'on' ({failures[0]}). Install"
@@ -90,7 +106,7 @@ def _plan_compile(setup: Setup) -> CompilePlan:
     if before and before.fingerprint.get("runtime.compile") != "on":
         # Where it is asked for nevertheless, the folder is refused when it is claimed.
         return CompilePlan(compiled=asked_on)
-    if not before and not asked_on and not _may_be_compiled(config, setup.world):
+    if not before and not asked_on and not _may_be_compiled(config, setup.resolved, setup.world):
         return CompilePlan(compiled=False)
     length = len(open_samples(config, setup.files))
     start, stop = dataset_range(config, length)
@@ -101,15 +117,38 @@ def _plan_compile(setup: Setup) -> CompilePlan:
         is_left = not before.complete or stop > before.stop or config.retry_failed or changed
         used = batch_size if setup.job.batch_size_given else before.batch_size
         return CompilePlan(compiled=True, batch_size=used if is_left else None)
-    work = (stop - start) * operations(setup.model.module, setup.resolved.transform)
-    compiled = asked_on or work >= WORTH_COMPILING
+    compiled = asked_on or _is_worth_compiling(setup, stop - start, batch_size)
     return CompilePlan(compiled=compiled, may_fall_back=not asked_on, batch_size=batch_size)
 
 
-def _may_be_compiled(config: Config, world: World) -> bool:
+def _may_be_compiled(config: Config, resolved: Resolved, world: World) -> bool:
     """True where auto leaves the choice to the amount of work."""
-    # On a GPU the folded, fused ResNets are no slower. One shard of several must have the bits of the others.
-    return world.device.type == "cpu" and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
+    is_measured = world.device.type == "cpu" or (resolved.precision in ("fp16", "bf16") and _gain(config) > 0)
+    # One shard of several must have the bits of the others.
+    return is_measured and config.strategy == "ddp" and not config.shard and config.batch_size != "auto"
+
+
+def _gain(config: Config) -> float:
+    return next((gain for names, gain in GAINS.items() if re.match(names, config.model.name)), 0.0)
+
+
+def _is_worth_compiling(setup: Setup, rows: int, batch_size: int) -> bool:
+    work = rows * operations(setup.model.module, setup.resolved.transform)
+    if setup.world.device.type == "cpu":
+        return work >= WORTH_COMPILING
+    gain_s = work / setup.world.size * _gain(setup.job.config)
+    # To look into the cache takes long to import.
+    if gain_s < MARGIN * WARM_S or gain_s >= MARGIN * COMPILE_S:
+        return gain_s >= MARGIN * COMPILE_S
+    return was_compiled(_compiled_for(setup, batch_size))
+
+
+def _compiled_for(setup: Setup, batch_size: int) -> str:
+    """Everything that a compiled model's code depends on."""
+    resolved, device = setup.resolved, setup.world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    model = (setup.model.identity, setup.model.num_classes, setup.job.config.runtime.channels_last)
+    return repr((torch.__version__, name, model, resolved.speedups, resolved.precision, resolved.transform, batch_size))
 
 
 def _compile_on_all(trial: "Trial", batch_size: int) -> list[str]:

@@ -4,6 +4,7 @@ A linker writes a library in place. When it is killed, a part stays under the fi
 whole from then on: loading it fails, or ends the process by SIGBUS, until somebody empties the cache.
 """
 
+import hashlib
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,26 @@ def remove_truncated_libraries() -> None:
             with suppress(OSError), lock:
                 if is_truncated(library):
                     library.unlink()
+
+
+def was_compiled(what: str) -> bool:
+    """True if the cache has what `note_compiled` was told of."""
+    return _note(what).exists()
+
+
+def note_compiled(what: str) -> None:
+    """Note that the cache has the code of a model, told from others by a text. A cache that takes no notes has none."""
+    note = _note(what)
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def _note(what: str) -> Path:
+    # In the cache's own folder, because they go together.
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "mgpu_ddp" / hashlib.sha256(what.encode()).hexdigest()
 
 
 def is_truncated(library: Path) -> bool:

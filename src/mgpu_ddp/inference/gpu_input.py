@@ -9,6 +9,7 @@ the memory of what is decoded at once is bounded.
 
 import ctypes
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.resolved import TOGETHER, Resolved
+from mgpu_ddp.config.resolved import TOGETHER, Resolved, is_on_gpu
 from mgpu_ddp.config.schema import Config, Listed
 from mgpu_ddp.data.script_dataset import ScriptDataset
 from mgpu_ddp.errors import HangError, OutOfMemoryError
@@ -29,8 +30,10 @@ from mgpu_ddp.loader.batch import Batch
 from mgpu_ddp.loader.jpegs import Jpegs
 from mgpu_ddp.loader.loader import PIECE_PIXELS, piece_rows
 from mgpu_ddp.loader.worker import row_error
-from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library
+from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images, JpegError, Planes, library, library_version
 from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, TensorInput, Transform, decode, imagenet
+
+log = logging.getLogger("mgpu_ddp")
 
 MAX_DECODED_PIXELS = PIECE_PIXELS
 """Pixels that one thread decodes at once, three bytes each, to bound memory."""
@@ -70,9 +73,17 @@ def decode_of(
     elif isinstance(own, TensorInput):
         lacks = "where the script's transform takes a PIL image"
     elif wanted not in ("cpu", "scaled") and library() is None:
-        lacks = "without nvJPEG, which torchvision's CUDA wheels bring"
+        suffix = "-cu12" if str(torch.version.cuda).startswith("12.") else ""
+        remedy = f"pip install nvidia-nvjpeg{suffix}"
+        rule = "cpu or auto without nvJPEG, which torchvision's CUDA wheels bring"
+        require(wanted == "auto", "runtime.decode", rule, wanted, f"Install it ({remedy}), or leave the key out.")
+        log.warning("JPEGs are decoded on CPUs, many times as slowly as on the GPU: nvJPEG is missing. %s", remedy)
+        return "cpu"
     require(not lacks or wanted in ("auto", "cpu"), "runtime.decode", f"cpu or auto {lacks}", wanted, "Leave it out.")
-    return "cpu" if lacks else "gpu" if wanted == "auto" else wanted
+    decode = "cpu" if lacks else "gpu" if wanted == "auto" else wanted
+    if is_on_gpu(decode):
+        log.info("JPEGs are decoded by nvJPEG %s, %s", library_version(), getattr(library(), "_name", None))
+    return decode
 
 
 def pieces_of(rows: int) -> int:

@@ -4,9 +4,9 @@ The engines' inverse DCT yields the levels of libjpeg's, bit for bit (as `tests/
 levels off, because it repeats chroma where libjpeg interpolates. `ycbcr_kernel` converts planes as libjpeg does, but
 nvJPEG yields planes more slowly than RGB.
 
-torchvision's wheels bring the library. It is called directly, because torchvision's own decoder holds the library
-while it copies the files to where the engines can read them, and waits before and after. Source: nvjpeg.h;
-https://docs.nvidia.com/cuda/nvjpeg/index.html.
+torchvision's wheels, or NVIDIA's own, bring the library. It is called directly, because torchvision's own decoder
+holds the library while it copies the files to where the engines can read them, and waits before and after. Source:
+nvjpeg.h; https://docs.nvidia.com/cuda/nvjpeg/index.html.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import itertools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,14 +156,21 @@ def chroma_sizes(sizes: Integers, shared: Integers) -> Integers:
     return np.where(shared > 0, -(-sizes // np.maximum(shared, 1)), 0)
 
 
+def places() -> Iterator[Path]:
+    """Yield the folders in which packages bring the library: torchvision, then NVIDIA's own for CUDA 13 and for 12."""
+    # Found rather than imported: how a process first imports torchvision is for mgpu_ddp.models to say.
+    torchvision, nvidia = importlib.util.find_spec("torchvision"), importlib.util.find_spec("nvidia")
+    if torchvision is not None and torchvision.origin is not None:
+        yield Path(torchvision.origin).parent.parent / "torchvision.libs"
+    for root in nvidia.submodule_search_locations or () if nvidia is not None else ():
+        yield from (Path(root) / "cu13" / "lib", Path(root) / "nvjpeg" / "lib")
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """nvJPEG, or None where there is none."""
-    # Found rather than imported: how a process first imports torchvision is for mgpu_ddp.models to say.
-    torchvision = importlib.util.find_spec("torchvision")
-    assert torchvision is not None
-    bundled = Path(str(torchvision.origin)).parent.parent / "torchvision.libs"
-    for name in [*map(str, sorted(bundled.glob("libnvjpeg*.so*"))), *NAMES]:
+    bundled = [str(path) for place in places() for path in sorted(place.glob("libnvjpeg*.so*"))]
+    for name in [*bundled, *NAMES]:
         try:
             found = ctypes.CDLL(name)
         except OSError:
@@ -174,6 +182,19 @@ def library() -> ctypes.CDLL | None:
         found.nvjpegDecodeBatched.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer]
         return found
     return None
+
+
+def library_version() -> str:
+    """The version of nvJPEG; empty where there is none."""
+    found, number = library(), ctypes.c_int()
+    if found is None:
+        return ""
+    # Source: nvJPEG's documentation, nvjpegGetProperty; 0, 1 and 2 are MAJOR_VERSION, MINOR_VERSION and PATCH_LEVEL.
+    numbers = []
+    for which in range(3):
+        found.nvjpegGetProperty(which, ctypes.byref(number))
+        numbers.append(str(number.value))
+    return ".".join(numbers)
 
 
 @dataclass(kw_only=True, slots=True)

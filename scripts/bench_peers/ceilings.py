@@ -2,7 +2,7 @@
 
 generate  FakeData in as many processes as the loader has workers
 decode    JPEGs to RGB on the GPU, from bytes that lie in memory: batches of 256 and 512, by this package's decoder
-          and by torchvision's, in two and four threads
+          and by torchvision's, in two and four threads; with --decode-batches nothing else
 forward   the prepared model over batches that lie on the device, of --batch-size and twice as many
 """
 
@@ -75,7 +75,7 @@ def _generate(number, workers, seconds, ready, counts) -> None:
 
 def decode(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Files per second by decoder, batch size and number of threads."""
-    paths = sorted(Path(args.root).rglob("*.jpg"))[:DECODED_AHEAD]
+    paths = sorted(Path(args.root).rglob("*.jpg"))[: args.files]
     data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
     headers = [read_header(path.read_bytes()) for path in paths]
     sizes = np.array([(h.height, h.width) for h in headers if h is not None])
@@ -95,7 +95,7 @@ def decode(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     return {
         f"{step.__name__}, {size} by {threads}": _decode(step, len(data), size, threads, device, args.seconds / 2)
         for step in (ours, torchvisions)
-        for size in DECODE_BATCHES
+        for size in args.decode_batches or DECODE_BATCHES
         for threads in DECODE_THREADS
     }
 
@@ -188,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root")
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--decode-batches", type=lambda text: [int(size) for size in text.split(",")])
+    parser.add_argument("--files", type=int, default=DECODED_AHEAD, help="different files that are decoded")
     parser.add_argument("--seconds", type=float, default=4)
     args = parser.parse_args()
 
@@ -201,14 +203,15 @@ def main() -> None:
     world = join()
     workers = len(os.sched_getaffinity(0))
     # What forks comes before anything touches CUDA.
-    found = {"generate": {"alone": generate(args, workers)}}
+    found = {} if args.decode_batches else {"generate": {"alone": generate(args, workers)}}
     world = choose_device(config, world)
     # As where JPEGs are decoded in earnest.
     keep_off(interrupted_cpus(), world.cpus)
     if world.device.type == "cuda":
         found["decode"] = decode(args, world.device)
-    sizes = (args.batch_size, 2 * args.batch_size)
-    found["forward"] = {f"batches of {size}": forward(args, size, config, world) for size in sizes}
+    if not args.decode_batches:
+        sizes = (args.batch_size, 2 * args.batch_size)
+        found["forward"] = {f"batches of {size}": forward(args, size, config, world) for size in sizes}
     print(json.dumps({"name": "ceilings", "images_per_s": found, "workers": workers}), flush=True)
     # The heartbeat's and the decoder's threads are no longer needed.
     os._exit(0)

@@ -1,14 +1,15 @@
-"""JPEGs, decoded images and FakeData against the usual ways to do the same, and against what each stage reaches alone.
+"""JPEGs, photos, a web mix, decoded images and FakeData against the usual ways to do the same.
 
-The peers do less than mgpu_ddp: they keep the best class alone and write one file at the end, and what they do before
-they are warm does not count. All decode the same files, each image anew every time.
+And against what each stage reaches alone. The peers do less than mgpu_ddp: they keep the best class alone and write one
+file at the end, and what they do before they are warm does not count. All decode the same files, each image anew every
+time.
 """
 
 import argparse
 import importlib.util
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from benching.children import PEERS, ChildFailedError
 from benching.contenders import Contender, Found, Rounds, take_turns
 from benching.hardware import cores_each, describe, look
 from benching.jpegs import make_folder, work_folder
+from benching.piles import make_pile, photo, web
 from benching.plot import CEILING, OTHER, OURS, Bar, plot_groups
 from benching.table import Row, compare, print_machine, print_table, rate, write_report
 
@@ -72,7 +74,28 @@ PEER_SCRIPTS = {
     ),
     "ray": Peer(title="Ray Data, map_batches", script="ray_data.py", needs=("ray",)),
 }
-NAMES = ("ceilings", "ours", "ours-array", "ours-fake", "tutorial", *PEER_SCRIPTS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pile:
+    """Images other than small JPEGs; plain DDP predicts them as well."""
+
+    title: str
+    make: Callable[[int], tuple[str, bytes]]
+    images: int
+    distinct: int
+    batch_size: int
+    decodes_alone: bool = False
+    """All are JPEGs that the GPU decodes: the ceiling is its decoder's."""
+
+
+PILES = {
+    "photos": Pile(
+        title="photos of 12 megapixels", make=photo, images=3000, distinct=96, batch_size=64, decodes_alone=True
+    ),
+    "web": Pile(title="a web mix", make=web, images=60_000, distinct=2000, batch_size=256),
+}
+NAMES = ("ceilings", "ours", "ours-array", "ours-fake", "tutorial", *PEER_SCRIPTS, *PILES)
 
 
 def gpu(args: argparse.Namespace) -> bool:
@@ -96,8 +119,12 @@ def gpu(args: argparse.Namespace) -> bool:
 
     workers = cores_each(max(1, len(hardware.gpus) or args.gpus))
     contenders = [*_ours(folder, array, sizes, args.gpus), *_peers(folder, sizes, args.gpus, workers)]
+    contenders = [c for c in contenders if c.name in wanted]
+    for name, pile in PILES.items():
+        if name in wanted:
+            contenders += _pile(name, pile, work, sizes, args, workers)
     # A ceiling is that of one GPU.
-    contenders = [c for c in contenders if c.name in wanted and (c.name != "ceilings" or args.gpus == 1)]
+    contenders = [c for c in contenders if not c.name.endswith("ceilings") or args.gpus == 1]
     found = {contender.name: Found(problem=_missing(contender.name)) for contender in contenders}
     settings = {**asdict(sizes), "mean_bytes": mean_bytes, "rounds": rounds.number, "gpus": args.gpus}
 
@@ -195,6 +222,39 @@ def _peers(folder: Path, sizes: Sizes, gpus: int, workers: int) -> list[Contende
     return contenders
 
 
+def _pile(name: str, pile: Pile, work: Path, sizes: Sizes, args: argparse.Namespace, workers: int) -> list[Contender]:
+    """List our job over a pile, plain DDP, and the decoder alone where it is the ceiling."""
+    images, distinct = (pile.images, pile.distinct) if sizes.images >= pile.images else (16, 8)
+    folder = make_pile(work, name, pile.make, images=images, distinct=distinct)
+    batch_size = min(pile.batch_size, images // 4)
+    torchrun_all = torchrun("--standalone", f"--nproc_per_node={args.gpus}")
+    job = ["data=folder", f"data.root={folder}", "model.weights=null", f"batch_size={batch_size}"]
+    options = [str(folder), f"--batch-size={batch_size}", f"--workers={workers}", f"--gpus={args.gpus}"]
+    options += [f"--seconds={sizes.seconds:g}", f"--warm-up={sizes.warm_up_s:g}"]
+    ceiling = [str(folder), "--decode-batches=32,64", "--files=64", f"--seconds={sizes.ceiling_s:g}"]
+    start = [sys.executable] if args.gpus == 1 else torchrun_all
+    contenders = [
+        Contender(
+            name=f"{name}-ours",
+            title=f"mgpu_ddp, {pile.title}",
+            gpus=args.gpus,
+            command=[*start, "-m", "mgpu_ddp.infer", *job],
+            rows=images,
+        ),
+        Contender(
+            name=f"{name}-ddp",
+            title=f"DDP, {pile.title}",
+            gpus=args.gpus,
+            command=[*torchrun_all, str(PEERS / "ddp.py"), *options],
+            once=True,
+        ),
+    ]
+    if pile.decodes_alone:
+        command = [sys.executable, str(PEERS / "ceilings.py"), *ceiling]
+        contenders.append(Contender(name=f"{name}-ceilings", title=f"the decoder, {pile.title}", command=command))
+    return contenders
+
+
 def _missing(name: str) -> str:
     needs = PEER_SCRIPTS[name].needs if name in PEER_SCRIPTS else ()
     return "not installed" if needs and not any(map(importlib.util.find_spec, needs)) else ""
@@ -242,6 +302,12 @@ def _rows(contenders: Sequence[Contender], found: dict[str, Found], sizes: Sizes
         rows += of_stage("ours-fake", "generate", "the generator", OF_GENERATOR)
     if "tutorial" in found:
         rows.append(_peer(titles["tutorial"], found["tutorial"], found.get("ours-fake", Found())))
+    for name, pile in PILES.items():
+        if f"{name}-ours" in done:
+            ours_found, alone = found[f"{name}-ours"], found.get(f"{name}-ceilings", Found()).rates("decode")
+            rows.append(_plain(titles[f"{name}-ours"], ours_found))
+            rows += [_versus("  of decoding alone", ours_found.rates(), alone, None)] if alone else []
+            rows.append(_peer(f"DDP, {pile.title}", found[f"{name}-ddp"], ours_found))
     failed = [c for c in contenders if found[c.name].problem and not c.once]
     return rows + [Row(name=titles[c.name], value=found[c.name].problem) for c in failed]
 
@@ -270,16 +336,19 @@ def _groups(found: dict[str, Found]) -> dict[str, Sequence[Bar]]:
     ceilings, best = found.get("ceilings", Found()), _best_peer(found)
     best_label = f"best other: {PEER_SCRIPTS[best].title.partition(',')[0]}" if best else ""
     groups: dict[str, Sequence[Bar]] = {}
-    for job, ours, stage, ceiling, other, others in (
-        ("Small JPEGs (500×375)", "ours", "decode", "decoding alone", best, best_label),
-        ("Images decoded before", "ours-array", "forward", "forward pass alone", None, ""),
-        ("FakeData", "ours-fake", "generate", "generator alone", "tutorial", "the tutorial's script"),
+    photos = found.get("photos-ceilings", Found())
+    for job, ours, alone, ceiling, other, others in (
+        ("Small JPEGs (500×375)", "ours", ceilings.rates("decode"), "decoding alone", best, best_label),
+        ("Photos of 12 megapixels", "photos-ours", photos.rates("decode"), "decoding alone", "photos-ddp", "plain DDP"),
+        ("A web mix", "web-ours", [], "", "web-ddp", "plain DDP"),
+        ("Images decoded before", "ours-array", ceilings.rates("forward"), "forward pass alone", None, ""),
+        ("FakeData", "ours-fake", ceilings.rates("generate"), "generator alone", "tutorial", "the tutorial's script"),
     ):
         bars = [
             Bar(label=label, rate=statistics.median(rates), colour=colour)
             for label, rates, colour in (
                 ("mgpu_ddp", found.get(ours, Found()).rates(), OURS),
-                (ceiling, ceilings.rates(stage), CEILING),
+                (ceiling, alone, CEILING),
                 (others, found.get(other or "", Found()).rates(), OTHER),
             )
             if rates

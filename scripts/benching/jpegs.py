@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WIDTH, HEIGHT = 500, 375
 QUALITY = 90
@@ -36,7 +37,7 @@ def make_folder(work: Path, *, images: int, distinct: int) -> tuple[Path, float]
     folder = work / f"images-{images}-of-{distinct}"
     if not folder.exists():
         fill(folder, images, _Link(different, distinct))
-    sizes = [_name(different, number).stat().st_size for number in range(distinct)]
+    sizes = [name_of(different, number).stat().st_size for number in range(distinct)]
     return folder, sum(sizes) / distinct
 
 
@@ -54,7 +55,7 @@ class _Link:
         self._different, self._distinct = different, distinct
 
     def __call__(self, path: Path, number: int) -> None:
-        os.link(_name(self._different, number % self._distinct), path)
+        os.link(name_of(self._different, number % self._distinct), path)
 
 
 def fill(folder: Path, count: int, make: Callable[[Path, int], None], *, per_folder: int = PER_FOLDER) -> None:
@@ -63,7 +64,7 @@ def fill(folder: Path, count: int, make: Callable[[Path, int], None], *, per_fol
     unfinished.mkdir(parents=True)
     try:
         for first in range(0, count, per_folder):
-            _name(unfinished, first, per_folder).parent.mkdir()
+            name_of(unfinished, first, per_folder).parent.mkdir()
         numbers = [range(first, min(first + PER_TASK, count)) for first in range(0, count, PER_TASK)]
         tasks = [(unfinished, some, make, per_folder) for some in numbers]
         with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
@@ -75,24 +76,32 @@ def fill(folder: Path, count: int, make: Callable[[Path, int], None], *, per_fol
 
 def _fill(folder: Path, numbers: range, make: Callable[[Path, int], None], per_folder: int) -> None:
     for number in numbers:
-        make(_name(folder, number, per_folder), number)
+        make(name_of(folder, number, per_folder), number)
 
 
-def _name(folder: Path, number: int, per_folder: int = PER_FOLDER) -> Path:
+def name_of(folder: Path, number: int, per_folder: int = PER_FOLDER) -> Path:
     return folder / f"{number // per_folder:04d}" / f"{number:07d}.jpg"
 
 
 def jpeg(number: int) -> bytes:
     """Make JPEG number `number`: noise of three sizes, which compresses about as photographs do."""
     import numpy as np
+
+    out = io.BytesIO()
+    picture(np.random.default_rng(number), WIDTH, HEIGHT).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()
+
+
+def picture(random: Any, width: int, height: int, *, grain: float = 0.0) -> Any:
+    """An image of noise of three sizes, and of a grain in levels (standard deviation) as a camera's sensor has it."""
+    import numpy as np
     from PIL import Image
 
-    random = np.random.default_rng(number)
-    pixels = np.full((HEIGHT, WIDTH, 3), 128.0, dtype=np.float32)
+    pixels = np.full((height, width, 3), 128.0, dtype=np.float32)
     for columns, span in OCTAVES:
-        shape = (columns * HEIGHT // WIDTH, columns, 3)
-        noise = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).resize((WIDTH, HEIGHT))
+        shape = (max(2, columns * height // width), columns, 3)
+        noise = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).resize((width, height))
         pixels += (np.asarray(noise, dtype=np.float32) / 255 - 0.5) * (span * random.uniform(0.7, 1.3))
-    out = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
-    return out.getvalue()
+    if grain:
+        pixels += grain * random.standard_normal((height, width, 1), dtype=np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -24,6 +23,7 @@ from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.models.prepare import prepare
 from mgpu_ddp.models.weights import load_weights, weights_digest
 from tests.support.choices import resolved
+from tests.support.hubs import point_to
 
 
 def job(name: str, **changes: object) -> Config:
@@ -133,13 +133,12 @@ def test_a_fake_dataset_has_the_size_of_the_model() -> None:
 def test_without_a_network_one_line_says_what_to_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     config = job("test_resnet", weights="DEFAULT", num_classes=None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         if how == "refused":
             server.close()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        point_to(f"http://127.0.0.1:{port}", tmp_path, monkeypatch)
         began = time.monotonic()
         with pytest.raises(UsageError) as raised:
             load_weights(build_model(config), config.model)

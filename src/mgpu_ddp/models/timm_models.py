@@ -1,9 +1,7 @@
 """timm's models: built by name without a network, with the transform that they were evaluated with."""
 
-import logging
 import math
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +13,9 @@ from mgpu_ddp.config.schema import Config, TimmConfig
 from mgpu_ddp.config.script import CHECKPOINTS
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.checkpoint import is_checkpoint, read_state, weights_name
+from mgpu_ddp.models.hub import WEIGHTS, Repository
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model, State, other_classes
 from mgpu_ddp.models.names import way_from_timm
-from mgpu_ddp.models.network import REACH_S, within
-
-log = logging.getLogger("mgpu_ddp")
-
-HUB_FILE = "model.safetensors"
-"""The weights in a model's repository on the Hugging Face hub: tensors alone, no code."""
 
 
 def build_timm(config: Config, wanted: TimmConfig) -> Model:
@@ -113,24 +106,10 @@ def _fetch(repository: str) -> State:
     Raises:
         UsageError: they are in neither.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repository, HUB_FILE)
-    if isinstance(cached, str):
-        return read_state(Path(cached))
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            url = hf_hub_url(repository, HUB_FILE)
-            within(REACH_S, lambda: get_hf_file_metadata(url, timeout=REACH_S))
-            log.info("%s goes to %s", url, constants.HF_HUB_CACHE)
-        path = Path(hf_hub_download(repository, HUB_FILE))
-    except Exception as error:  # the hub's own, those of its HTTP client, and OSError
-        folder = f"models--{repository.replace('/', '--')}"
-        raise UsageError(
-            f"model.weights must be on this machine or reachable, got 'DEFAULT' ({type(error).__name__}). Fetch"
-            f" {constants.ENDPOINT}/{repository}/resolve/main/{HUB_FILE} where there is a network and give its path, or"
-            f" copy {folder} from its cache to {constants.HF_HUB_CACHE}; model.weights=null is random ones."
-        ) from None
+    found = Repository("model.weights", "DEFAULT", repository)
+    path = found.get(WEIGHTS)
+    if path is None:
+        raise found.without_safetensors()
     return read_state(path)
 
 

@@ -327,6 +327,13 @@ class ModelConfig(Section):
         not_empty("null or a file", "Leave it out for null."),
         path=True,
     )
+    zero_shot: str | None = key(
+        None,
+        "A .safetensors of class embeddings and names, which the text tower of a CLIP made: the logits are scaled"
+        " cosines of the model's features. null: the model's own classes.",
+        not_empty("null or a file", "Leave it out for null."),
+        path=True,
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from mgpu_ddp.models.script_model import build_script_model
 from mgpu_ddp.models.timm_models import build_timm
 from mgpu_ddp.models.torchvision_models import build_torchvision
 from mgpu_ddp.models.weights import count_classes, load_weights
+from mgpu_ddp.models.zero_shot import classify, open_zero_shot
 from mgpu_ddp.preprocess.transform import AnyTransform, Transform
 
 log = logging.getLogger("mgpu_ddp")
@@ -50,13 +51,18 @@ def load_model(config: Config, script: Script, world: World) -> Model:
     Raises:
         UsageError: no such model or weights, or weights that do not fit.
     """
+    classes = open_zero_shot(config, world)
     config, checkpoint = _open_checkpoint(config, world)
+    if classes is not None and config.model.weights is None:
+        config = replace(config, model=replace(config.model, num_classes=classes.width))
     with world.together("load the model"):
         if world.rank == 0 and isinstance(config.model, ModelConfig):
             require_head(config, config.model, available_bytes() // world.local_size)
         model = build_model(config, script)
         if world.rank == 0 and isinstance(config.model, ModelConfig):
             load_weights(model, config.model, checkpoint)
+        if classes is not None:
+            model = classify(model, classes, config.model.zero_shot)
     return name_classes(model, config, world)
 
 

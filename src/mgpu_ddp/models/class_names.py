@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.data.input_file import open_value
@@ -33,16 +34,25 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
         raise UsageError(
             f"{key} must be a readable text in UTF-8, got {str(path)!r} ({cause_of(error)}). {remedy}"
         ) from None
+    return check_names(key, names, num_classes, path, remedy)
+
+
+def check_names(key: str, names: Any, num_classes: int, path: Path, remedy: str) -> tuple[str, ...]:
+    """The names of all classes, without blanks around them.
+
+    Raises:
+        UsageError: they are something else.
+    """
     ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(ok, key, "a list of names", str(path), remedy)
     found = f"{len(names)} in {str(path)!r}"
     require(len(names) == num_classes, key, f"a file of {plural(num_classes, 'name')} for this model", found, remedy)
-    names = tuple(name.strip() for name in names)
-    for number, name in enumerate(names):
+    stripped = tuple(name.strip() for name in names)
+    for number, name in enumerate(stripped):
         # JSON may spell a lone surrogate, which no table can hold.
         ok = bool(name) and name.isprintable()
         require(ok, key, "printable names", f"{name!r} for class {number}", remedy)
-    return names
+    return stripped
 
 
 def names_digest(names: tuple[str, ...] | None) -> str:

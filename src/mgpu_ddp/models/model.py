@@ -20,7 +20,11 @@ class Model:
     module: nn.Module
     """On the CPU; random until `load_weights` fills it."""
     num_classes: int | None
-    """Width of the logits; None where forward returns other columns, or is yet to be tried."""
+    """Width of the logits; None where forward returns features or other columns, or is yet to be tried."""
+    num_features: int | None = None
+    """Width of what forward returns, where that are features for `model.zero_shot`."""
+    has_embedding: bool = True
+    """Its classifier is one linear layer, whose input is the embedding."""
     identity: dict[str, Any]
     """Tells it from other models in the manifest, its weights and classes apart."""
     origin: str

@@ -13,6 +13,7 @@ from mgpu_ddp.models.compile_cache import remove_truncated_libraries
 from mgpu_ddp.models.fusion import FUSED, fold_batch_norms, fuse_activations
 from mgpu_ddp.models.head import embedding_dim, head_of
 from mgpu_ddp.models.model import Model
+from mgpu_ddp.models.zero_shot import ZeroShotClassifier
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,6 +96,9 @@ def _fold(
     module: nn.Module, config: Config, resolved: Resolved, device: torch.device, num_classes: int | None
 ) -> nn.Module:
     """Fold batch norms, and fuse activations where cuDNN can and may."""
+    if isinstance(module, ZeroShotClassifier):
+        module.tower = _fold(module.tower, config, resolved, device, None)
+        return module
     folded = fold_batch_norms(module)
     # Tracing may dissolve the head, and embeddings are its input.
     if num_classes is None or embedding_dim(folded, num_classes) == embedding_dim(module, num_classes):

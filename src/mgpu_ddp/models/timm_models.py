@@ -34,15 +34,23 @@ def build_timm(config: Config, wanted: TimmConfig) -> Model:
     if is_own:
         _check_hub_weights(wanted, pretrained)
         weights = own
+    # Towers of SigLIP, and others for features, have none.
     num_classes = wanted.num_classes or (pretrained["num_classes"] if is_own else RANDOM_CLASSES)
     torch.manual_seed(config.seed)
     module, preset = _create(wanted.name, num_classes)
-    if "embedding" in config.output.computed:
-        _check_embedding(wanted, module)
+    head = module.get_classifier()
+    # The embedding of a head of several layers is the input of none of them: the mean of two tokens, say.
+    has_embedding = isinstance(head, nn.Linear | nn.Conv2d)
+    rule = "without embedding for a model whose classifier is not one linear layer"
+    found = f"{wanted.name} with {type(head).__name__}"
+    is_wanted = "embedding" in config.output.computed and wanted.zero_shot is None
+    require(has_embedding or not is_wanted, "output.fields", rule, found, "Leave it out.")
     source = f"random weights from seed {config.seed}" if weights is None else f"weights {weights}"
     return Model(
         module=module,
-        num_classes=num_classes,
+        num_classes=num_classes or None,
+        num_features=None if num_classes else module.head_hidden_size,
+        has_embedding=has_embedding,
         identity={"model.name": f"timm/{wanted.name}"},
         origin=f"timm {wanted.name}, {source}",
         class_names=_class_names(pretrained) if is_own else None,
@@ -86,18 +94,12 @@ def _check_hub_weights(wanted: TimmConfig, pretrained: dict[str, Any]) -> None:
     rule, remedy = "null or a checkpoint for this model", "timm names none on the Hugging Face hub."
     require(bool(pretrained.get("hf_hub_id")), "model.weights", rule, wanted.weights, remedy)
     classes = pretrained["num_classes"]
-    rule, remedy = "a model whose own weights have classes", "Bring it by a script of yours (docs/own.md)."
-    require(classes > 0, "model.name", rule, f"{wanted.name}, whose weights end in features", remedy)
+    rule = "a model whose own weights have classes"
+    remedy = "Name classes for its features by model.zero_shot, or bring it by a script of yours (docs/own.md)."
+    found = f"{wanted.name}, whose weights end in features"
+    require(classes > 0 or wanted.zero_shot is not None, "model.name", rule, found, remedy)
     if wanted.num_classes not in (None, classes):
         raise other_classes(pretrained["hf_hub_id"], classes, wanted.num_classes)
-
-
-def _check_embedding(wanted: TimmConfig, module: Any) -> None:
-    # The embedding of a head of several layers is the input of none of them: the mean of two tokens, say.
-    head = module.get_classifier()
-    rule = "without embedding for a model whose classifier is not one linear layer"
-    found = f"{wanted.name} with {type(head).__name__}"
-    require(isinstance(head, nn.Linear | nn.Conv2d), "output.fields", rule, found, "Leave it out.")
 
 
 def _fetch(repository: str) -> State:

@@ -80,8 +80,9 @@ def _num_classes(fitted: Fitted, head: str) -> int | None:
 
 
 def head_name(model: Model) -> str:
-    """The name of the head among the module's layers."""
-    assert model.num_classes is not None
+    """The name of the head among the module's layers; empty where it ends in features."""
+    if model.num_classes is None:
+        return ""
     head = head_of(model.module, model.num_classes)
     return next(str(name) for name, part in model.module.named_modules() if part is head)
 

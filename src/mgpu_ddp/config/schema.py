@@ -336,12 +336,22 @@ class ModelConfig(Section):
     )
 
 
+FOLDER = "local-dir:"
+"""Before a folder, in timm's own words."""
+
+
+def _timm_name(key: Key, name: str) -> str:
+    return FOLDER + absolute(key, name.removeprefix(FOLDER)) if name.startswith(FOLDER) else name
+
+
 @dataclass(kw_only=True, slots=True)
 class TimmConfig(ModelConfig):
     name: str = key(
         MISSING,
         "Any timm model that takes a square image, cropped or squashed, with its own transform; model.weights=DEFAULT"
-        " takes its weights from the Hugging Face hub.",
+        " takes its weights from the Hugging Face hub. hf_hub:ORG/REPO, or hf_hub:ORG/REPO@REVISION, is a fine-tune"
+        " there, and local-dir:DIR a folder of the files of one.",
+        _timm_name,
     )
 
 

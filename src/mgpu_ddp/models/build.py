@@ -21,6 +21,7 @@ from mgpu_ddp.models.input_transform import STANDARD_SIZE
 from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model
 from mgpu_ddp.models.script_model import build_script_model
+from mgpu_ddp.models.timm_hub import read_hosted
 from mgpu_ddp.models.timm_models import build_timm
 from mgpu_ddp.models.torchvision_models import build_torchvision
 from mgpu_ddp.models.weights import count_classes, load_weights
@@ -29,6 +30,7 @@ from mgpu_ddp.preprocess.transform import AnyTransform, Transform
 
 log = logging.getLogger("mgpu_ddp")
 
+Hosted = dict[str, Any] | None
 WIDEST = 1 << 14
 """No head sees more features."""
 
@@ -52,13 +54,14 @@ def load_model(config: Config, script: Script, world: World) -> Model:
         UsageError: no such model or weights, or weights that do not fit.
     """
     classes = open_zero_shot(config, world)
-    config, checkpoint = _open_checkpoint(config, world)
+    hosted = read_hosted(config.model, world)
+    config, checkpoint = _open_checkpoint(config, world, hosted)
     if classes is not None and config.model.weights is None:
         config = replace(config, model=replace(config.model, num_classes=classes.width))
     with world.together("load the model"):
         if world.rank == 0 and isinstance(config.model, ModelConfig):
             require_head(config, config.model, available_bytes() // world.local_size)
-        model = build_model(config, script)
+        model = build_model(config, script, hosted)
         if world.rank == 0 and isinstance(config.model, ModelConfig):
             load_weights(model, config.model, checkpoint)
         if classes is not None:
@@ -66,7 +69,7 @@ def load_model(config: Config, script: Script, world: World) -> Model:
     return name_classes(model, config, world)
 
 
-def _open_checkpoint(config: Config, world: World) -> tuple[Config, Checkpoint | None]:
+def _open_checkpoint(config: Config, world: World, hosted: Hosted) -> tuple[Config, Checkpoint | None]:
     """Read the checkpoint on rank 0, and take its number of classes where none is given. Collective."""
     wanted, checkpoint, num_classes = config.model, None, None
     if not isinstance(wanted, ModelConfig) or not is_checkpoint(wanted.weights):
@@ -75,7 +78,7 @@ def _open_checkpoint(config: Config, world: World) -> tuple[Config, Checkpoint |
         if world.rank == 0:
             checkpoint = read_checkpoint(Path(str(wanted.weights)))
             if wanted.num_classes is None:
-                num_classes = count_classes(outline(config), checkpoint)
+                num_classes = count_classes(outline(config, hosted), checkpoint)
     if wanted.num_classes is None and (num_classes := world.share("number of classes", num_classes)) is not None:
         config = replace(config, model=replace(wanted, num_classes=num_classes))
         if world.rank == 0:
@@ -83,21 +86,23 @@ def _open_checkpoint(config: Config, world: World) -> tuple[Config, Checkpoint |
     return config, checkpoint
 
 
-def outline(config: Config) -> Model:
+def outline(config: Config, hosted: Hosted = None) -> Model:
     """The model without memory for its weights, where its builder goes without."""
     import_torchvision()
     try:
         with torch.device("meta"):
-            return build_model(config)
+            return build_model(config, hosted=hosted)
     except Exception:
         # Some compute with tensors as they build, and a mistake is told the same way again.
-        return build_model(config)
+        return build_model(config, hosted=hosted)
 
 
-def build_model(config: Config, script: Script | None = None) -> Model:
-    """Build the model on the CPU, without its named weights."""
+def build_model(config: Config, script: Script | None = None, hosted: Hosted = None) -> Model:
+    """Build the model on the CPU, without its named weights. `hosted` is what its repository says of it."""
     # Before a family does so itself.
     import_torchvision()
+    if hosted is not None:
+        return build_timm(config, config.model, hosted)
     return BUILDERS[type(config.model)](config, config.model, script or Script())
 
 

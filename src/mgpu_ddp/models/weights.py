@@ -178,6 +178,8 @@ def _named(keys: list[str]) -> str:
 
 def _advice(model: Model, fitted: Fitted, checkpoint: Checkpoint | None) -> str:
     """The nearest way to weights and a model that fit."""
+    if model.fetch_weights is not None:
+        return "The files of its repository do not belong together: choose another."
     expected, classes = model.module.state_dict(), _num_classes(fitted, head_name(model))
     shared = expected.keys() & fitted.state.keys()
     other_shapes = {_stem(key) for key in shared if expected[key].shape != fitted.state[key].shape}

@@ -21,6 +21,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.starting import TIMEOUT_S, ranks, run, script_ranks
+from tests.support.zero_shot import plain
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS = ("batch_size=2", "loader.workers=1", "output.dir=out")
@@ -155,6 +156,55 @@ def test_embed_and_search(tmp_path: Path, photos: Path, monkeypatch: pytest.Monk
     assert [float(number) for number, _ in said] == pytest.approx(similarities, abs=1e-3)
     with Image.open(tmp_path / "neighbours.png") as picture:
         assert picture.size == (1200, 250)
+
+
+def tiny_clip(folder: Path) -> Any:
+    """A CLIP of random weights, of width 24, and its tokenizer, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=32
+    )
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    text = tower | ends | {"vocab_size": len(words), "max_position_embeddings": 32}
+    vision = tower | {"image_size": 32, "patch_size": 16}
+    torch.manual_seed(6)
+    config = transformers.CLIPConfig(projection_dim=24, text_config=text, vision_config=vision)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.slow
+def test_zero_shot(tmp_path: Path, photos: Path) -> None:
+    clip, tokenizer = tiny_clip(tmp_path / "clip")
+    (tmp_path / "names.txt").write_text("cat\ndog\ntraffic light\n")
+    path = EXAMPLES / "zero_shot.py"
+    ended = run(script_ranks(1, path, "clip", "names.txt", "classes.safetensors"), tmp_path)
+    assert ended.code == 0, ended.err
+    directions = []
+    for name in ("cat", "dog", "traffic light"):
+        rows = []
+        for template in runpy.run_path(str(path))["TEMPLATES"]:
+            # One text, which is not padded.
+            with torch.inference_mode():
+                returned = clip.get_text_features(**tokenizer([template.format(name)], return_tensors="pt"))
+            rows.append(returned.pooler_output[0] / returned.pooler_output[0].norm())
+        directions.append(torch.stack(rows).mean(dim=0))
+    classes = {"embeddings": torch.stack(directions), "logit_scale": clip.logit_scale.detach().exp()}
+
+    # Any image tower of this width: its own is a model of transformers.
+    small = ("model.name=squeezenet1_1", "model.weights=null", "transform.size=32")
+    settings = (*small, "model.zero_shot=classes.safetensors", "output.fields=[embedding,logits]", *SETTINGS)
+    ended = run(ranks(1, "data=folder", f"data.root={photos}", *settings), tmp_path)
+    assert ended.code == 0, ended.err
+    rows = read_rows(tmp_path / "out")
+    logits = plain(torch.tensor([row["embedding"] for row in rows]), classes)
+    assert torch.allclose(torch.tensor([row["logits"] for row in rows]), logits, atol=1e-4)
+    assert {row["pred_name"] for row in rows} <= {"cat", "dog", "traffic light"}
 
 
 def test_notebook(tmp_path: Path, photos: Path) -> None:

@@ -63,6 +63,15 @@ def _extensions(key: Key, extensions: list[str]) -> list[str]:
     return [extension.lower().removeprefix(".") for extension in extensions]
 
 
+def _each_once(key: Key, names: list[str]) -> list[str]:
+    key.require(len(set(names)) == len(names), "names of columns, each once", list(names), "Leave the others out.")
+    return list(names)
+
+
+CARRY = (
+    "Columns that are copied into the rows: [id,url]. One that is called as a column of ours gets source_ before its"
+    " name."
+)
 CHECK = (
     "How a later start finds images that were replaced, which it predicts again. stat: by size and modification time."
     " hash: by their content, for which each start reads all of them. name: not at all. auto: stat for files, name for"
@@ -116,6 +125,7 @@ class ListConfig(DataConfig):
     extensions: list[str] = key(
         [], "Which of the files are taken, by the end of their name: [jpg,png]. []: all of them.", _extensions
     )
+    carry: list[str] = key([], CARRY, _each_once)
     check: str = key("auto", CHECK, CHECKS)
 
     def check_together(self) -> None:
@@ -182,6 +192,7 @@ class ParquetConfig(DataConfig):
         "The column that becomes the row's path: text, bytes or whole numbers; image.path is that of a struct. null:"
         " file/row number.",
     )
+    carry: list[str] = key([], CARRY, _each_once)
 
 
 def _mapped(key: Key, path: str) -> str:
@@ -581,6 +592,11 @@ class Config(Section):
     seed: int = key(0, "Seeds random weights.", at_least(0))
     limit: int | None = key(None, "Only the first so many samples.", at_least(0, example=1000))
     dry_run: bool = key(False, "Print the plan and leave.")
+
+    def check_together(self) -> None:
+        carry = getattr(self.data, "carry", [])
+        rule = "left out with output.format=npy, which is one array"
+        require(not carry or self.output.format != "npy", "data.carry", rule, carry, "Choose parquet, csv or jsonl.")
 
     @property
     def wide(self) -> bool:

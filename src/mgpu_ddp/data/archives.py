@@ -15,9 +15,10 @@ import numpy as np
 
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.carried import from_text
 from mgpu_ddp.data.image_names import log_left_out, most_common
 from mgpu_ddp.data.labels import is_text, log_labels, number_names
-from mgpu_ddp.data.listing import Archive, Listing
+from mgpu_ddp.data.listing import CARRIED_KEY, Archive, Listing
 from mgpu_ddp.data.patterns import expand, root_of
 from mgpu_ddp.distributed.channel import Channel
 from mgpu_ddp.distributed.world import World
@@ -37,7 +38,7 @@ class ArchiveIndex:
 
     archive: Archive
     rows: Any
-    """An Arrow record batch or table with the columns of `Listing.of`."""
+    """An Arrow record batch or table with the columns of `Listing.of`, and in its metadata what is carried."""
 
 
 IndexArchive = Callable[[str, str], ArchiveIndex]
@@ -183,14 +184,31 @@ def _join(parts: list[ArchiveIndex], known: Listing | None) -> Listing:
             " first dot of a member's name."
         )
     columns = {name: column.chunk(0) for name, column in zip(table.column_names, table.columns, strict=True)}
-    names = None
+    carried, names = _carried_by_all(parts), None
     if is_text(columns["label"].type):
         names_before = known.label_names if known is not None else None
         columns["label"], names = number_names(columns["label"], names_before or (), "data.label_column")
-    files = Listing.of(**columns, archives=[part.archive for part in parts], label_names=names)
+    files = Listing.of(**columns, archives=[part.archive for part in parts], label_names=names, carried=carried)
     files.refreshed = known is not None
     log_labels(len(files), len(files) - files.table["label"].null_count, names)
     return files
+
+
+def _carried_by_all(parts: list[ArchiveIndex]) -> Any:
+    """The schema of what is carried, where anything is.
+
+    Raises:
+        UsageError: files have columns of different types.
+    """
+    schemas = [from_text((part.rows.schema.metadata or {}).get(CARRIED_KEY.encode(), b"")) for part in parts]
+    for part, schema in zip(parts, schemas, strict=True):
+        for field, other in zip(schemas[0], schema, strict=True):
+            if field.type != other.type:
+                raise UsageError(
+                    f"data.carry: the column {field.name!r} is {field.type} in {parts[0].archive.path!r}, but"
+                    f" {other.type} in {part.archive.path!r}. Write it as one type in all files."
+                )
+    return schemas[0]
 
 
 def _with_labels_of_one_kind(tables: list[Any]) -> list[Any]:

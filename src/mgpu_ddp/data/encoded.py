@@ -22,6 +22,7 @@ class EncodedSamples(Samples):
         self.files = files
         self._ahead = ReadAhead(request) if request is not None else None
         self.looks_ahead = self._ahead is not None
+        self.carried_bytes = files.carried_bytes
 
     @abstractmethod
     def fetch(self, index: int) -> bytes:
@@ -60,6 +61,9 @@ class EncodedSamples(Samples):
 
     def known_label(self, index: int) -> int:
         return self.files.label(index)
+
+    def carried(self, indices: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return self.files.carried_of(indices)
 
     def path(self, index: int) -> str | None:
         return readable(self.files.path(index))

@@ -8,11 +8,12 @@ from typing import Any
 from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
 from mgpu_ddp.config.schema import ListConfig
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.carried import find_columns
 from mgpu_ddp.data.content import check_of, content_of
 from mgpu_ddp.data.image_names import ImageNames, describe, log_left_out, most_common
 from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.labels import as_labels, as_names, is_text, log_labels, number_names
-from mgpu_ddp.data.listing import Listing
+from mgpu_ddp.data.listing import CARRIED, Listing, readable
 from mgpu_ddp.errors import UsageError, cause_of
 
 log = logging.getLogger("mgpu_ddp")
@@ -20,6 +21,14 @@ log = logging.getLogger("mgpu_ddp")
 NO_DELIMITER = "\x01"
 """Separates the columns of a text that has one: no sane path holds it."""
 BLANK = r"^\s*$"
+CELLS = {
+    "int64": r"^(0|-?[1-9][0-9]{0,17})$",
+    "float64": r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,17})?([eE][+-]?[0-9]{1,2})?$",
+    "bool": r"^(true|false|True|False|TRUE|FALSE)$",
+}
+"""Types of a CSV's columns, and how each of their cells reads: as a number 007 would lose digits, so it is text."""
+BLOCK_BYTES = 64 << 20
+"""No row of a CSV is longer."""
 HEAD_BYTES = 4096
 """The beginning of a text, which shows its encoding."""
 NO_LISTS = (".tsv", ".json", ".jsonl", ".arrow", ".feather", ".npy", ".tar", ".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -41,6 +50,9 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
         raise UsageError(f"data.path={data.path!r} has no column path, but {found!r}. {remedy}")
     if not table.num_rows:
         raise UsageError(f"data.path={data.path!r} names no image. Name another list.")
+    carried = _read_carried(data, known)
+    for name, column in zip(carried.column_names, carried.columns, strict=True):
+        table = table.append_column(CARRIED + name, column)
     table, left_out = _choose(table, data)
     paths = _to_paths(table["path"], data)
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
@@ -51,7 +63,9 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
     else:
         labels = as_labels(labels, what)
     log_labels(len(paths), len(paths) - labels.null_count, names)
-    files = Listing.of(paths, labels, label_names=names, **_content_of(paths, data))
+    kept = {CARRIED + name: pa.concat_arrays(table[CARRIED + name].chunks) for name in carried.column_names}
+    content = _content_of(paths, data)
+    files = Listing.of(paths, labels, label_names=names, carried=carried.schema, **content, **kept)
     files.left_out = left_out
     return files if known is None else files.after(known)
 
@@ -173,6 +187,77 @@ def _read_parquet(path: str) -> Any:
         return table.schema_arrow.empty_table()
     read = table.read(columns=list(names.values()), use_threads=False)
     return read.select(list(names.values())).rename_columns(list(names))
+
+
+def _read_carried(data: ListConfig, known: Listing | None) -> Any:
+    """The columns that `data.carry` names, by these names, of types with room for all rows in one array."""
+    import pyarrow as pa
+
+    if not data.carry:
+        return pa.table({})
+    suffix = Path(data.path).suffix.lower()
+    rule = "left out for a text of one path a line"
+    require(suffix in (".csv", ".parquet"), "data.carry", rule, list(data.carry), "Give a .csv with a column path.")
+    try:
+        columns = (_carried_of_csv if suffix == ".csv" else _carried_of_parquet)(data)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(
+            f"data.carry: {data.path!r} cannot be read ({cause_of(error)}). Fix it, or leave columns out."
+        ) from None
+    if suffix == ".csv":
+        before = known.carried if known is not None else pa.schema([])
+        # Of what was text once new cells are text as well.
+        texts = {field.name for field in before if is_text(field.type)}
+        columns = [
+            column if name in texts else _typed(column) for name, column in zip(data.carry, columns, strict=True)
+        ]
+    return pa.table(columns, names=list(data.carry))
+
+
+def _carried_of_csv(data: ListConfig) -> list[Any]:
+    """Columns as text, null where a cell is empty."""
+    import pyarrow as pa
+    from pyarrow import compute, csv
+
+    read = csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+    parse = csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(_open(data.path), read, parse) as reader:
+        names = find_columns(reader.schema.names, data.carry, f"data.path={data.path!r}")
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_binary()), include_columns=names)
+    columns = []
+    for column in csv.read_csv(_open(data.path), read, parse, convert).columns:
+        cells = pa.concat_arrays(column.chunks)
+        try:
+            texts = cells.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            texts = pa.array(map(readable, cells.to_pylist()), pa.large_string())
+        columns.append(compute.if_else(compute.equal(texts, ""), pa.scalar(None, pa.large_string()), texts))
+    return columns
+
+
+def _typed(texts: Any) -> Any:
+    """A CSV's column as numbers or booleans, where all of its cells are."""
+    from pyarrow import compute
+
+    for kind, pattern in CELLS.items():
+        if compute.all(compute.match_substring_regex(texts, pattern), min_count=1).as_py():
+            return texts.cast(kind)
+    return texts
+
+
+def _carried_of_parquet(data: ListConfig) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(_open(data.path), pre_buffer=False)
+    names = find_columns(file.schema_arrow.names, data.carry, f"data.path={data.path!r}")
+    table = file.read(columns=names, use_threads=False)
+    columns = []
+    for column in (table[name] for name in names):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}.get(kind, kind)
+        columns.append(pa.concat_arrays(column.cast(wide).chunks))
+    return columns
 
 
 def _columns(given: list[str]) -> dict[str, str]:

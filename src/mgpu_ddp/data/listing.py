@@ -10,10 +10,13 @@ where in its tar each image lies. Where labels are texts, the metadata lists the
 For files of their own, `bytes` and `modified_ns`, or `sha256`, tell what each image was when it was listed last, null
 where that is not known. Rows are predicted from this content or from later one, so that a file which differs has to be
 predicted again.
+
+`data.carry` adds to the metadata the types of what it carries, and in a list's listing a column `carried/NAME` each.
 """
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgpu_ddp.data.carried import from_text, to_text
 from mgpu_ddp.errors import UsageError
+
+log = logging.getLogger("mgpu_ddp")
 
 FILE_NAME = "listing.arrow"
 ARCHIVES_KEY = "shards"
@@ -29,6 +35,10 @@ ARCHIVES_KEY = "shards"
 NAMES_KEY = "label_names"
 CONTENT = ("bytes", "modified_ns", "sha256")
 """The columns that tell one content of a file from another."""
+CARRIED_KEY = "carried"
+"""Holds the schema of what is carried, in the metadata."""
+CARRIED = "carried/"
+"""Begins the names of columns that are carried."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -67,6 +77,8 @@ class Archive:
     """The bytes of the images in the largest row group."""
     left_out: dict[str, int] = field(default_factory=dict)
     """How many images of a tar are not listed, by kind."""
+    carried_bytes: int = 0
+    """The bytes of the columns that are carried."""
 
 
 class Listing:
@@ -88,6 +100,8 @@ class Listing:
         names = metadata.get(NAMES_KEY.encode())
         self.label_names: list[str] | None = None if names is None else json.loads(names)
         """The texts that were given for labels, in the order of their numbers."""
+        self.carried: Any = from_text(metadata.get(CARRIED_KEY.encode(), b""))
+        """The schema of the columns that are carried into the rows."""
         self.refreshed = False
         """It replaces a listing whose archives or files have changed."""
         self.changed: Integers = np.empty(0, np.int64)
@@ -131,15 +145,21 @@ class Listing:
         *,
         archives: list[Archive] | None = None,
         label_names: list[str] | None = None,
+        carried: Any = None,
         **places: Any,
     ) -> "Listing":
-        """A listing of Arrow arrays: large_binary, int32, and as `places` offset and size (int64), or `CONTENT`."""
+        """A listing of Arrow arrays: large_binary, int32, and as `places` offset and size (int64), or `CONTENT`.
+
+        `carried` is the schema of what is carried; `places` also has its columns, where the listing keeps them.
+        """
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
         metadata = {ARCHIVES_KEY: json.dumps([asdict(each) for each in archives])} if archives is not None else {}
         if label_names is not None:
             metadata[NAMES_KEY] = json.dumps(label_names)
+        if carried:
+            metadata[CARRIED_KEY] = to_text(carried)
         batch = pa.record_batch({"path": path, "label": label, **places}, metadata=metadata or None)
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
@@ -178,6 +198,23 @@ class Listing:
             return paths.cast(pa.string())
         except pa.ArrowInvalid:
             return pa.array(map(readable, paths.to_pylist()), type=pa.string())
+
+    def carried_of(self, indices: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """The values of these rows that the listing keeps, an Arrow array for each column that is carried."""
+        import pyarrow as pa
+
+        return {name: self.table[CARRIED + name].chunk(0).take(pa.array(indices)) for name in self.carried.names}
+
+    @property
+    def carried_bytes(self) -> int:
+        """About how many bytes are carried into a row."""
+        kept: int = sum(column.nbytes for column in self._kept().values())
+        return (kept + sum(archive.carried_bytes for archive in self.archives)) // max(len(self), 1)
+
+    def _kept(self) -> dict[str, Any]:
+        """The columns that are carried, by their names here."""
+        names = [name for name in self.table.column_names if name.startswith(CARRIED)]
+        return {name: self.table[name].chunk(0) for name in names}
 
     def label(self, index: int) -> int:
         """The class number, -1 where there are no classes."""
@@ -232,11 +269,23 @@ class Listing:
         return self._updated(found_at, content, path=self._paths, label=self._labels)
 
     def after(self, known: "Listing") -> "Listing":
-        """This listing, compared row by row with an earlier one of the same images."""
-        if len(self) < len(known):
+        """This listing, compared row by row with an earlier one of the same images, whose carried values stay."""
+        import pyarrow as pa
+
+        if len(self) < len(known) or not self.carried.equals(known.carried):
             return self
+        kept = {}
+        for name, column in self._kept().items():
+            before = known.table[name].chunk(0)
+            if not column.slice(0, len(known)).equals(before):
+                log.warning(
+                    "data.carry: %r has other values than when the job began, whose rows keep theirs",
+                    name.removeprefix(CARRIED),
+                )
+            kept[name] = pa.concat_arrays([before, column.slice(len(known))])
         content = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
         columns = {"path": self._paths, "label": self._labels, "label_names": self.label_names}
+        columns |= {"carried": self.carried, **kept}
         updated = known._updated(np.arange(len(self)), content, **columns)
         updated.left_out = self.left_out
         return updated

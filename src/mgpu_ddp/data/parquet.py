@@ -2,23 +2,26 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.config.schema import Config, ParquetConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
+from mgpu_ddp.data.carried import find_columns, to_text
 from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.input_file import require_input
 from mgpu_ddp.data.labels import as_labels, as_names, is_text
-from mgpu_ddp.data.listing import Archive, Listing
+from mgpu_ddp.data.listing import CARRIED_KEY, Archive, Listing
 from mgpu_ddp.data.row_group_cache import RowGroupCache, slot_bytes
 from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.distributed.world import World
-from mgpu_ddp.errors import UsageError
+from mgpu_ddp.errors import StateError, UsageError
 
 log = logging.getLogger("mgpu_ddp")
 
@@ -30,6 +33,9 @@ def list_parquet(config: Config, known: Listing | None, world: World) -> Listing
         UsageError: a file is missing, broken, or lacks a column.
     """
     data: ParquetConfig = config.data
+    if known is not None and known.carried.names != data.carry:
+        # Another job's, as the claim will find.
+        known = None
     files = index_archives(data.urls, partial(index_parquet, data), known, world, check=data.check)
     if files is not None and config.collect == "gather" and world.size > 1:
         advise_block(files, config.loader.block)
@@ -56,6 +62,7 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
     try:
         with _open(path) as file:
             leaf = _leaves(file).index(_image_leaf(file.schema_arrow, data.column, path))
+            carried = _carried_schema(file.schema_arrow, data.carry, repr(path))
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             if sum(group.num_rows for group in groups) != file.metadata.num_rows:
                 raise unreadable(path, ValueError("its row groups have not as many rows as it says"))
@@ -66,8 +73,12 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
                     modified_ns=modified_ns,
                     groups=[group.num_rows for group in groups],
                     group_bytes=max((group.column(leaf).total_uncompressed_size for group in groups), default=0),
+                    carried_bytes=_num_bytes(file, data.carry),
                 ),
-                rows=pa.record_batch({"path": _keys(file, data, path, name), "label": _labels(file, data, path)}),
+                rows=pa.record_batch(
+                    {"path": _keys(file, data, path, name), "label": _labels(file, data, path)},
+                    metadata={CARRIED_KEY: to_text(carried)},
+                ),
             )
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(path, error) from None
@@ -124,6 +135,23 @@ def _column(file: Any, name: str, key: str, path: str) -> Any:
     return (compute.struct_field(column, inner) if inner else column).combine_chunks()
 
 
+def _carried_schema(schema: Any, carry: Sequence[str], where: str) -> Any:
+    """The types of the columns that `data.carry` names, by these names; of a dictionary that of its values."""
+    import pyarrow as pa
+
+    kinds = [schema.field(name).type for name in find_columns(schema.names, carry, where)]
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    return pa.schema([pa.field(name, kind) for name, kind in zip(carry, kinds, strict=True)])
+
+
+def _num_bytes(file: Any, carry: Sequence[str]) -> int:
+    """The bytes of the columns that `data.carry` names."""
+    names = find_columns(file.schema_arrow.names, carry, "")
+    mine = [number for number, leaf in enumerate(_leaves(file)) if leaf in names or leaf.partition(".")[0] in names]
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    return sum(group.column(number).total_uncompressed_size for group in groups for number in mine)
+
+
 def _labels(file: Any, data: ParquetConfig, path: str) -> Any:
     """The rows' labels: int32, or names that are numbered once those of all files are known."""
     import pyarrow as pa
@@ -177,6 +205,12 @@ class ParquetSamples(EncodedSamples):
         """The file and the number in it of each row group."""
         self._stops = np.cumsum([rows for _, _, rows in groups])
         self._files: OpenArchives[Any] = OpenArchives(files.archives, _open, lambda file: file.close(force=True))
+        # Of the thread that writes rows.
+        self._files_carried: OpenArchives[Any] = OpenArchives(
+            files.archives, _open, lambda file: file.close(force=True)
+        )
+        self._carried_group: tuple[int, Any] = (-1, None)
+        """The number of the row group whose values were carried last, and all of these."""
         self._cache = RowGroupCache(
             max(slot_bytes(archive.group_bytes, max(archive.groups, default=0)) for archive in files.archives)
         )
@@ -210,3 +244,37 @@ class ParquetSamples(EncodedSamples):
         if images.type not in (pa.binary(), pa.large_binary()):
             images = images.cast(pa.large_binary())
         return pa.concat_arrays(images.chunks) if images.num_chunks != 1 else images.chunk(0)
+
+    def carried(self, indices: npt.NDArray[np.int64]) -> dict[str, Any]:
+        import pyarrow as pa
+
+        if not self.files.carried:
+            return {}
+        numbers = np.searchsorted(self._stops, indices, side="right")
+        stretches = np.split(np.arange(len(indices)), np.flatnonzero(np.diff(numbers)) + 1)
+        tables = []
+        for stretch in stretches:
+            number = int(numbers[stretch[0]])
+            first = int(self._stops[number - 1]) if number else 0
+            tables.append(self._read_carried(number).take(pa.array(indices[stretch] - first)))
+        table = pa.concat_tables(tables)
+        return dict(zip(table.column_names, table.columns, strict=True))
+
+    def _read_carried(self, number: int) -> Any:
+        """Read the values that a row group's rows carry; it is kept for the rows that follow."""
+        import pyarrow as pa
+
+        if self._carried_group[0] != number:
+            place, group = self._places[number]
+            file, wanted = self._files_carried[place], self.files.carried
+            names = find_columns(file.schema_arrow.names, wanted.names, "")
+            try:
+                table = file.read_row_group(group, columns=names, use_threads=False)
+                columns = [table[name].cast(field.type) for name, field in zip(names, wanted, strict=True)]
+            except (OSError, pa.ArrowException) as error:
+                path = self.files.archives[place].path
+                raise StateError(
+                    f"data.carry: row group {group} of {path!r} cannot be read ({error}). Fix the file and start again."
+                ) from None
+            self._carried_group = number, pa.table(columns, schema=wanted)
+        return self._carried_group[1]

@@ -18,6 +18,8 @@ class Samples(ABC):
 
     layout: Layout | None = None
     """The layout of the stored images, where all are decoded and alike: a GPU can then transform them."""
+    carried_bytes: int = 0
+    """About how many bytes `carried` adds to a row."""
     looks_ahead: bool = False
     """Calling `expect` speeds up the next reads."""
 
@@ -52,6 +54,16 @@ class Samples(ABC):
         """Hand over what came along with samples that were loaded: masked arrays (n,), `path` the name of a row.
 
         Masked where there is nothing, as for a sample that could not be loaded.
+        """
+        return {}
+
+    def carried(self, indices: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """The values that `data.carry` copies into these rows, an Arrow array or chunked array for each column.
+
+        Called where rows are written, by one thread at a time, whatever became of the images.
+
+        Raises:
+            StateError: the source cannot be read, or is not what was listed.
         """
         return {}
 

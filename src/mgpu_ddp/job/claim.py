@@ -28,7 +28,7 @@ from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.models.class_names import names_digest
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.atomic_files import replace_bytes
-from mgpu_ddp.output.columns import ColumnType, as_json
+from mgpu_ddp.output.columns import ColumnType, as_json, carried_names
 from mgpu_ddp.output.layout import check_layout, lies_in_the_way
 from mgpu_ddp.output.manifest import Manifest, Start
 from mgpu_ddp.output.parts import write_error
@@ -64,9 +64,8 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
 
 def _is_free(data: Any, key: str) -> bool:
     """True for a key that binds no later start: what it finds is another thing, or it was not there once."""
-    return key == "check" or (
-        key == "extensions" and isinstance(data, FolderConfig | ListConfig) and not data.extensions
-    )
+    was_not_there = key == "carry" or (key == "extensions" and isinstance(data, FolderConfig | ListConfig))
+    return key == "check" or (was_not_there and not getattr(data, key))
 
 
 def array_shape(config: Config, types: Sequence[ColumnType]) -> tuple[int, ...] | None:
@@ -184,7 +183,7 @@ def _fresh_manifest(setup: Setup) -> Manifest:
         versions=versions(),
         slurm_job=slurm.job_id(),
         shard=config.shard,
-        columns=as_json([*carried_types(files), *setup.types]),
+        columns=as_json([*carried_types(setup), *setup.types]),
         starts=[Start(began=round(time.time() - age_s, 3), ranks=setup.world.size)],
         weights=setup.resolved.weights,
     )
@@ -195,10 +194,15 @@ def _fresh_manifest(setup: Setup) -> Manifest:
     return manifest
 
 
-def carried_types(files: object) -> list[ColumnType]:
-    """The columns that samples carry."""
-    carried = files.kind.carried if isinstance(files, ScriptDataset) else {}
-    return [ColumnType(name=name, dtype=dtype) for name, dtype in carried.items() if name != "path"]
+def carried_types(setup: Setup) -> list[ColumnType]:
+    """The columns that samples carry. Of a listing on rank 0 only, where there is one."""
+    if isinstance(setup.files, ScriptDataset):
+        carried = setup.files.kind.carried
+        return [ColumnType(name=name, dtype=dtype) for name, dtype in carried.items() if name != "path"]
+    if not isinstance(setup.files, Listing):
+        return []
+    names = carried_names(setup.files.carried.names, setup.types)
+    return [ColumnType.carried(names[field.name], field.type) for field in setup.files.carried]
 
 
 def _write_hydra_files(job: Job, folder: RunFolder) -> None:

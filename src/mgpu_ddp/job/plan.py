@@ -49,6 +49,8 @@ class Planner:
     types: tuple[ColumnType, ...]
     """The columns of a row."""
     world: World
+    carried_bytes: int = 0
+    """About how many bytes a row's source carries into it."""
 
     def plan(self, start: int, stop: int) -> Plan:
         """Windows over [start, stop) as the job asks for them. Collective: every rank calls this."""
@@ -80,7 +82,7 @@ class Planner:
         ahead += held_batches(resolved, world) * resolved.batch_size
         smallest = max(world.exchange("rows read ahead", ahead)) * world.size
         budget = STRETCH_BYTES * world.size if contiguous else WINDOW_BYTES
-        largest = budget // row_bytes(self.types)
+        largest = budget // (row_bytes(self.types) + self.carried_bytes)
         if not contiguous and smallest > WARNED_FACTOR * largest:
             log.warning(
                 "the smallest window of %d ranks is %s rows, which all travel to rank 0: set output.collect=shards",
@@ -94,9 +96,13 @@ def dry_run(setup: Setup) -> dict[str, Any]:
     """Print the plan of a fresh start and touch nothing. Collective: every rank calls this."""
     job, world, types = setup.job, setup.world, setup.types
     with world.together("open the samples"):
-        length = len(open_samples(job.config, setup.files)) if world.rank == 0 else 0
-    start, stop = world.share("samples", dataset_range(job.config, length))
-    plan = Planner(config=job.config, resolved=setup.resolved, types=types, world=world).plan(start, stop)
+        length, carried_bytes = 0, 0
+        if world.rank == 0:
+            samples = open_samples(job.config, setup.files)
+            length, carried_bytes = len(samples), samples.carried_bytes
+    start, stop, carried_bytes = world.share("samples", (*dataset_range(job.config, length), carried_bytes))
+    planner = Planner(config=job.config, resolved=setup.resolved, types=types, world=world, carried_bytes=carried_bytes)
+    plan = planner.plan(start, stop)
     summary = {
         "status": "planned",
         "exit_code": int(Exit.COMPLETE),
@@ -105,19 +111,19 @@ def dry_run(setup: Setup) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
     }
     if world.rank == 0:
-        print_lines(describe_plan(setup, plan))
+        print_lines(describe_plan(setup, plan, row_bytes(types) + carried_bytes))
         console.print_summary(summary)
     return summary
 
 
-def describe_plan(setup: Setup, plan: Plan) -> list[str]:
+def describe_plan(setup: Setup, plan: Plan, bytes_per_row: int) -> list[str]:
     job, device = setup.job, setup.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = plan.stop - plan.start
     number, grows = -(-rows // plan.smallest), plan.smallest != plan.largest
     most, least = ("at most ", "at least ") if grows else ("", "")
     windows = f"{most}{number:,}, of {least}{plan.smallest:,} rows" if number > 1 else f"{number}"
-    num_bytes = rows * row_bytes(setup.types)
+    num_bytes = rows * bytes_per_row
     return [
         f"run folder     {job.run_dir}",
         f"samples        {rows:,} ({plan.start:,} to {plan.stop:,})",

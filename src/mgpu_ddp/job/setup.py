@@ -7,6 +7,7 @@ from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.resolved import RANDOM, Resolved, is_on_gpu
 from mgpu_ddp.config.schema import AUTO, Config, FakeConfig, ModelConfig
 from mgpu_ddp.data.datasets import find_listing
+from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.script_dataset import bring_dataset
 from mgpu_ddp.distributed import host
 from mgpu_ddp.distributed.devices import choose_device
@@ -30,7 +31,8 @@ from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.models.model import Model
 from mgpu_ddp.models.prepare import precision_of, speedups_of
 from mgpu_ddp.models.script_transform import script_transform
-from mgpu_ddp.output.columns import OURS, ColumnType
+from mgpu_ddp.output.columns import OURS, ColumnType, carried_names
+from mgpu_ddp.output.formats import is_readable
 from mgpu_ddp.output.manifest import Manifest
 from mgpu_ddp.output.no_pandas import keep_pandas_out
 
@@ -91,7 +93,12 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     setup = try_model(setup) if model.is_tried else replace(setup, types=types_of(model, config))
     if setup.model.num_classes == 1 and world.rank == 0:
         log.info("one logit a row: its sigmoid is the probability of class 1, and pred is 0 or 1")
-    check_carried(setup)
+    if getattr(config.data, "carry", []):
+        with world.together("name what is carried"):
+            if isinstance(setup.files, Listing):
+                check_listed(setup, setup.files)
+    else:
+        check_carried(setup)
     return setup if config.dry_run else _measured(setup)
 
 
@@ -109,15 +116,30 @@ def choose_weights(job: Job, before: Manifest | None, world: World) -> Job:
 
 
 def check_carried(setup: Setup) -> None:
-    """Check that what the samples carry has names of its own.
+    """Check that what a dataset's items carry has names of its own.
 
     Raises:
         UsageError: a column of that name is there already.
     """
     taken = {*OURS, *(each.name for each in setup.types)}
-    for each in carried_types(setup.files):
+    for each in carried_types(setup):
         rule = f"named otherwise than the columns {', '.join(sorted(taken))}"
         require(each.name not in taken, "what a dataset carries", rule, each.name, "Rename it.")
+
+
+def check_listed(setup: Setup, files: Listing) -> None:
+    """Say what columns of a list or of Parquet files are called, and check that the format can hold them.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    how, names = setup.job.config.output.format, carried_names(files.carried.names, setup.types)
+    for field in files.carried:
+        rule = f"parquet for the column {field.name!r} of {field.type}"
+        require(is_readable(field.type, how), "output.format", rule, how, "Leave it out.")
+    renamed = [f"{name} as {column}" for name, column in names.items() if name != column]
+    if renamed:
+        log.info("data.carry: %s, since the table has columns of these names", ", ".join(renamed))
 
 
 def types_of(model: Model, config: Config) -> tuple[ColumnType, ...]:

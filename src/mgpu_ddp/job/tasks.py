@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from mgpu_ddp.job.collector import Collector, Committer, Sink
 from mgpu_ddp.job.context import JobContext
 from mgpu_ddp.job.plan import Planner
 from mgpu_ddp.loader.loader import load_batches
+from mgpu_ddp.output.columns import carried_names
 from mgpu_ddp.output.parts import open_writer
 from mgpu_ddp.output.rows import Rows
 from mgpu_ddp.output.verify import error_rows
@@ -49,7 +51,10 @@ class Task:
 def tasks(context: JobContext) -> Iterator[Task]:
     """The samples without a row, then those to predict again. Collective: every rank walks it, or leaves it."""
     config, claim, world = context.config, context.claim, context.world
-    planner = Planner(config=config, resolved=context.resolved, types=context.types, world=world)
+    carried_bytes = claim.samples.carried_bytes
+    planner = Planner(
+        config=config, resolved=context.resolved, types=context.types, world=world, carried_bytes=carried_bytes
+    )
     yield Task(
         name="row",
         plan=planner.plan(claim.prefix, claim.stop),
@@ -114,8 +119,15 @@ def collecting(context: JobContext, task: Task) -> Iterator[Collector]:
 def _open_sink(context: JobContext, task: Task) -> Sink:
     config, claim, class_names = context.config, context.claim, context.model.class_names
     # A task may choose among the samples; parts name them as the dataset does.
-    names_of = claim.samples.names
-    writer = open_writer(context.folder.path, config.output.format, names_of, class_names, claim.token, claim.start)
+    samples, how = claim.samples, config.output.format
+    columns = carried_names(getattr(config.data, "carry", []), context.types)
+
+    def carried_of(index: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return {columns[name]: values for name, values in samples.carried(index).items()}
+
+    writer = open_writer(
+        context.folder.path, how, samples.names, class_names, claim.token, claim.start, carried_of=carried_of
+    )
     table = context.folder.open_table(writer, task.chosen) if context.world.rank == 0 else None
     return Sink(writer=writer, table=table)
 

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgpu_ddp.data.carried import from_text, to_text
+
 Values = npt.NDArray[np.generic]
 OURS = ("index", "path", "label", "pred", "prob", "pred_name", "topk_index", "topk_prob", "error")
 """Columns that this package writes itself, which no output of a user's model may be named."""
+WIDE = ("logits", "probs", "embedding", "box", "width", "height")
+"""Columns that it writes where `output.fields` or the data ask for them."""
 RAGGED_ROWS = 100
 """Entries that a ragged row is assumed to have where its size only sizes buffers."""
 
@@ -67,6 +71,19 @@ class ColumnType:
     shape: tuple[int, ...] = ()
     """Of a row, or of each entry of a ragged row."""
     ragged: bool = False
+    arrow: str = ""
+    """The Arrow type of a column that `data.carry` copies: a schema of one field, as text."""
+
+    @classmethod
+    def carried(cls, name: str, kind: Any) -> "ColumnType":
+        """The type of a column of an Arrow type."""
+        import pyarrow as pa
+
+        return cls(name=name, dtype=str(kind), arrow=to_text(pa.schema([pa.field("", kind)])))
+
+    @property
+    def arrow_type(self) -> Any:
+        return from_text(self.arrow).field(0).type
 
     @classmethod
     def of(cls, name: str, column: Column) -> "ColumnType":
@@ -91,10 +108,25 @@ class ColumnType:
         return itemsize * math.prod(self.shape) * (RAGGED_ROWS if self.ragged else 1)
 
     def __str__(self) -> str:
+        if self.arrow:
+            return f"{self.name} {self.dtype}"
         shape = ["k", *map(str, self.shape)] if self.ragged else [*map(str, self.shape)]
         return f"{self.name} {self.dtype} ({', '.join(shape)}{',' if len(shape) == 1 else ''})"
 
 
 def as_json(types: Sequence[ColumnType]) -> list[dict[str, Any]]:
     """Types as JSON values, for the manifest."""
-    return [{**asdict(each), "shape": list(each.shape)} for each in types]
+    found = [{**asdict(each), "shape": list(each.shape)} for each in types]
+    return [{key: value for key, value in each.items() if key != "arrow" or value} for each in found]
+
+
+def carried_names(carry: Sequence[str], types: Sequence[ColumnType]) -> dict[str, str]:
+    """What the columns that `data.carry` names are called in the table, beside a model's columns of these types."""
+    taken = {*OURS, *WIDE, *(each.name for each in types)}
+    names: dict[str, str] = {}
+    for name in carry:
+        column = name
+        while column in taken or column.startswith("topk_") or (column != name and column in carry):
+            column = f"source_{column}"
+        names[name] = column
+    return names

@@ -1,15 +1,15 @@
 """Rows ↔ the bytes of a part, in each format of tables.
 
-A table has the columns `index` int64, `path` string, `label` int32, what samples carry, then the model's, then `error`
-string. A classifier's are `pred` int32, `prob` float32, `pred_name` string, `topk_index` and `topk_prob` as lists, and
-`logits`, `probs`, `embedding` as fixed-size lists where asked for. Of other models a scalar is a column of its dtype, a
-tensor a fixed-size list (its shape, of more than one dimension, stands in the field's metadata), and what differs in
-length from row to row a list. The model's columns are null in an error row. CSV holds lists as JSON text; JSONL holds
-one object a line.
+A table has the columns `index` int64, `path` string, `label` int32, what samples carry (of any Arrow type), then the
+model's, then `error` string. A classifier's are `pred` int32, `prob` float32, `pred_name` string, `topk_index` and
+`topk_prob` as lists, and `logits`, `probs`, `embedding` as fixed-size lists where asked for. Of other models a scalar
+is a column of its dtype, a tensor a fixed-size list (its shape, of more than one dimension, stands in the field's
+metadata), and what differs in length from row to row a list. The model's columns are null in an error row. CSV holds
+lists and structs as JSON text; JSONL holds one object a line. Dates, times and decimals are text in both.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,19 +17,27 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from mgpu_ddp.data.labels import is_text
 from mgpu_ddp.output.columns import Column, ColumnType, Ragged, Values
 from mgpu_ddp.output.rows import Rows
 
 TEXT_CHUNK = 4096
 """Rows that are turned into text at once, to bound memory."""
+BLOCK_BYTES = 64 << 20
+"""No row of text is longer."""
 VARIABLE = ("topk_index", "topk_prob")
 """Columns of one length that are lists of any length in the table, which readers of it rely on."""
 REPEATING = ["label", "pred", "pred_name", "topk_index.list.element", "error"]
 """Columns worth a dictionary in Parquet: one of names or probabilities takes time and makes the file larger."""
 
 
-def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
-    """An Arrow table of the rows; `names` are theirs, an Arrow array of strings."""
+def to_table(
+    rows: Rows, names: Any, class_names: Sequence[str] | None, carried_as_is: Mapping[str, Any] | None = None
+) -> Any:
+    """An Arrow table of the rows; `names` are theirs, an Arrow array of strings.
+
+    `carried_as_is` are Arrow arrays that their source has, and the rows have not.
+    """
     import pyarrow as pa
 
     failed = rows.failed if rows.errors else None
@@ -39,6 +47,7 @@ def to_table(rows: Rows, names: Any, class_names: Sequence[str] | None) -> Any:
         "path": carried.pop("path", names),
         "label": pa.array(rows.label, mask=rows.label < 0),
         **carried,
+        **(carried_as_is or {}),
     }
     for name, column in rows.columns.items():
         columns[name] = _array(name, column, failed)
@@ -57,6 +66,8 @@ def empty_table(types: Sequence[ColumnType]) -> Any:
     """An Arrow table of no rows, with the columns that a manifest lists: carried ones, then the model's."""
     import pyarrow as pa
 
+    as_is = {each.name: pa.array([], each.arrow_type) for each in types if each.arrow}
+    types = [each for each in types if not each.arrow]
     # A model's first scalars are among them, which makes no difference to their types.
     carried = [*takewhile(lambda each: each.name != "pred" and not each.shape and not each.ragged, types)]
     rows = Rows(
@@ -66,7 +77,23 @@ def empty_table(types: Sequence[ColumnType]) -> Any:
         errors={},
         carried={each.name: np.ma.MaskedArray(each.empty()) for each in carried},
     )
-    return to_table(rows, pa.nulls(0, pa.string()), None)
+    return to_table(rows, pa.nulls(0, pa.string()), None, as_is)
+
+
+def is_readable(kind: Any, how: str) -> bool:
+    """True for an Arrow type that the format can hold and give back."""
+    import pyarrow as pa
+
+    if how == "parquet":
+        return True
+    if _is_list(kind):
+        return is_readable(kind.value_type, how)
+    if pa.types.is_struct(kind):
+        inner = [kind.field(number) for number in range(kind.num_fields)]
+        is_unique = len({field.name for field in inner}) == len(inner)
+        return is_unique and all(is_readable(field.type, how) for field in inner)
+    checks = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
+    return is_text(kind) or _is_written_out(kind) or any(check(kind) for check in checks)
 
 
 def _carried(column: Any) -> Any:
@@ -155,10 +182,10 @@ class Csv:
     def read(self, path: Path, schema: Any) -> Any:
         import pyarrow as pa
 
-        types = {field.name: pa.string() if _is_list(field.type) else _loose(field.type) for field in schema}
+        types = {field.name: pa.string() if _is_nested(field.type) else _loose(field.type) for field in schema}
         table = self._read(path, types)
         columns = [
-            _parsed(table[field.name], field.type) if _is_list(field.type) else table[field.name].cast(field.type)
+            _parsed(table[field.name], field.type) if _is_nested(field.type) else table[field.name].cast(field.type)
             for field in schema
         ]
         return pa.table(columns, schema=schema)
@@ -175,7 +202,8 @@ class Csv:
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         )
-        return csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert)
+        parse, read = csv.ParseOptions(newlines_in_values=True), csv.ReadOptions(block_size=BLOCK_BYTES)
+        return csv.read_csv(path, read, parse, convert)
 
 
 class JsonLines:
@@ -201,7 +229,7 @@ class JsonLines:
         from pyarrow import json as arrow_json
 
         options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        block = arrow_json.ReadOptions(block_size=64 << 20)
+        block = arrow_json.ReadOptions(block_size=BLOCK_BYTES)
         return arrow_json.read_json(path, read_options=block, parse_options=options)
 
 
@@ -222,21 +250,27 @@ def _narrow(names: list[str]) -> Any:
 
 
 def _loose(kind: Any) -> Any:
-    """The type as which Arrow reads text: it knows no lists of one length and no half precision."""
+    """The type as which Arrow reads text: it knows no lists of one length, no half precision and few dates."""
     import pyarrow as pa
 
     if _is_list(kind):
         return pa.list_(_loose(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _loose(field.type)) for field in map(kind.field, range(kind.num_fields))])
+    if _is_written_out(kind):
+        return pa.string()
     return pa.float32() if pa.types.is_float16(kind) else kind
 
 
 def _parsed(texts: Any, kind: Any) -> Any:
-    """Lists of numbers that are written as JSON."""
+    """Lists and structs that are written as JSON."""
     import pyarrow as pa
     from pyarrow import compute
 
-    if _is_list(kind.value_type) or compute.any(compute.equal(texts, "[]")).as_py():
-        return pa.array([None if text is None else json.loads(text) for text in texts.to_pylist()], type=kind)
+    is_plain = _is_list(kind) and pa.types.is_primitive(kind.value_type) and not _is_written_out(kind.value_type)
+    if not is_plain or compute.any(compute.equal(texts, "[]")).as_py():
+        values = [None if text is None else json.loads(text) for text in texts.to_pylist()]
+        return pa.array(values, type=_loose(kind)).cast(kind)
     lists = compute.split_pattern(compute.utf8_slice_codeunits(texts.combine_chunks(), 1, -1), ", ")
     numbers = compute.if_else(compute.equal(lists.values, "null"), None, lists.values).cast(kind.value_type)
     return pa.ListArray.from_arrays(lists.offsets, numbers, mask=texts.combine_chunks().is_null()).cast(kind)
@@ -245,14 +279,31 @@ def _parsed(texts: Any, kind: Any) -> Any:
 def _is_list(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_nested(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return _is_list(kind) or bool(pa.types.is_struct(kind))
+
+
+def _is_written_out(kind: Any) -> bool:
+    """True for a type whose values are text in texts."""
+    import pyarrow as pa
+
+    checks = (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp, pa.types.is_decimal)
+    return any(check(kind) for check in checks)
 
 
 def _csv_column(column: Any) -> Any:
     import pyarrow as pa
 
-    if _is_list(column.type):
-        return pa.array([None if v is None else json.dumps(v) for v in _values(column)], type=pa.string())
+    if _is_nested(column.type):
+        texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in _values(column)]
+        return pa.array(texts, type=pa.string())
+    if _is_written_out(column.type):
+        return column.cast(pa.string())
     # As float64, the shortest text of a float32 stays as short.
     return pa.array(_values(column), type=pa.float64()) if pa.types.is_floating(column.type) else column
 
@@ -273,16 +324,24 @@ def _values(column: Any) -> list[Any]:
     kind = column.type
     while _is_list(kind):
         kind = kind.value_type
+    if pa.types.is_struct(kind) or _is_written_out(kind):
+        column = column.cast(_loose(column.type))
     values: list[Any] = column.to_pylist()
-    if not pa.types.is_floating(kind):
+    if not (pa.types.is_floating(kind) or pa.types.is_struct(kind)):
         return values
     return _each(values, _short if kind == pa.float32() else _finite)
 
 
-def _each(values: list[Any], text_of: Callable[[float], float | None]) -> list[Any]:
-    """Apply a function to all numbers in nested lists."""
+def _each(values: Iterable[Any], text_of: Callable[[float], float | None]) -> list[Any]:
+    """Apply a function to all floats in nested lists and structs."""
     return [
-        None if value is None else _each(value, text_of) if isinstance(value, list) else text_of(value)
+        _each(value, text_of)
+        if isinstance(value, list)
+        else dict(zip(value, _each(value.values(), text_of), strict=True))
+        if isinstance(value, dict)
+        else text_of(value)
+        if isinstance(value, float)
+        else value
         for value in values
     ]
 

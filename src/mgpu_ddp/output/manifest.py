@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mgpu_ddp.data.carried import from_text
 from mgpu_ddp.errors import StateError, UsageError, cause_of
 from mgpu_ddp.output.atomic_files import replace_json
 from mgpu_ddp.output.formats import FORMATS
@@ -66,10 +67,14 @@ def _is_column(value: Any) -> bool:
     is_kind = _matches("bool|object|u?int(8|16|32|64)|float(16|32|64)")
     return (
         type(value) is dict
-        and value.keys() == {"name", "dtype", "shape", "ragged"}
-        and (_is_text(value["name"]) and is_kind(value["dtype"]))
+        and value.keys() - {"arrow"} == {"name", "dtype", "shape", "ragged"}
+        and (_is_text(value["name"]) and (is_kind(value["dtype"]) if "arrow" not in value else _is_arrow(value)))
         and (_list_of(_is_count)(value["shape"]) and type(value["ragged"]) is bool)
     )
+
+
+def _is_arrow(value: Any) -> bool:
+    return _is_text(value["arrow"]) and [str(kind) for kind in from_text(value["arrow"]).types] == [value["dtype"]]
 
 
 Rules = dict[str, tuple[Callable[[Any], bool], str]]

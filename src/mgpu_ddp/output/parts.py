@@ -34,7 +34,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -61,6 +61,8 @@ Integers = npt.NDArray[np.int64]
 NamesOf = Callable[[npt.NDArray[np.int64]], Any]
 """Dataset indices → the names that their rows carry, an Arrow array of strings. A call for each would take the
 interpreter from the predicting loop for longer than all else that is done here."""
+CarriedOf = Callable[[Integers], dict[str, Any]]
+"""Dataset indices → the columns that their source carries into the rows, as Arrow arrays."""
 
 
 class PartWriter(Protocol):
@@ -81,10 +83,10 @@ class PartWriter(Protocol):
         """
         ...
 
-    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+    def blank(self, part: Part, chosen: Integers, types: Sequence[ColumnType]) -> Part:
         """Make the part durable with error rows for changed images; counts only once it is listed.
 
-        `schema` is that of the table, where the part is one.
+        `types` are those of the manifest's columns.
 
         Raises:
             ProofError: the part has other bytes than were committed.
@@ -97,10 +99,16 @@ class TableWriter:
     """Writes each part as a file of its own."""
 
     def __init__(
-        self, run_dir: Path, how: Format, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str
+        self,
+        run_dir: Path,
+        how: Format,
+        names_of: NamesOf,
+        class_names: tuple[str, ...] | None,
+        token: str,
+        carried_of: CarriedOf,
     ) -> None:
         self._run_dir, self._format, self._token = run_dir, how, token
-        self._names_of, self._class_names = names_of, class_names
+        self._names_of, self._class_names, self._carried_of = names_of, class_names, carried_of
         self._rewritten = 0
 
     def write(self, rows: Rows) -> Part:
@@ -119,22 +127,23 @@ class TableWriter:
         merged = pa.concat_tables([kept, new]).sort_by("index").combine_chunks()
         return self._create(merged, f"{self._token}-{self._rewritten}", part.split_rows + len(rows.split))
 
-    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+    def blank(self, part: Part, chosen: Integers, types: Sequence[ColumnType]) -> Part:
         import pyarrow as pa
         from pyarrow import compute
 
         check_bytes(self._run_dir, part)
-        old = self._format.read(self._run_dir / part.file, schema)
+        old = self._format.read(self._run_dir / part.file, empty_table(types).schema)
         hit = np.isin(old["index"].to_numpy(), chosen)
         kept = pa.array(np.arange(len(old)), mask=hit)
-        columns = {name: old[name] if name in KEPT else old[name].take(kept) for name in old.column_names}
+        stays = {*KEPT, *(each.name for each in types if each.arrow)}
+        columns = {name: old[name] if name in stays else old[name].take(kept) for name in old.column_names}
         columns["error"] = compute.if_else(pa.array(hit), CHANGED, old["error"])
         self._rewritten += 1
         table = pa.table(columns, schema=old.schema).combine_chunks()
         return self._create(table, f"{self._token}-{self._rewritten}", part.split_rows)
 
     def _table(self, rows: Rows) -> Any:
-        return to_table(rows, self._names_of(rows.index), self._class_names)
+        return to_table(rows, self._names_of(rows.index), self._class_names, self._carried_of(rows.index))
 
     def _create(self, table: Any, token: str, split_rows: int) -> Part:
         first = int(table["index"][0].as_py())
@@ -189,7 +198,7 @@ class ArrayWriter:
         part = replace(part, errors=len(reasons), reasons=reasons, split_rows=split_rows)
         return replace(part, sha256=array_digest(self._array, part, self._start))
 
-    def blank(self, part: Part, chosen: Integers, schema: Any) -> Part:
+    def blank(self, part: Part, chosen: Integers, types: Sequence[ColumnType]) -> Part:
         check_bytes(self._path.parent, part, self._start)
         reasons = part.reasons | {str(index): CHANGED for index in chosen.tolist()}
         part = replace(part, errors=len(reasons), reasons=reasons)
@@ -289,7 +298,13 @@ def write_error(path: Path, error: OSError) -> WriteError:
 
 
 def open_writer(
-    run_dir: Path, how: str, names_of: NamesOf, class_names: tuple[str, ...] | None, token: str, start: int
+    run_dir: Path,
+    how: str,
+    names_of: NamesOf,
+    class_names: tuple[str, ...] | None,
+    token: str,
+    start: int,
+    carried_of: CarriedOf = lambda index: {},
 ) -> PartWriter:
     if how == "npy":
         return ArrayWriter(run_dir, start)
@@ -299,7 +314,7 @@ def open_writer(
     pa.set_memory_pool(pa.system_memory_pool())
     # The first table imports what would hold the GIL for a tenth of a second in the middle of the predicting loop.
     FORMATS[how].write(pa.table({"index": pa.array(np.empty(0, dtype=np.int64))}), io.BytesIO())
-    return TableWriter(run_dir, FORMATS[how], names_of, class_names, token)
+    return TableWriter(run_dir, FORMATS[how], names_of, class_names, token, carried_of)
 
 
 class Table:
@@ -363,8 +378,8 @@ class Table:
         Raises:
             WriteError: the file system refused.
         """
-        schema = empty_table([ColumnType.read(values) for values in self._manifest.columns]).schema
-        self._rewrite(chosen, lambda part, within: self._writer.blank(part, chosen[within], schema))
+        types = [ColumnType.read(values) for values in self._manifest.columns]
+        self._rewrite(chosen, lambda part, within: self._writer.blank(part, chosen[within], types))
 
     def _rewrite(self, index: Integers, rewrite: Callable[[Part, Integers], Part]) -> None:
         """Put each listed part that holds some of these rows anew; `rewrite` gets their places among them."""

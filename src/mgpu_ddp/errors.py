@@ -8,6 +8,8 @@ from typing import Any
 
 NOT_THE_USERS = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen")
 """In the file names of code that is not the user's own."""
+PLUGINS: set[str] = set()
+"""Packages whose code is the user's own although they are installed."""
 
 
 class Exit(IntEnum):
@@ -134,6 +136,12 @@ def words_past(error: BaseException | None) -> tuple[str, ...]:
 def place_in_code(error: BaseException) -> str:
     """Name an error that code of the user's raised, with the line of theirs that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(place in frame.filename for place in NOT_THE_USERS)]
+    own = [frame for frame in frames if _is_users(frame.filename)]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}{where}"
+
+
+def _is_users(file: str) -> bool:
+    return not any(place in file for place in NOT_THE_USERS) or not PLUGINS.isdisjoint(
+        part.removesuffix(".py") for part in Path(file).parts
+    )

@@ -367,6 +367,16 @@ class TimmConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class PluginConfig(Section):
+    """A model that an installed package offers."""
+
+    prefix: ClassVar[str] = "model."
+
+    name: str = key(MISSING, "The name of a model that an installed package offers (docs/own.md).")
+    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."), path=True)
+
+
+@dataclass(kw_only=True, slots=True)
 class ScriptModelConfig(Section):
     """The model that the script brings."""
 
@@ -635,7 +645,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         ITSELF: ScriptDataConfig,
     },
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet", ITSELF)},
-    "model": {"resnet18": ModelConfig, "timm": TimmConfig, ITSELF: ScriptModelConfig},
+    "model": {"resnet18": ModelConfig, "timm": TimmConfig, "plugin": PluginConfig, ITSELF: ScriptModelConfig},
 }
 """The options of each group, the default first."""
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}

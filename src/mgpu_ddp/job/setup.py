@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.resolved import RANDOM, Resolved, is_on_gpu
-from mgpu_ddp.config.schema import AUTO, Config, FakeConfig, ModelConfig
+from mgpu_ddp.config.schema import AUTO, Config, FakeConfig, ModelConfig, PluginConfig
 from mgpu_ddp.data.datasets import find_listing
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.script_dataset import bring_dataset
@@ -29,6 +29,7 @@ from mgpu_ddp.models.build import load_model, try_size
 from mgpu_ddp.models.head import embedding_dim
 from mgpu_ddp.models.input_transform import choose_transform
 from mgpu_ddp.models.model import Model
+from mgpu_ddp.models.plugin_model import with_plugin
 from mgpu_ddp.models.prepare import precision_of, speedups_of
 from mgpu_ddp.models.script_transform import script_transform
 from mgpu_ddp.output.columns import OURS, ColumnType, carried_names
@@ -51,6 +52,8 @@ def set_up(job: Job, world: World, kept: Kept) -> Setup:
     world.heartbeat.timeout_s = config.dist.timeout_s
     world = choose_device(config, world)
     keep_pandas_out()
+    if isinstance(config.model, PluginConfig):
+        job = replace(job, script=with_plugin(job.script, config, world))
     dataset = bring_dataset(job.script, world, in_shards=config.shard is not None)
     with world.together("choose the decoder"):
         own_transform = script_transform(job.script, dataset, config.transform)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.keys import Section
-from mgpu_ddp.config.schema import Config, ModelConfig, ScriptModelConfig, TimmConfig, num_outcomes
+from mgpu_ddp.config.schema import Config, ModelConfig, PluginConfig, ScriptModelConfig, TimmConfig, num_outcomes
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.host import available_bytes, is_out_of_memory, require_memory
 from mgpu_ddp.distributed.world import World
@@ -37,6 +37,7 @@ WIDEST = 1 << 14
 BUILDERS: dict[type[Section], Callable[[Config, Any, Script], Model]] = {
     ModelConfig: lambda config, wanted, script: build_torchvision(config, wanted),
     TimmConfig: lambda config, wanted, script: build_timm(config, wanted),
+    PluginConfig: lambda config, wanted, script: build_script_model(script, config.seed, wanted.name),
     ScriptModelConfig: lambda config, wanted, script: build_script_model(script, config.seed),
 }
 """Families of models, by the schema class of `config.model`.

@@ -10,8 +10,8 @@ from mgpu_ddp.errors import UsageError, place_in_code
 from mgpu_ddp.models.model import Model
 
 
-def build_script_model(script: Script, seed: int) -> Model:
-    """Call the script's function.
+def build_script_model(script: Script, seed: int, plugin: str | None = None) -> Model:
+    """Call the function of the script, or of the plugin of this name.
 
     Raises:
         UsageError: it raises, or returns no module.
@@ -29,15 +29,16 @@ def build_script_model(script: Script, seed: int) -> Model:
         raise UsageError(
             f"model must be a function that returns an nn.Module, got {module!r:.100} from it. Return one."
         )
+    kind, whose = name_of(type(module)), f"plugin {plugin}" if plugin else "script"
     return Model(
         module=module,
         num_classes=None,
         identity={
-            "model.name": f"script/{name_of(type(module))}",
+            "model.name": f"{whose.replace(' ', '/', 1)}/{kind}",
             "model.outputs": name_of(script.outputs) if script.outputs is not None else None,
             "model.version": script.version,
         },
-        origin=f"{name_of(type(module))} of the script",
+        origin=f"{kind} of the {whose}",
         class_names=None,
         preset=None,
         outputs=script.outputs,

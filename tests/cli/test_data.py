@@ -45,6 +45,7 @@ def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert_proved(tmp_path / name, wanted)
         rows = read_rows(tmp_path / name)
         assert all(row["path"].startswith(begin) for row in rows)
+        assert [row.get("album") for row in rows] == ["holiday" if name == "from-list" else None] * wanted
         predictions.append([(row["pred"], row["prob"]) for row in rows])
     assert all(each == predictions[0] for each in predictions)
 

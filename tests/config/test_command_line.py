@@ -125,7 +125,7 @@ def test_any_folder_reaches_hydra_as_it_is(multirun: bool) -> None:
             "got 'resnet50'. Choose it by model.name=resnet50; timm's models also take model=timm.",
         ),
         ("model=mine.py", "got 'mine.py'. Start it as a script that calls mgpu_ddp.main: mgpu-infer mine.py (docs/own"),
-        ("model=net.pt", "model must be one of resnet18, timm, got 'net.pt'. Give it as model.weights=net.pt."),
+        ("model=net.pt", ", got 'net.pt'. Give it as model.weights=net.pt."),
         ("batch_size=-4", "batch_size must be at least 1 or auto, got -4"),
         (
             "data=${oc.env:HOME}",
@@ -249,6 +249,12 @@ HOSTILE = [
     f"output.fields=[{TARGET}]",
     f"data.image_size=[[{TARGET}]]",
     f"++runtime={TARGET}",
+    # Plugins go by the name under which they are installed.
+    "model=evil:build",
+    "model=plugin/evil",
+    "+model.builder=evil:build",
+    "model={name:evil,builder:evil.build}",
+    f"data.carry=[{TARGET}]",
     "data@_global_=evil",
     "+data@extra=fake",
     "model@data=resnet18",

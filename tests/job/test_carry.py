@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import mgpu_ddp
+from mgpu_ddp.config.command_line import check_command
+from mgpu_ddp.config.compose import compose_config
 from mgpu_ddp.config.schema import ListConfig, ParquetConfig
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.merge import merge
+from mgpu_ddp.notebook import words_of
 from tests.support.carrying import carried_by, csv_list, parquet_list, parquet_source, values_of
 from tests.support.runs import make_images, read_rows
 from tests.support.worlds import run_job, tiny
@@ -143,6 +146,24 @@ def test_hostile_names_and_cells_are_text(images: list[Path], tmp_path: Path, wo
     if how == "csv":
         with next((tmp_path / "run" / "predictions").iterdir()).open(newline="") as file:
             assert next(csv.reader(file))[3 : 3 + len(HOSTILE)] == [taken.get(name, name) for name in [*names, "path"]]
+
+
+def test_cells_that_are_not_utf8_and_files_that_are_left_out(images: list[Path], tmp_path: Path, world: World) -> None:
+    lines = [b"path,note", *(bytes(path) + b",caf\xe9 %d" % number for number, path in enumerate(images))]
+    lines.insert(4, b"notes.txt,none")
+    (tmp_path / "list.csv").write_bytes(b"\n".join(lines))
+    data = ListConfig(path=str(tmp_path / "list.csv"), extensions=["jpg"], carry=["note"])
+    table = carry(data, tmp_path / "run", world)
+    assert table["note"].to_pylist() == [
+        rf"caf\udce9 {number}" for number, path in enumerate(images) if path.suffix == ".jpg"
+    ]
+
+
+def test_names_are_typed_on_the_command_line_as_predict_does(registered: None) -> None:
+    names = [name for name in HOSTILE if "\n" not in name]
+    (word,) = words_of("data.carry", names)
+    found = compose_config(check_command(["data=list", "data.path=list.csv", word]).argv).data.carry
+    assert list(found) == names
 
 
 def test_names_that_are_ours_are_told_once(

@@ -23,6 +23,7 @@ KINDS: dict[str, Any] = {
     "tags": pa.list_(pa.string()),
     "boxes": pa.list_(pa.struct([("x", pa.float64()), ("made", pa.date32()), ("of", pa.list_(pa.int32()))])),
     "nothing": pa.null(),
+    "kind": pa.dictionary(pa.int32(), pa.string()),
     "label": pa.string(),
 }
 """Arrow's types of the columns; the last is called as one of ours."""
@@ -45,6 +46,7 @@ def values_of(number: int) -> dict[str, Any]:
             {"x": None, "made": None, "of": None},
         ],
         "nothing": None,
+        "kind": TEXTS[number % 2],
         "label": f"class{number % 3}",
     }
     return {name: None if number % 5 == 4 and name != "id" else value for name, value in values.items()}

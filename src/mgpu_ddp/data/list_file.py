@@ -50,9 +50,7 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
         raise UsageError(f"data.path={data.path!r} has no column path, but {found!r}. {remedy}")
     if not table.num_rows:
         raise UsageError(f"data.path={data.path!r} names no image. Name another list.")
-    carried = _read_carried(data, known)
-    for name, column in zip(carried.column_names, carried.columns, strict=True):
-        table = table.append_column(CARRIED + name, column)
+    table, types = _with_carried(table, data, known)
     table, left_out = _choose(table, data)
     paths = _to_paths(table["path"], data)
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
@@ -63,9 +61,8 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
     else:
         labels = as_labels(labels, what)
     log_labels(len(paths), len(paths) - labels.null_count, names)
-    kept = {CARRIED + name: pa.concat_arrays(table[CARRIED + name].chunks) for name in carried.column_names}
-    content = _content_of(paths, data)
-    files = Listing.of(paths, labels, label_names=names, carried=carried.schema, **content, **kept)
+    kept = {CARRIED + name: pa.concat_arrays(table[CARRIED + name].chunks) for name in types.names}
+    files = Listing.of(paths, labels, label_names=names, carried=types, **_content_of(paths, data), **kept)
     files.left_out = left_out
     return files if known is None else files.after(known)
 
@@ -189,12 +186,15 @@ def _read_parquet(path: str) -> Any:
     return read.select(list(names.values())).rename_columns(list(names))
 
 
-def _read_carried(data: ListConfig, known: Listing | None) -> Any:
-    """The columns that `data.carry` names, by these names, of types with room for all rows in one array."""
+def _with_carried(table: Any, data: ListConfig, known: Listing | None) -> tuple[Any, Any]:
+    """The table with the columns that `data.carry` names, and the schema of these.
+
+    Their types have room for all rows in one array.
+    """
     import pyarrow as pa
 
     if not data.carry:
-        return pa.table({})
+        return table, pa.schema([])
     suffix = Path(data.path).suffix.lower()
     rule = "left out for a text of one path a line"
     require(suffix in (".csv", ".parquet"), "data.carry", rule, list(data.carry), "Give a .csv with a column path.")
@@ -211,27 +211,33 @@ def _read_carried(data: ListConfig, known: Listing | None) -> Any:
         columns = [
             column if name in texts else _typed(column) for name, column in zip(data.carry, columns, strict=True)
         ]
-    return pa.table(columns, names=list(data.carry))
+    for name, column in zip(data.carry, columns, strict=True):
+        table = table.append_column(CARRIED + name, column)
+    return table, pa.table(columns, names=list(data.carry)).schema
 
 
 def _carried_of_csv(data: ListConfig) -> list[Any]:
     """Columns as text, null where a cell is empty."""
     import pyarrow as pa
-    from pyarrow import compute, csv
+    from pyarrow import csv
 
     read = csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
     parse = csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(_open(data.path), read, parse) as reader:
         names = find_columns(reader.schema.names, data.carry, f"data.path={data.path!r}")
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_binary()), include_columns=names)
+    convert = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.large_binary()),
+        include_columns=names,
+        null_values=[""],
+        strings_can_be_null=True,
+    )
     columns = []
-    for column in csv.read_csv(_open(data.path), read, parse, convert).columns:
-        cells = pa.concat_arrays(column.chunks)
+    for cells in csv.read_csv(_open(data.path), read, parse, convert).columns:
         try:
-            texts = cells.cast(pa.large_string())
+            columns.append(cells.cast(pa.large_string()))
         except pa.ArrowInvalid:
-            texts = pa.array(map(readable, cells.to_pylist()), pa.large_string())
-        columns.append(compute.if_else(compute.equal(texts, ""), pa.scalar(None, pa.large_string()), texts))
+            texts = [cell if cell is None else readable(cell) for cell in cells.to_pylist()]
+            columns.append(pa.chunked_array([texts], pa.large_string()))
     return columns
 
 
@@ -256,7 +262,7 @@ def _carried_of_parquet(data: ListConfig) -> list[Any]:
     for column in (table[name] for name in names):
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}.get(kind, kind)
-        columns.append(pa.concat_arrays(column.cast(wide).chunks))
+        columns.append(column.cast(wide))
     return columns
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import mgpu_ddp
 from mgpu_ddp.config.command_line import check_command
 from mgpu_ddp.config.compose import compose_config
-from mgpu_ddp.config.schema import ListConfig, ParquetConfig
+from mgpu_ddp.config.schema import ListConfig, ParquetConfig, ScriptModelConfig
+from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.merge import merge
@@ -239,6 +241,27 @@ def test_texts_of_a_megabyte_are_carried(images: list[Path], tmp_path: Path, wor
     table = carry(csv_list(tmp_path / "list.csv", images, {"text": texts}), tmp_path / "list", world, how)
     assert table["text"].to_pylist() == texts
     assert (tmp_path / "list" / "report.html").stat().st_size < 1 << 20
+
+
+class Mean(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mean": images.mean((1, 2, 3))}
+
+
+def test_the_page_shows_what_is_carried_beside_columns_of_ones_own(
+    images: list[Path], tmp_path: Path, world: World
+) -> None:
+    texts = [f"<u>{number} {'x' * (1 << 20)}" for number in range(COUNT)]
+    data = csv_list(tmp_path / "list.csv", images, {"mean": texts, "id": list(map(str, range(COUNT)))})
+    config = tiny(data=data, model=ScriptModelConfig())
+    run_job(config, tmp_path / "run", world, Script(model=Mean))
+    table = mgpu_ddp.open(tmp_path / "run").table()
+    assert table["source_mean"].to_pylist() == texts
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "source_mean &lt;u&gt;0 xxx" in page
+    assert "id 0" in page
+    assert "<u>0" not in page
+    assert len(page) < 1 << 18
 
 
 def test_a_file_without_the_column_or_with_another_type_is_one_line(

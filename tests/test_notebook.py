@@ -97,7 +97,7 @@ def test_in_a_notebook_calls_follow_each_other_and_a_ranks_error_has_its_traceba
                     raise ArithmeticError("36 is too many")
                 return super().forward(pixels)
         try:
-            {start}"second", model=Broken)
+            {start.replace("processes=2", "processes=1")}"second", model=Broken)
         except Exception as error:
             failed = error
         print(type(failed).__name__, failed, failed.folder)
@@ -115,21 +115,18 @@ def test_in_a_notebook_calls_follow_each_other_and_a_ranks_error_has_its_traceba
     assert third["stdout"].split() == ["failed", "n39"]
 
 
-def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: Path) -> None:
-    call = "mgpu_ddp.predict(model=Net, dataset=Numbers, processes=2, batch_size=2, output_dir='out',"
+@pytest.fixture
+def script(tmp_path: Path) -> list[str]:
+    """The command of a script that predicts 40 items, slowly while the file `slow` is there."""
+    call = "mgpu_ddp.predict(model=Net, dataset=Numbers, processes=1, batch_size=2, output_dir='out',"
     settings = "output={'commit_every': 8}, loader={'workers': 1})"
     (tmp_path / "mine.py").write_text(f"{OWN}\nrun = {call} {settings}\nprint(run)\n")
-    command = [sys.executable, "mine.py"]
     (tmp_path / "slow").touch()
-    with started(command, tmp_path) as process:
-        # Its ranks have begun to start, and no more.
-        wait_until(lambda: any(map(worker_pids, children(process.pid))), process)
-        os.killpg(process.pid, signal.SIGINT)
-        early = finish(process, tmp_path, 0)
-    assert early.code == -signal.SIGINT
-    assert "SignalException" not in early.err
-    assert not (tmp_path / "out").exists()
-    with started(command, tmp_path) as process:
+    return [sys.executable, "mine.py"]
+
+
+def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: Path, script: list[str]) -> None:
+    with started(script, tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
         # As a terminal does.
         os.killpg(process.pid, signal.SIGINT)
@@ -142,7 +139,7 @@ def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: P
     before = committed_rows(tmp_path / "out")
     assert 0 < before < 40
     (tmp_path / "slow").unlink()
-    continued = run(command, tmp_path)
+    continued = run(script, tmp_path)
     assert continued.code == 0, continued.err
     assert f"{40 - before} of 40 rows to do" in continued.err
     opened = mgpu_ddp.open(tmp_path / "out")
@@ -151,6 +148,17 @@ def test_ctrl_c_stops_a_script_resumably_and_its_summary_is_the_jobs(tmp_path: P
     assert {name: found[name] for name in printed.keys() - {"exit_code", "columns"}} == {
         name: printed[name] for name in printed.keys() - {"exit_code", "columns"}
     }
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_script_whose_ranks_are_starting(tmp_path: Path, script: list[str]) -> None:
+    with started(script, tmp_path) as process:
+        wait_until(lambda: any(map(worker_pids, children(process.pid))), process)
+        os.killpg(process.pid, signal.SIGINT)
+        ended = finish(process, tmp_path, 0)
+    assert ended.code == -signal.SIGINT
+    assert "SignalException" not in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def children(pid: int) -> list[int]:

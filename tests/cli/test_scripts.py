@@ -75,6 +75,17 @@ def test_a_forward_that_cannot_be_used_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_layers_gives_classes_but_no_embedding(tmp_path: Path) -> None:
+    path = write(tmp_path, "return images.mean((2, 3))")
+    ended = run(script_ranks(1, path, *FAKE, *SETTINGS), tmp_path)
+    assert ended.code == 0, ended.err
+    ended = run(script_ranks(1, path, *FAKE, *SETTINGS, "output.fields=[topk,embedding]", "overwrite=true"), tmp_path)
+    assert ended.code == 2, ended.err
+    rule = "without embedding for a model that has no linear or convolutional layer"
+    assert f"mgpu_ddp: output.fields must be {rule}, got ['topk', 'embedding']. Leave it out." in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_columns_of_ones_own_stand_beside_keys_without_labels(tmp_path: Path) -> None:
     path = write(tmp_path, 'return {"finite": images.amax((1, 2, 3))}', "dataset=Squares")
     ended = run(script_ranks(2, path, "transform.name=plain", *SETTINGS), tmp_path)

@@ -12,7 +12,7 @@ from torch import nn
 from mgpu_ddp.config.resolved import Resolved
 from mgpu_ddp.config.schema import Config
 from mgpu_ddp.distributed.host import is_out_of_memory
-from mgpu_ddp.errors import OutOfMemoryError
+from mgpu_ddp.errors import OutOfMemoryError, UsageError
 from mgpu_ddp.inference.cuda_graph import Replayed
 from mgpu_ddp.inference.gpu_input import GpuInput
 from mgpu_ddp.inference.outputs import SPLIT, Columns, join, to_columns
@@ -67,7 +67,11 @@ class Predictor:
             self._step = Replayed(self._predict)
         self._kept = threading.local()
         if "embedding" in config.output.computed and num_classes is not None:
-            head_of(module, num_classes).register_forward_pre_hook(self._keep_embedding)
+            head = head_of(module, num_classes)
+            if head is None:
+                rule = "without embedding for a model that has no linear or convolutional layer"
+                raise UsageError(f"output.fields must be {rule}, got {[*config.output.fields]}. Leave it out.")
+            head.register_forward_pre_hook(self._keep_embedding)
 
     @staticmethod
     def depends_on(config: Config, resolved: Resolved, device: torch.device) -> Any:

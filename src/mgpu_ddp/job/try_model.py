@@ -120,7 +120,7 @@ class Trials:
         for precision, speedups in self._ways(is_ragged=is_ragged):
             try:
                 rows = self._rows(replace(self._setup.resolved, precision=precision, speedups=speedups))
-            except OutOfMemoryError:
+            except (OutOfMemoryError, UsageError):
                 raise
             except Exception as error:
                 why = why or place_in_code(error)

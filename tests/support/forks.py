@@ -22,8 +22,9 @@ from typing import Any
 
 PRELOADED = (
     *("mgpu_ddp.infer", "mgpu_ddp.launch", "mgpu_ddp.merge", "mgpu_ddp.report", "tests.support.worlds"),
-    *("torchvision.models", "torchvision.datasets", "torch.distributed.run"),
-    *("pyarrow.parquet", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin", "matplotlib.figure", "pytest"),
+    *("torchvision.models", "torchvision.datasets", "torch.distributed.run", "torch.utils.flop_counter"),
+    *("pyarrow.parquet", "pyarrow.dataset", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin"),
+    *("jinja2", "matplotlib.figure", "pytest"),
 )
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -72,6 +73,17 @@ def continue_by(command: str, tmp_path: Path) -> Ended:
     return ended
 
 
+def continue_in_forks(command: str, size: int = 1) -> Ended:
+    """Have a shell read the line, and forked ranks do what it says."""
+    start = shlex.join(python_m() if size == 1 else torchrun(size))
+    assert command.count(f"&& {start} ") == 1
+    echo = command.replace(f"&& {start} ", "&& printf '%s\\0' \"$PWD\" ")
+    folder, *words = subprocess.check_output(["bash", "-c", echo], text=True).split("\0")[:-1]
+    ended = run(ranks(size, *words), Path(folder))
+    assert ended.code == 0, ended.err
+    return ended
+
+
 def kill(rank: int) -> Callable[[int], None]:
     return lambda launcher: os.kill(worker_pids(launcher)[rank], signal.SIGKILL)
 
@@ -112,7 +124,7 @@ def test_a_job_that_is_killed_with_all_its_ranks_has_said_before_how_to_go_on(tm
     status = status_of(run_dir)
     assert status["status"] == "running", "nobody is left to say otherwise"
     assert "overwrite" not in status["next"]
-    continue_by(status["next"], tmp_path)
+    continue_in_forks(status["next"])
     assert_proved(run_dir, SIZE)
 
 
@@ -130,7 +142,7 @@ def test_errors_name_the_key_that_gets_past_them(tmp_path: Path, number: int) ->
         words = shlex.split(line)
         assert (words[-1], limit in words, "overwrite=true" in words) == (remedy, False, False)
         assert status_of(tmp_path / "it's" / place)["next"] == ended.summary["next"] == line
-    continue_by(line, tmp_path)
+    continue_in_forks(line, number)
     assert_proved(tmp_path / "it's", 21, errors=1)
     again = run(ranks(1, *settings), tmp_path)
     assert (again.code, again.summary["rows"], "rows_this_run" in again.summary) == (0, 21, False)
@@ -141,8 +153,7 @@ def test_errors_name_the_key_that_gets_past_them(tmp_path: Path, number: int) ->
     assert shlex.split(line)[-1] == "retry_failed=true"
     paths = sorted(root.rglob("*.*"))
     paths[1].write_bytes(paths[0].read_bytes())
-    (tmp_path / "elsewhere").rename(tmp_path / "before")
-    retried = continue_by(line, tmp_path)
+    retried = continue_in_forks(line)
     assert_proved(tmp_path / "it's", 21)
     assert status_of(tmp_path / "it's")["next"] is None
     assert "1 of 1 failed row to do" in retried.err
@@ -171,5 +182,5 @@ def test_a_sweep_that_was_cut_short_names_its_command(tmp_path: Path, launcher: 
     line = named_in(ended)
     assert status_of(sweep / "0")["next"] == ended.summary["next"] == line
     assert shlex.split(line)[-1] == f"hydra.sweep.dir={sweep}"
-    continue_by(line, tmp_path)
+    continue_in_forks(line)
     assert [len(read_rows(sweep / str(job))) for job in (0, 1)] == [600, 600]

@@ -23,6 +23,7 @@ from tests.support.starting import (
     launched,
     ranks,
     run,
+    script_ranks,
     started,
     wait_until,
     wait_until_gone,
@@ -143,12 +144,32 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(tmp_path: Path) -> None:
     assert line in status["reason"]
 
 
+SLOW = """
+import os, time
+import mgpu_ddp
+from torch import nn
+
+class Slow(nn.Module):
+    def forward(self, pixels):
+        if os.environ["RANK"] == "0" and os.path.exists("out/manifest.json"):
+            time.sleep(4)
+        return pixels.mean((2, 3))
+
+mgpu_ddp.main(model=Slow)
+"""
+"""A model that takes long on one rank, once the job has begun."""
+
+
 def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
-    ended = run(ranks(2, *slow_batch(20), "limit=21", "dist.timeout_s=2"), tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings = ("data.size=8", "data.image_size=[3,8,8]", "transform.size=8", "batch_size=4", "loader.workers=1")
+    # Tracing would decide once and for all whether it sleeps.
+    settings += ("runtime.fold=false", "output.dir=out", "dist.timeout_s=2")
+    ended = run(script_ranks(2, tmp_path / "slow.py", *settings), tmp_path)
     assert ended.code == 0, ended.err
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["ranks"][0]["predict_s"] > 2, "the batch was not slow enough to prove anything"
-    assert_proved(tmp_path / "out", 21)
+    assert metrics["ranks"][0]["predict_s"] > 3, "the batch was not slow enough to prove anything"
+    assert_proved(tmp_path / "out", 8)
 
 
 def is_predicting(process: Process, cwd: Path) -> bool:

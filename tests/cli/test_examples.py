@@ -207,6 +207,7 @@ def test_zero_shot(tmp_path: Path, photos: Path) -> None:
     assert {row["pred_name"] for row in rows} <= {"cat", "dog", "traffic light"}
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "photos").symlink_to(photos)
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)

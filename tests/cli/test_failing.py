@@ -29,14 +29,14 @@ from tests.support.starting import (
 )
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
-SHORT = 2000
+SHORT = 1200
 
 
 def test_help_or_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:
     folders = [tmp_path / "help", tmp_path / "mistake"]
     for folder in folders:
         folder.mkdir()
-    helped, mistaken = run_all([launched(2, "--help"), launched(2, "batch_sizee=3")], folders)
+    helped, mistaken = run_all([ranks(2, "--help"), launched(2, "batch_sizee=3")], folders)
     assert helped.code == 0, helped.err
     for key in documented_keys():
         assert helped.out.count(f"\n{key}  (") == 1, key

@@ -108,19 +108,16 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     over_bad = (*SMALL_IMAGES, "data=folder", f"data.root={bad}", "max_errors=0", "output.dir=out")
     commands = {
         "complete": mgpu_infer(*SMALL, "data.size=20", "output.format=npy", "output.dir=out"),
-        "refused": forked_mgpu_infer("batch_size=0"),
         "too many": forked_mgpu_infer(*over_bad),
         "raised": forked_mgpu_infer(*over_bad, "on_error=raise"),
     }
     folders = [tmp_path / name for name in commands]
     for folder in folders:
         folder.mkdir()
-    complete, refused, too_many, raised = run_all(list(commands.values()), folders)
+    complete, too_many, raised = run_all(list(commands.values()), folders)
     assert complete.code == 0, complete.err
     assert "s of start-up: too short for a steady rate" in complete.out
     assert np.load(tmp_path / "complete" / "out" / "predictions.npy", mmap_mode="r").shape == (20, 12)
-    assert refused.code == 2
-    assert "batch_size must be at least 1 or auto, got 0" in refused.err
     assert too_many.code == 3, too_many.err
     assert json.loads((tmp_path / "too many" / "out" / "status.json").read_text())["status"] == "failed"
     assert raised.code == 1
@@ -134,7 +131,7 @@ def test_a_path_is_taken_as_typed_however_the_command_starts(tmp_path: Path, nam
     make_images(tmp_path / name, 6)
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={tmp_path}/{name}", f"output.dir={name}")
     # torchrun itself makes one $ of two.
-    ways = {"mgpu-infer": forked_mgpu_infer, "alone": partial(ranks, 1), "torchrun": partial(launched, 2)}
+    ways = {"mgpu-infer": forked_mgpu_infer, "alone": partial(ranks, 1), "torchrun": partial(launched, 1)}
     if "$$" in name:
         del ways["torchrun"]
     for way in ways:

@@ -112,7 +112,7 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
 
 def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) -> None:
     """First a rank is killed, then a signal comes; each start has another number of ranks."""
-    settings = (*SMALL, "data.size=2000", "output.commit_every=100", *SWEEP, "batch_size=4,8,16")
+    settings = (*SMALL, "data.size=1200", "output.commit_every=100", *SWEEP, "batch_size=4,8,16")
     with started(launched(2, *settings), tmp_path) as process:
         # Amid the start of a job, where the other rank waits for this one and no row flows.
         wait_until((tmp_path / "sweep" / "1").exists, process)
@@ -130,19 +130,19 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
         ended = finish(process, tmp_path, 0)
     assert ended.code == 75, ended.err
     assert statuses(tmp_path) == ["complete", "complete", "preempted"]
-    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 2000 - kept
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 1200 - kept
     again = run(ranks(1, *settings), tmp_path)
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["complete"] * 3
     for job in range(3):
-        assert_proved(tmp_path / "sweep" / str(job), 2000)
+        assert_proved(tmp_path / "sweep" / str(job), 1200)
 
 
 def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
     """On rank 1 alone: the kernel refuses it more than half a gigabyte beyond what it has."""
-    sizes = ("data.size=300", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=20")
+    sizes = ("data.size=150", "data.image_size=[3,8,8]", "transform.size=224", "output.commit_every=20")
     model = ("model.name=squeezenet1_1", "loader.workers=1", "loader.prefetch=1")
-    points = ("batch_size=2,256,512,4", "sweep.stop_on_oom=true")
+    points = ("batch_size=2,128,150,4", "sweep.stop_on_oom=true")
     with started(ranks(2, *sizes, *model, *SWEEP, *points), tmp_path) as process:
         wait_until(lambda: committed_rows(tmp_path / "sweep" / "0") > 0, process)
         assert isinstance(process, World)
@@ -152,11 +152,11 @@ def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:
         ended = finish(process, tmp_path, 0)
     assert statuses(tmp_path) == ["complete", "oom", "skipped", "complete"], ended.err
     rows = job_rows(tmp_path)
-    assert rows[1]["reason"].startswith("rank 1 of 2: batch_size must fit into memory, got 256 ")
+    assert rows[1]["reason"].startswith("rank 1 of 2: batch_size must fit into memory, got 128 ")
     assert rows[1]["peak_host_bytes"] > 0
-    assert rows[2]["reason"] == "batch_size=256 ran out of memory"
+    assert rows[2]["reason"] == "batch_size=128 ran out of memory"
     assert "OOM" in ended.out
-    assert_proved(tmp_path / "sweep" / "3", 300)
+    assert_proved(tmp_path / "sweep" / "3", 150)
     assert ended.code == 0, "that a batch does not fit is an answer"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 PRELOADED = (
     *("mgpu_ddp.infer", "mgpu_ddp.launch", "mgpu_ddp.merge", "mgpu_ddp.report", "tests.support.worlds"),
     *("torchvision.models", "torchvision.datasets", "torch.distributed.run", "torch.utils.flop_counter"),
-    *("pyarrow.parquet", "pyarrow.dataset", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin"),
+    *("pyarrow.parquet", "hydra.main", "hydra._internal.hydra", "PIL.BmpImagePlugin"),
     *("jinja2", "matplotlib.figure", "pytest"),
 )
 ONE_THREAD = {

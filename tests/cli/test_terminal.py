@@ -77,7 +77,7 @@ def test_names_reach_neither_terminal_nor_log_raw(tmp_path: Path) -> None:
     settings = (*SMALL_IMAGES, "data=folder", f"data.root={tmp_path / 'images'}")
     commands = {
         "complete": ranks(1, *settings, "output.dir=out"),
-        "raised": launched(2, *settings, "output.dir=out", "on_error=raise"),
+        "raised": launched(1, *settings, "output.dir=out", "on_error=raise"),
         "planned": ranks(1, *SMALL, f"output.dir='{evil}'", "dry_run=true"),
         "key": ranks(1, f"ba{evil}d=3"),
         "value": ranks(1, *SMALL, f"model.weights='{evil}'"),

@@ -29,7 +29,7 @@ from tests.support.starting import (
 )
 
 LONG = (*SMALL, "data.size=200000", "output.commit_every=400", "output.dir=out")
-SHORT = 1200
+SHORT = 2000
 
 
 def test_help_or_a_mistake_is_printed_once_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_sweep_measures_repeats_in_rounds_and_runs_only_what_is_missing(
 
 def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) -> None:
     """First a rank is killed, then a signal comes; each start has another number of ranks."""
-    settings = (*SMALL, "data.size=1200", "output.commit_every=100", *SWEEP, "batch_size=4,8,16")
+    settings = (*SMALL, "data.size=2000", "output.commit_every=100", *SWEEP, "batch_size=4,8,16")
     with started(launched(2, *settings), tmp_path) as process:
         # Amid the start of a job, where the other rank waits for this one and no row flows.
         wait_until((tmp_path / "sweep" / "1").exists, process)
@@ -130,12 +130,12 @@ def test_a_sweep_that_was_cut_short_starts_again_where_it_was(tmp_path: Path) ->
         ended = finish(process, tmp_path, 0)
     assert ended.code == 75, ended.err
     assert statuses(tmp_path) == ["complete", "complete", "preempted"]
-    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 1200 - kept
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["rows_this_run"] == 2000 - kept
     again = run(ranks(1, *settings), tmp_path)
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["complete"] * 3
     for job in range(3):
-        assert_proved(tmp_path / "sweep" / str(job), 1200)
+        assert_proved(tmp_path / "sweep" / str(job), 2000)
 
 
 def test_what_does_not_fit_into_memory_is_an_answer(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def _advice(model: Model, fitted: Fitted, checkpoint: Checkpoint | None) -> str:
     shared = expected.keys() & fitted.state.keys()
     other_shapes = {_stem(key) for key in shared if expected[key].shape != fitted.state[key].shape}
     is_all_there = expected.keys() >= fitted.state.keys() and not _missing(expected, fitted.state)
+    if is_all_there and not other_shapes:
+        return "Save it as floating-point numbers."
     if is_all_there and other_shapes == {head_name(model)}:
         return f"It has {classes} classes: set model.num_classes={classes}."
     alike = identify(checkpoint, _fits, _resembles) if checkpoint is not None else None

@@ -242,14 +242,23 @@ def test_a_folder_in_use_is_refused_until_its_job_is_dead(tmp_path: Path) -> Non
         wait_until(lambda: committed_rows(tmp_path / "out") > before, third)
 
 
-def test_killing_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["importing", pytest.param("committing", marks=pytest.mark.slow)])
+def test_killing_the_launcher_leaves_no_worker(tmp_path: Path, when: str) -> None:
     with started(launched(2, *LONG), tmp_path) as launcher:
-        wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
+        if when == "importing":
+            wait_until(lambda: sum(map(has_torch, worker_pids(launcher.pid))) == 2, launcher)
+        else:
+            wait_until(lambda: committed_rows(tmp_path / "out") > 0, launcher)
         workers = worker_pids(launcher.pid)
         assert len(workers) == 2
         launcher.kill()
         launcher.wait()
         wait_until_gone(workers)
+
+
+def has_torch(pid: int) -> bool:
+    """Check that a process has begun to import torch, which takes it a second."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 @pytest.mark.timeout(300)

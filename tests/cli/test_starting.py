@@ -124,9 +124,10 @@ def test_mgpu_infer_starts_torchrun_and_returns_its_workers_code(tmp_path: Path,
     assert too_many.code == 3, too_many.err
     assert json.loads((tmp_path / "too many" / "out" / "status.json").read_text())["status"] == "failed"
     assert raised.code == 1
-    # torchrun does not repeat with a stack what one line has said.
+    # torchrun does not repeat, in a line or with a stack, what one line has said.
     assert "x.jpg" in raised.err
     assert "Traceback" not in raised.err
+    assert "exitcode" not in raised.err + too_many.err
 
 
 @pytest.mark.parametrize("name", ["it's {x}=(日本), $$#1 ", "-My Photos\\~"])

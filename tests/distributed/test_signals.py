@@ -2,11 +2,14 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from mgpu_ddp.distributed.signals import STOP_SIGNALS, StopWish
+from mgpu_ddp.distributed.signals import STOP_SIGNALS, StopWish, die_with_parent
+from tests.support.forks import fork
 
 
 @pytest.fixture
@@ -50,3 +53,14 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
     assert not stop
     signal.raise_signal(signal.SIGTERM)
     assert stop.signal_name == "SIGTERM"
+
+
+def outlive_parent() -> None:
+    """Be a process whose parent is another one than it was."""
+    die_with_parent(os.getpid())
+    sys.exit(7)
+
+
+def test_a_process_whose_parent_has_died_before_ends_as_well(tmp_path: Path) -> None:
+    assert fork(outlive_parent, cwd=tmp_path).wait(60) == 1
+    assert (tmp_path / "stderr.txt").read_text() == ""

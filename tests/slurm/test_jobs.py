@@ -118,6 +118,7 @@ def test_an_array_of_shards_is_restartable_alone_and_merges(
     assert read_rows(run_dir) == read_rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_continued_by_the_command_in_its_status(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "it's bad"
     sorted(make_images(root, 9))[1].write_bytes(b"no image")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +17,9 @@ from tests.support.runs import make_images
 
 # Whoever runs the tests may have had it ignored, as nohup does, and processes inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Else each of the processes below compiles all of torch anew, for a second of CPU.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # As jobs do, before a test imports it by itself.
 import_torchvision()
 

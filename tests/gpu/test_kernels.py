@@ -1,5 +1,6 @@
 """The fused kernel on a real GPU, against Pillow, at every size."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,23 @@ def test_the_kernel_yields_the_levels_of_the_cpu_path(name: str, channels_last: 
         print(f"{name} {size}: at most {largest:.3g}/255, {mean:.3g}/255 on average")
     # A level is whole; what is left is the last bit of normalising on a GPU.
     assert max(largest for largest, _ in apart) < 1e-3
+
+
+@pytest.mark.parametrize("name", cases.transforms(224))
+def test_windows_have_the_levels_of_the_cpu_path(name: str) -> None:
+    transform = cases.transforms(224)[name]
+    images = [cases.picture(height, width, seed=i) for i, (height, width) in enumerate(SIZES)]
+    orientations = [i % 8 + 1 for i in range(len(images))]
+    numbers, packed = np.repeat(np.arange(len(images)), 4), cases.packed(images, "cuda")
+    windows = np.stack([cases.windows(packed, orientations, number) for number in range(4)], axis=1).reshape(-1, 4)
+    fits = [transform.may_resize(right - left, bottom - top) for left, top, right, bottom in windows.tolist()]
+    numbers, windows = numbers[fits], windows[fits]
+    turned = np.array(orientations)[numbers]
+    crops = [cases.oracle(images[i], orientations[i], transform, w) for i, w in zip(numbers, windows, strict=True)]
+    want = transform.normalise(torch.stack(crops), dtype=torch.float32, channels_last=False)
+    out = torch.full((len(numbers), 3, *transform.out_size), torch.nan, device="cuda")
+    preprocess_images(packed[numbers], turned, transform, out=out, rows=range(len(out)), windows=windows)
+    assert cases.difference(out.cpu(), want, transform)[0] < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

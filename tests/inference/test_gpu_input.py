@@ -162,6 +162,7 @@ def pieces(sizes: Sequence[int], rows: int, pixels: int = 100, batch_size: int |
         one = np.ones(size, dtype=np.int64)
         widths = number + np.arange(size)
         columns = dict.fromkeys(COLUMNS, one) | {"rows": np.arange(size), "widths": widths, "heights": one * pixels}
+        columns |= {"addresses": 1 + widths, "windows": np.zeros((size, 4), dtype=np.int64)}
         left -= size
         yield Batch(
             index=widths,

@@ -262,9 +262,8 @@ def test_orders_are_cut_by_what_the_images_before_weighed() -> None:
 def test_a_piece_is_what_the_gpu_decodes_in_one_call(megapixels: int, length: int) -> None:
     pieces = Pieces([[*range(10 * length)]], rows=256, share=1 << 40)
     records = np.zeros(3, dtype=RECORD)
-    records["heights"], records["widths"] = 1000, 1000 * megapixels
     index, label = np.arange(3), np.zeros(3, dtype=np.int32)
-    jpegs = PackedJpegs(records=records)
+    jpegs = PackedJpegs(records=records, pixels=3_000_000 * megapixels)
     pieces.seen(Made(slot=0, index=index, label=label, errors={}, seconds={}, encoded_bytes=3, jpegs=jpegs))
     assert [len(order.indices) for order in pieces] == [length] * 10
 

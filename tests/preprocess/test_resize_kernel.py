@@ -60,6 +60,38 @@ def test_the_kernel_yields_the_bits_of_the_cpu_path(
     assert torch.equal(got, want)
 
 
+def run_windows(
+    images: list[torch.Tensor], orientations: list[int], transform: Transform, windows: Any
+) -> torch.Tensor:
+    out = torch.full((3 * len(images), 3, *transform.out_size), torch.nan)
+    numbers = np.repeat(np.arange(len(images)), 3)
+    turned, each = np.array(orientations)[numbers], cases.packed(images)[numbers]
+    resize_kernel.preprocess_images(each, turned, transform, out=out, rows=range(len(out)), windows=windows)
+    return out
+
+
+@pytest.mark.parametrize("name", ["imagenet", "padded", "nearest", "lanczos", "tall"])
+def test_windows_of_one_image_have_the_bits_of_its_crops(interpreter: ProcessPoolExecutor, name: str) -> None:
+    transform, (images, orientations) = cases.transforms(8)[name], pictures()
+    packed = cases.packed(images)
+    windows = np.stack([cases.windows(packed, orientations, number) for number in range(3)], axis=1)
+    crops = [
+        cases.oracle(image, orientation, transform, window)
+        for image, orientation, mine in zip(images, orientations, windows.tolist(), strict=True)
+        for window in mine
+    ]
+    want = transform.normalise(torch.stack(crops), dtype=torch.float32, channels_last=False)
+    got = interpreter.submit(run_windows, images, orientations, transform, windows.reshape(-1, 4)).result()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("window", [(-1, 0, 2, 2), (0, 0, 7, 2), (0, 0, 2, 6), (3, 0, 3, 2), (0, 3, 2, 2)])
+def test_windows_outside_of_their_image_are_refused(window: tuple[int, ...]) -> None:
+    good, out = cases.packed([torch.zeros(3, 5, 6, dtype=torch.uint8)]), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="windows must lie inside"):
+        resize_kernel.preprocess_images(good, [1], plain(8), out=out, rows=[0], windows=np.array([window]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     transform, images = imagenet(8), [cases.picture(9, 14, seed=0)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, ResNet18_Weights
@@ -46,11 +47,27 @@ def packed(images: Sequence[torch.Tensor], device: str = "cpu") -> Images:
     return Images(data=data, starts=starts, heights=sizes[:, 0], widths=sizes[:, 1])
 
 
-def oracle(image: torch.Tensor, orientation: int, transform: Transform) -> torch.Tensor:
-    """The same pixels by the CPU path, uint8 (height, width, 3)."""
+def oracle(
+    image: torch.Tensor, orientation: int, transform: Transform, window: Sequence[int] | None = None
+) -> torch.Tensor:
+    """The same pixels by the CPU path, uint8 (height, width, 3); of a window of the upright image, or all of it."""
     stored = Image.fromarray(image.permute(1, 2, 0).numpy())
     stored.getexif()[EXIF_ORIENTATION] = orientation
-    return torch.from_numpy(transform.geometry(upright(stored)).copy())
+    whole = upright(stored)
+    return torch.from_numpy(transform.geometry(whole.crop(tuple(window)) if window is not None else whole).copy())
+
+
+def windows(images: Images, orientations: Sequence[int], number: int) -> npt.NDArray[np.int64]:
+    """A window of each upright image: at its corners, a pixel, a strip, or anywhere."""
+    random = np.random.default_rng(number)
+    found = []
+    for height, width, orientation in zip(images.heights.tolist(), images.widths.tolist(), orientations, strict=True):
+        right, bottom = (height, width) if orientation >= 5 else (width, height)
+        x0, y0 = (int(random.integers(side)) for side in (right, bottom))
+        x1, y1 = (int(random.integers(first + 1, side + 1)) for first, side in ((x0, right), (y0, bottom)))
+        kinds = [(x0, y0, right, bottom), (0, 0, x1, y1), (x0, y0, x0 + 1, y0 + 1), (x0, y0, x1, y1)]
+        found.append(kinds[(len(found) + number) % len(kinds)])
+    return np.array(found, dtype=np.int64).reshape(-1, 4)
 
 
 def expected(images: Sequence[torch.Tensor], orientations: Sequence[int], transform: Transform) -> torch.Tensor:

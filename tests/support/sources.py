@@ -38,7 +38,7 @@ def labelled_paths(files: Listing) -> list[tuple[bytes, int]]:
     return [(files.path(i), files.label(i)) for i in range(len(files))]
 
 
-def parquet_of(path: Path, group: int = 3, **columns: Any) -> Path:
+def parquet_of(path: Path, /, group: int = 3, **columns: Any) -> Path:
     """A Parquet file of columns, in row groups of so many rows."""
     pq.write_table(pa.table(columns), path, row_group_size=group)
     return path

@@ -109,6 +109,21 @@ class FolderConfig(DataConfig):
         _check_content(self.check, self.root)
 
 
+def _box_columns(key: Key, value: Any) -> list[str] | None:
+    names = value if isinstance(value, list) or value is None else [value]
+    ok = names is None or (
+        len(names) == len({*map(str, names)}) in (1, 4) and all(isinstance(name, str) and name for name in names)
+    )
+    key.require(ok, "the name of one column or of four, or null", value, f"Try {key.name}=[x0,y0,x1,y1].")
+    return names
+
+
+BOXES = (
+    "The column of boxes, {forms}, or the four columns [x0,y0,x1,y1]. Each box gets a row, and its crop is the sample;"
+    " in pixels of the upright image, of which x1 and y1 are the first outside. null: whole images."
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class ListConfig(DataConfig):
     """The images that a file names, in its order; one that is named twice gets two rows."""
@@ -127,6 +142,7 @@ class ListConfig(DataConfig):
     )
     carry: list[str] = key([], CARRY, _each_once)
     check: str = key("auto", CHECK, CHECKS)
+    box_column: Any = key(None, BOXES.format(forms="JSON as [[x0,y0,x1,y1],...], or lists in Parquet"), _box_columns)
 
     def check_together(self) -> None:
         self.root = absolute(keys_of(ListConfig)["root"], self.root or os.path.dirname(self.path))
@@ -193,6 +209,7 @@ class ParquetConfig(DataConfig):
         " file/row number.",
     )
     carry: list[str] = key([], CARRY, _each_once)
+    box_column: Any = key(None, BOXES.format(forms="lists of x0, y0, x1, y1"), _box_columns)
 
 
 def _mapped(key: Key, path: str) -> str:
@@ -460,7 +477,8 @@ class LoaderConfig(Section):
     block: int = key(
         1,
         "Consecutive samples that go to one rank; 1 is DistributedSampler's own rule. Tars and Parquet want several row"
-        " groups or hundreds of images, so that a rank reads long ranges. Windows hold whole blocks of all ranks.",
+        " groups or hundreds of images, so that a rank reads long ranges. Windows hold whole blocks of all ranks. With"
+        " data.box_column 1 stands for whole batches of 256 boxes or more: those of an image stay together.",
         at_least(1, high=1_000_000),
     )
 
@@ -469,6 +487,10 @@ def _folder(key: Key, folder: str | None) -> str | None:
     rule = "a folder of a file system: object stores cannot rename, which makes a part appear whole or not at all"
     key.require("://" not in (folder or ""), rule, folder, "Write to a disk, and copy it afterwards.")
     return folder and os.path.expanduser(folder)
+
+
+WIDE = ("logits", "probs", "embedding")
+"""The fields that are long lists of numbers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -486,9 +508,9 @@ class OutputConfig(Section):
     topk: int = key(5, "How many best classes each row names.", at_least(1))
     fields: list[str] = key(
         ["topk"],
-        "Any of topk, logits, probs, embedding (pooled features, what the classifier sees); pred and prob are always"
-        " there.",
-        each_of("topk", "logits", "probs", "embedding"),
+        "Any of topk, logits, probs, embedding (pooled features, what the classifier sees), size (width and height of"
+        " the upright image file); pred and prob are always there.",
+        each_of("topk", *WIDE, "size"),
     )
     dtype: str = key(
         "fp32",
@@ -607,11 +629,19 @@ class Config(Section):
         carry = getattr(self.data, "carry", [])
         rule = "left out with output.format=npy, which is one array"
         require(not carry or self.output.format != "npy", "data.carry", rule, carry, "Choose parquet, csv or jsonl.")
+        fits = "size" not in self.output.fields or isinstance(self.data, Listed)
+        rule = "without size where images do not come as files"
+        require(fits, "output.fields", rule, list(self.output.fields), "Leave size out.")
+
+    @property
+    def boxes(self) -> bool:
+        """Samples are boxes of images."""
+        return bool(getattr(self.data, "box_column", None))
 
     @property
     def wide(self) -> bool:
         """Rows carry more than top-k, so that they had better stay on their rank."""
-        return self.output.format == "npy" or self.output.fields != ["topk"]
+        return self.output.format == "npy" or any(field in WIDE for field in self.output.fields)
 
     @property
     def collect(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mgpu_ddp.config.checks import protocol_of
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.boxes import require_boxes
 from mgpu_ddp.data.carried import from_text
 from mgpu_ddp.data.image_names import log_left_out, most_common
 from mgpu_ddp.data.labels import is_text, log_labels, number_names
@@ -85,7 +86,7 @@ def _note_changed(files: Listing, known: Listing, check: str) -> None:
     before = {archive.path: archive for archive in known.archives}
     changed, first = [np.empty(0, np.int64)], 0
     for archive in files.archives:
-        rows = sum(archive.groups)
+        rows = sum(archive.rows)
         was = before.get(archive.path, archive)
         if not _is_as_indexed(was, (archive.num_bytes, archive.modified_ns)):
             changed.append(np.arange(first, first + rows))
@@ -116,7 +117,7 @@ def _unchanged(paths: list[str], known: Listing | None) -> dict[int, ArchiveInde
     before: dict[str, ArchiveIndex] = {}
     first = 0
     for archive in known.archives:
-        count = sum(archive.groups)
+        count = sum(archive.rows)
         rows = known.table.slice(first, count)
         if known.label_names is not None:
             names = pa.array(known.label_names, pa.large_string()).take(rows["label"].combine_chunks())
@@ -178,6 +179,8 @@ def _join(parts: list[ArchiveIndex], known: Listing | None) -> Listing:
     import pyarrow as pa
 
     table = pa.concat_tables(_with_labels_of_one_kind([pa.table(part.rows) for part in parts])).combine_chunks()
+    if "box" in table.column_names:
+        require_boxes(table.num_rows)
     if not table.num_rows:
         raise UsageError(
             "data.urls: none of the files holds an image. Name others; for tars, data.extensions are what follows the"

@@ -18,6 +18,7 @@ from mgpu_ddp.config.schema import (
     WebDatasetConfig,
 )
 from mgpu_ddp.data import array
+from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.files import FileSamples, list_folder
 from mgpu_ddp.data.list_file import read_list
@@ -82,7 +83,10 @@ def find_listing(config: Config, known: Listing | None, world: World) -> Listing
 
 def open_samples(config: Config, files: Listing | ScriptDataset | None) -> Samples:
     """Open the samples of a dataset, given its listing where it has one, or the script's own."""
-    return SOURCES[type(config.data)].open(config.data, files)
+    samples = SOURCES[type(config.data)].open(config.data, files)
+    if isinstance(samples, EncodedSamples):
+        samples.has_size = "size" in config.output.fields
+    return samples
 
 
 def identity(config: Config) -> str | None:

@@ -1,13 +1,17 @@
 """Lists that name the images: a text of one path a line, a CSV or a Parquet file."""
 
+import csv as standard_csv
+import io
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mgpu_ddp.config.checks import PROTOCOLS, protocol_of, require
 from mgpu_ddp.config.schema import ListConfig
 from mgpu_ddp.data import object_store
+from mgpu_ddp.data.boxes import WITHOUT, as_lists, read_boxes, require_boxes
 from mgpu_ddp.data.carried import find_columns
 from mgpu_ddp.data.content import check_of, content_of
 from mgpu_ddp.data.image_names import ImageNames, describe, log_left_out, most_common
@@ -20,6 +24,8 @@ log = logging.getLogger("mgpu_ddp")
 
 NO_DELIMITER = "\x01"
 """Separates the columns of a text that has one: no sane path holds it."""
+BOX = "box "
+"""Begins the names that the columns of boxes have here."""
 BLANK = r"^\s*$"
 CELLS = {
     "int64": r"^(0|-?[1-9][0-9]{0,17})$",
@@ -43,7 +49,7 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
     """
     import pyarrow as pa
 
-    table = _read_table(data.path)
+    table = _read_table(data)
     if "path" not in table.column_names:
         found = ", ".join(table.column_names)
         remedy = "Separate columns by commas." if "\t" in found or ";" in found else "Rename one."
@@ -51,6 +57,8 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
     if not table.num_rows:
         raise UsageError(f"data.path={data.path!r} names no image. Name another list.")
     table, types = _with_carried(table, data, known)
+    if data.box_column is not None:
+        table = _with_boxes(table, data)
     table, left_out = _choose(table, data)
     paths = _to_paths(table["path"], data)
     labels = table["label"] if "label" in table.column_names else pa.nulls(len(paths), pa.int32())
@@ -62,9 +70,51 @@ def read_list(data: ListConfig, known: Listing | None = None) -> Listing:
         labels = as_labels(labels, what)
     log_labels(len(paths), len(paths) - labels.null_count, names)
     kept = {CARRIED + name: pa.concat_arrays(table[CARRIED + name].chunks) for name in types.names}
-    files = Listing.of(paths, labels, label_names=names, carried=types, **_content_of(paths, data), **kept)
+    content = {**_content_of(paths, data), **kept}
+    if data.box_column is not None:
+        rows, boxes = _box_rows(table["box"], data, left_out)
+        paths, labels = paths.take(rows), labels.take(rows)
+        content = {name: column.take(rows) for name, column in content.items()} | {"box": boxes}
+    files = Listing.of(paths, labels, label_names=names, carried=types, **content)
     files.left_out = left_out
     return files if known is None else files.after(known)
+
+
+def _with_boxes(table: Any, data: ListConfig) -> Any:
+    """The table with a column box, of lists of boxes, in the place of those that were read."""
+    names = [name for name in table.column_names if name.startswith(BOX)]
+    counts, boxes = read_boxes([table[name] for name in names], lambda row: _place(data.path, row))
+    return table.drop_columns(names).append_column("box", as_lists(counts, boxes))
+
+
+def _box_rows(lists: Any, data: ListConfig, left_out: dict[str, int]) -> tuple[Any, Any]:
+    """The row of the list of each box, and the boxes; images that have none are counted as left out."""
+    from pyarrow import compute
+
+    lists = lists.combine_chunks()
+    rows, boxes = compute.list_parent_indices(lists), lists.flatten()
+    require_boxes(len(boxes))
+    if without := compute.sum(compute.equal(compute.list_value_length(lists), 0)).as_py():
+        left_out[WITHOUT] = without
+        log_left_out({WITHOUT: without})
+    log.info("%s boxes", f"{len(boxes):,}")
+    return rows, boxes
+
+
+def _place(path: str, row: int) -> str:
+    """Name the place of a row of the list: its line, where it is a text."""
+    if Path(path).suffix.lower() != ".csv":
+        return f"row {row} of {path!r}"
+    number, line = -1, 1
+    with _open(path) as file:
+        lines = standard_csv.reader(io.TextIOWrapper(file, "utf-8", "surrogateescape", newline=""))
+        for record in lines:
+            # An empty line is no row, and the first row is that of names.
+            number += bool(record)
+            if number > row:
+                break
+            line = lines.line_num + 1
+    return f"line {line} of {path!r}"
 
 
 def _choose(table: Any, data: ListConfig) -> tuple[Any, dict[str, int]]:
@@ -87,18 +137,23 @@ def _content_of(paths: Any, data: ListConfig) -> dict[str, Any]:
     fits = not is_remote or data.check in ("auto", "name")
     require(fits, "data.check", "name or auto for URLs", data.check, "Leave it out.")
     check = check_of(data.check, is_remote=is_remote)
-    return content_of(str(data.root), paths.to_pylist(), check) if check != "name" else {}
+    # A file that is named twice, as four columns of boxes do, is looked at once.
+    files = paths.dictionary_encode()
+    content = content_of(str(data.root), files.dictionary.to_pylist(), check) if check != "name" else {}
+    return {name: column.take(files.indices) for name, column in content.items()}
 
 
-def _read_table(path: str) -> Any:
+def _read_table(data: ListConfig) -> Any:
+    """The columns path and label, as far as they are there, and then those of boxes."""
     import pyarrow as pa
 
+    path, boxes = data.path, data.box_column or []
     suffix = Path(path).suffix.lower()
     rule = "a .csv or .parquet with a column path, or a text of one path a line"
     require(suffix not in NO_LISTS, "data.path", rule, path, "Convert it.")
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_text)
     try:
-        return read(path)
+        return read(path, boxes)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UsageError(
             f"data.path={path!r} cannot be read ({cause_of(error)}). Fix it, or name another list."
@@ -151,9 +206,10 @@ def _open_text(path: str) -> Any:
     return _open(path)
 
 
-def _read_text(path: str) -> Any:
+def _read_text(path: str, boxes: Sequence[str]) -> Any:
     from pyarrow import compute, csv
 
+    require(not boxes, "data.box_column", "null for a text of one path a line", [*boxes], "Make the list a .csv.")
     # A path may hold commas, quotes and bytes that are not UTF-8.
     lines = csv.read_csv(
         _open_text(path),
@@ -164,22 +220,22 @@ def _read_text(path: str) -> Any:
     return lines.filter(compute.invert(compute.match_substring_regex(lines["path"], BLANK)))
 
 
-def _read_csv(path: str) -> Any:
+def _read_csv(path: str, boxes: Sequence[str]) -> Any:
     from pyarrow import csv
 
     read, parse = csv.ReadOptions(use_threads=False), csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(_open_text(path), read, parse) as reader:
-        names = _columns(reader.schema.names)
+        names = _columns(reader.schema.names, boxes)
         if "path" not in names:
             return reader.schema.empty_table()
     return csv.read_csv(_open(path), read, parse, _as_bytes(names)).rename_columns(list(names))
 
 
-def _read_parquet(path: str) -> Any:
+def _read_parquet(path: str, boxes: Sequence[str]) -> Any:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(_open(path), pre_buffer=False)
-    names = _columns(table.schema_arrow.names)
+    names = _columns(table.schema_arrow.names, boxes)
     if "path" not in names:
         return table.schema_arrow.empty_table()
     read = table.read(columns=list(names.values()), use_threads=False)
@@ -266,14 +322,18 @@ def _carried_of_parquet(data: ListConfig) -> list[Any]:
     return columns
 
 
-def _columns(given: list[str]) -> dict[str, str]:
-    """Find the columns path and label among the given names, which may have blanks around them."""
+def _columns(given: list[str], boxes: Sequence[str] = ()) -> dict[str, str]:
+    """Find the columns path and label among the given names, which may have blanks around them, and those of boxes."""
     found = [name for name in given if name.strip() in ("path", "label")]
     names = {name.strip(): name for name in found}
     require(len(names) == len(found), "data.path", "a list with one column path and one label", given, "Rename some.")
     near = [name for name in given if name.strip(" \t\"'").lower() in ("label", "labels")]
     if "label" not in names and near:
         log.warning("data.path: column %r is not taken for labels: call it label", near[0])
+    others = [name.strip() for name in given if name not in found]
+    for number, box in enumerate(boxes):
+        require(others.count(box) == 1, "data.box_column", f"among {', '.join(others)}", box, "Name one of them.")
+        names[f"{BOX}{number}"] = next(name for name in given if name not in found and name.strip() == box)
     return names
 
 
@@ -281,4 +341,7 @@ def _as_bytes(names: dict[str, str]) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    return csv.ConvertOptions(column_types={names["path"]: pa.large_binary()}, include_columns=list(names.values()))
+    texts = {given: pa.large_string() for name, given in names.items() if name.startswith(BOX)}
+    return csv.ConvertOptions(
+        column_types={names["path"]: pa.large_binary(), **texts}, include_columns=list(names.values())
+    )

@@ -73,12 +73,19 @@ class Archive:
     modified_ns: int
     groups: list[int]
     """The number of images in each row group; of a tar, in the whole file."""
+    boxes: list[int] | None = None
+    """The number of their boxes, where samples are these."""
     group_bytes: int = 0
     """The bytes of the images in the largest row group."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """How many images of a tar are not listed, by kind."""
+    """How many of its images are not listed, by kind."""
     carried_bytes: int = 0
     """The bytes of the columns that are carried."""
+
+    @property
+    def rows(self) -> list[int]:
+        """The number of rows of the listing for each row group."""
+        return self.groups if self.boxes is None else self.boxes
 
 
 class Listing:
@@ -111,6 +118,11 @@ class Listing:
         # There is one record batch, so a lookup is one step into mapped memory.
         self._paths = table.column("path").chunk(0)
         self._labels = table.column("label").chunk(0)
+        self.boxes: npt.NDArray[np.float64] | None = None
+        """(rows, 4), where samples are boxes of images."""
+        self._box = table["box"].chunk(0) if "box" in table.column_names else None
+        if self._box is not None:
+            self.boxes = self._box.flatten().to_numpy().reshape(-1, 4)
         if self.label_names is not None:
             self._check_names(self.label_names)
 
@@ -222,13 +234,15 @@ class Listing:
         return -1 if value is None else int(value)
 
     def digest(self, stop: int) -> str:
-        """sha256 over paths, labels and the names of these: of the first `stop` rows, or of as many as there are."""
+        """sha256 over paths, labels, the names of these, and boxes: of the first `stop` rows, or of all."""
         stop = min(stop, len(self))
         paths, labels = self._paths.slice(0, stop), self._labels.slice(0, stop)
         ends = np.frombuffer(paths.buffers()[1], np.int64, stop + 1) if stop else np.zeros(1, np.int64)
         digest = hashlib.sha256(np.diff(ends).tobytes())
         digest.update(memoryview(paths.buffers()[2] or b"")[: int(ends[-1])])
         digest.update(labels.fill_null(-1).to_numpy())
+        if self.boxes is not None:
+            digest.update(self.boxes[:stop].data)
         if self.label_names is not None:
             used = labels.drop_null().unique().to_pylist()
             digest.update(json.dumps([self.label_names[label] for label in used]).encode())
@@ -286,6 +300,7 @@ class Listing:
         content = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
         columns = {"path": self._paths, "label": self._labels, "label_names": self.label_names}
         columns |= {"carried": self.carried, **kept}
+        columns |= {"box": self._box} if self._box is not None else {}
         updated = known._updated(np.arange(len(self)), content, **columns)
         updated.left_out = self.left_out
         return updated
@@ -296,7 +311,8 @@ class Listing:
         from pyarrow import compute
 
         count, changed = len(self), np.zeros(len(self), np.bool_)
-        is_new = not (columns["path"].equals(self._paths) and columns["label"].equals(self._labels))
+        listed = {"path": self._paths, "label": self._labels, "box": self._box}
+        is_new = any(columns.get(name) != column for name, column in listed.items())
         updated = {name: self.table[name].combine_chunks() for name in CONTENT if name in self.table.column_names}
         for name, now in content.items():
             before = updated.get(name, pa.nulls(count, now.type))

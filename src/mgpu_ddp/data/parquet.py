@@ -3,16 +3,18 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.config.checks import protocol_of
+from mgpu_ddp.config.checks import protocol_of, require
 from mgpu_ddp.config.schema import Config, ParquetConfig
 from mgpu_ddp.data import object_store
 from mgpu_ddp.data.archives import ArchiveIndex, OpenArchives, index_archives, size_and_mtime, unreadable
+from mgpu_ddp.data.boxes import WITHOUT, as_lists, read_boxes
 from mgpu_ddp.data.carried import find_columns, to_text
 from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.input_file import require_input
@@ -33,11 +35,12 @@ def list_parquet(config: Config, known: Listing | None, world: World) -> Listing
         UsageError: a file is missing, broken, or lacks a column.
     """
     data: ParquetConfig = config.data
-    if known is not None and known.carried.names != data.carry:
-        # Another job's, as the claim will find.
+    is_same = known is None or (known.boxes is None) == (data.box_column is None)
+    if known is not None and (known.carried.names != data.carry or not is_same):
+        # Another job's, which will be refused.
         known = None
     files = index_archives(data.urls, partial(index_parquet, data), known, world, check=data.check)
-    if files is not None and config.collect == "gather" and world.size > 1:
+    if files is not None and config.collect == "gather" and world.size > 1 and not config.boxes:
         advise_block(files, config.loader.block)
     return files
 
@@ -66,7 +69,7 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             if sum(group.num_rows for group in groups) != file.metadata.num_rows:
                 raise unreadable(path, ValueError("its row groups have not as many rows as it says"))
-            return ArchiveIndex(
+            index = ArchiveIndex(
                 archive=Archive(
                     path=path,
                     num_bytes=num_bytes,
@@ -80,8 +83,42 @@ def index_parquet(data: ParquetConfig, path: str, name: str) -> ArchiveIndex:
                     metadata={CARRIED_KEY: to_text(carried)},
                 ),
             )
+            return index if data.box_column is None else _boxes_of(index, file, data.box_column)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(path, error) from None
+
+
+def _boxes_of(images: ArchiveIndex, file: Any, names: list[str]) -> ArchiveIndex:
+    """The index with a row for each box of an image."""
+    import pyarrow as pa
+
+    archive, given = images.archive, file.schema_arrow.names
+    for name in names:
+        rule = f"one column of every file, among {', '.join(given)}"
+        require(given.count(name) == 1, "data.box_column", rule, f"{name} for {archive.path}", "Name one of them.")
+    table = file.read(columns=names, use_threads=False)
+    columns = [table[name] for name in names]
+    counts, boxes = read_boxes(columns, lambda row: f"row {row} of {archive.path!r}")
+    stops = np.cumsum(archive.groups, dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    of_images = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(counts)) - np.repeat(stops - archive.groups, archive.groups)
+    without = int((counts == 0).sum())
+    return ArchiveIndex(
+        archive=replace(
+            archive,
+            boxes=np.diff(before[np.concatenate([[0], stops])]).tolist(),
+            left_out={WITHOUT: without} if without else {},
+        ),
+        rows=pa.record_batch(
+            {
+                **{name: images.rows[name].take(pa.array(of_images)) for name in images.rows.schema.names},
+                "box": as_lists(counts, boxes).flatten(),
+                "row": pa.array(within[of_images]),
+            },
+            metadata=images.rows.schema.metadata,
+        ),
+    )
 
 
 def _open(path: str) -> Any:
@@ -199,11 +236,13 @@ class ParquetSamples(EncodedSamples):
         groups = [
             (number, group, rows)
             for number, archive in enumerate(files.archives)
-            for group, rows in enumerate(archive.groups)
+            for group, rows in enumerate(archive.rows)
         ]
         self._places = [(number, group) for number, group, _ in groups]
         """The file and the number in it of each row group."""
         self._stops = np.cumsum([rows for _, _, rows in groups])
+        self._rows = files.table["row"].chunk(0).to_numpy() if files.boxes is not None else None
+        """The image's row in its row group, where samples are boxes of images."""
         self._files: OpenArchives[Any] = OpenArchives(files.archives, _open, lambda file: file.close(force=True))
         # Of the thread that writes rows.
         self._files_carried: OpenArchives[Any] = OpenArchives(
@@ -216,9 +255,15 @@ class ParquetSamples(EncodedSamples):
         )
         self._broken: dict[int, str] = {}
 
-    def fetch(self, index: int) -> bytes:
+    def image_of(self, index: int) -> tuple[int, int]:
+        """The row group, and the row in it."""
         number = int(np.searchsorted(self._stops, index, side="right"))
-        row = index - (int(self._stops[number - 1]) if number else 0)
+        if self._rows is not None:
+            return number, int(self._rows[index])
+        return number, index - (int(self._stops[number - 1]) if number else 0)
+
+    def fetch(self, index: int) -> bytes:
+        number, row = self.image_of(index)
         image = self._cache.get(number, row, lambda: self._read(number))
         if image is None:
             raise ValueError("null in the place of an image")
@@ -256,7 +301,8 @@ class ParquetSamples(EncodedSamples):
         for stretch in stretches:
             number = int(numbers[stretch[0]])
             first = int(self._stops[number - 1]) if number else 0
-            tables.append(self._read_carried(number).take(pa.array(indices[stretch] - first)))
+            rows = indices[stretch] - first if self._rows is None else self._rows[indices[stretch]]
+            tables.append(self._read_carried(number).take(pa.array(rows)))
         table = pa.concat_tables(tables)
         return dict(zip(table.column_names, table.columns, strict=True))
 

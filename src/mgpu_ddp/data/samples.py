@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Pixels, StageClock
+from mgpu_ddp.preprocess.transform import AnyTransform, Layout, Pixels, StageClock, Window
 
 
 class Samples(ABC):
@@ -22,6 +22,8 @@ class Samples(ABC):
     """About how many bytes `carried` adds to a row."""
     looks_ahead: bool = False
     """Calling `expect` speeds up the next reads."""
+    are_boxes: bool = False
+    """A sample is a box of its image."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -49,6 +51,18 @@ class Samples(ABC):
     def known_label(self, index: int) -> int:
         """The label as far as it is known without reading the image, or -1."""
         return -1
+
+    def window(self, index: int, width: int, height: int) -> Window:
+        """The pixels that are the sample, of its upright image of this size, which is noted for `take_carried`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return 0, 0, width, height
+
+    def count_clipped(self, indices: Sequence[int]) -> int:
+        """Count which of these samples, whose windows were asked for, reached beyond their image."""
+        return 0
 
     def take_carried(self, indices: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
         """Hand over what came along with samples that were loaded: masked arrays (n,), `path` the name of a row.
@@ -84,6 +98,7 @@ class ChosenSamples(Samples):
     def __init__(self, samples: Samples, chosen: npt.NDArray[np.int64]) -> None:
         self._samples, self._chosen = samples, chosen
         self.layout, self.looks_ahead = samples.layout, samples.looks_ahead
+        self.are_boxes = samples.are_boxes
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -104,6 +119,12 @@ class ChosenSamples(Samples):
 
     def known_label(self, index: int) -> int:
         return self._samples.known_label(int(self._chosen[index]))
+
+    def window(self, index: int, width: int, height: int) -> Window:
+        return self._samples.window(int(self._chosen[index]), width, height)
+
+    def count_clipped(self, indices: Sequence[int]) -> int:
+        return self._samples.count_clipped(self._chosen[list(indices)].tolist())
 
     def take_carried(self, indices: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
         return self._samples.take_carried(self._chosen[list(indices)].tolist())

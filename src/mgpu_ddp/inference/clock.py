@@ -53,6 +53,8 @@ class Clock:
     """Seconds of loader workers, per stage."""
     read_bytes: int = 0
     """Read by the loader workers."""
+    clipped: int = 0
+    """Boxes that reached beyond their image."""
     batch_s: list[float] = field(default_factory=list)
     rows: int = 0
     errors: int = 0

@@ -66,7 +66,9 @@ def decode_of(
         UsageError: the GPU was asked for, and cannot decode.
     """
     wanted, lacks = config.runtime.decode, ""
-    if device.type != "cuda" and wanted != "scaled":
+    if config.boxes and wanted == "scaled":
+        lacks = "where samples are boxes, which are counted in pixels of the whole image"
+    elif device.type != "cuda" and wanted != "scaled":
         lacks = "where there is no CUDA device"
     elif not (isinstance(config.data, Listed) or (dataset is not None and dataset.kind.image == "encoded")):
         lacks = "where images do not come as files"
@@ -161,7 +163,8 @@ class Decoded:
 class Portion:
     """Pieces of batches that are decoded together.
 
-    Knows which piece a row of the batch belongs to, and whether it is made of the piece's pixels or of a JPEG.
+    Knows which piece a row of the batch belongs to, and whether it is made of the piece's pixels or of a JPEG. Several
+    rows may be made of one JPEG.
     """
 
     def __init__(self, pieces: Sequence[Batch], first_rows: Sequence[int]) -> None:
@@ -169,20 +172,23 @@ class Portion:
         self._pieces, self._first_rows = pieces, first_rows
         jpegs = [piece.jpegs for piece in pieces if piece.jpegs is not None]
         self.jpegs = Jpegs.joined(jpegs, first_rows)
-        """The JPEGs of all pieces; their `rows` are the batch's."""
+        """The samples of all pieces; their `rows` are the batch's."""
+        self.images = self.jpegs[self.jpegs.firsts]
+        """Each of their images once."""
         self._owners = np.repeat(np.arange(len(jpegs)), [len(each) for each in jpegs])
         self._of_pixels = [np.ones(len(piece.index), dtype=bool) for piece in pieces]
         for of_pixels, each in zip(self._of_pixels, jpegs, strict=True):
             of_pixels[each.rows] = False
 
     def decode_on_cpu(self, number: int, geometry: Callable[[Image.Image], Pixels]) -> None:
-        """Decode a JPEG, by its number, into its piece's pixels; record the error if Pillow refuses it as well."""
+        """Decode a sample, by its number, into its piece's pixels; record the error if Pillow refuses it as well."""
         owner = int(self._owners[number])
         piece, row = self._pieces[owner], int(self.jpegs.rows[number]) - self._first_rows[owner]
         piece.pixels[row] = 0
         self._of_pixels[owner][row] = True
         try:
-            piece.pixels[row].numpy()[:] = geometry(decode(self.jpegs.content(number)))
+            window = tuple(self.jpegs.windows[number].tolist())
+            piece.pixels[row].numpy()[:] = geometry(decode(self.jpegs.content(number)).crop(window))
         except Exception as error:  # decoders raise all kinds; each bad image is one row
             piece.errors[int(piece.index[row])] = row_error(error)
 
@@ -323,11 +329,11 @@ class GpuInput:
             preprocess_images(images, np.ones_like(where), transform, out=out, rows=where)
 
     def _decode_portion(self, portion: Portion, images: torch.Tensor, clock: Callable[[float], None]) -> None:
-        jpegs = portion.jpegs
+        encoded = portion.images
         # Pinned, so that the decoder need not copy them while it keeps others waiting.
-        pinned = torch.empty(int(jpegs.lengths.sum()), dtype=torch.uint8, pin_memory=True)
-        files = copied(jpegs, pinned)
-        for run in _runs(jpegs.heights * jpegs.widths):
+        pinned = torch.empty(int(encoded.lengths.sum()), dtype=torch.uint8, pin_memory=True)
+        files = copied(encoded, pinned)
+        for run in _runs(encoded.heights * encoded.widths):
             self._decode_run(portion, files, run, images, clock)
         for rows, pixels in portion.pixels():
             self._with_room(functools.partial(self._fill, images, pixels, rows, self._finish))
@@ -342,12 +348,13 @@ class GpuInput:
         """
         from mgpu_ddp.preprocess.resize_kernel import preprocess_images
 
-        jpegs = portion.jpegs
-        turned, rows = jpegs.orientations[numbers], jpegs.rows[numbers]
+        samples, places = portion.jpegs.of_images(numbers)
+        mine = portion.jpegs[samples]
 
         def run() -> None:
-            decoded = self._decoded(jpegs, files, numbers, clock)
-            preprocess_images(decoded, turned, self._transform, out=images, rows=rows)
+            decoded = self._decoded(portion.images, files, numbers, clock)[places]
+            turned, rows, windows = mine.orientations, mine.rows, mine.windows
+            preprocess_images(decoded, turned, self._transform, out=images, rows=rows, windows=windows)
 
         try:
             self._with_room(run)
@@ -356,7 +363,8 @@ class GpuInput:
                 raise
         except JpegError:
             if len(numbers) == 1:
-                portion.decode_on_cpu(int(numbers[0]), self._transform.geometry)
+                for sample in samples.tolist():
+                    portion.decode_on_cpu(sample, self._transform.geometry)
                 return
         else:
             return
@@ -578,7 +586,7 @@ class Staging:
 
 def _pixels(piece: Batch) -> int:
     """Pixels of all JPEGs of a piece together."""
-    return 0 if piece.jpegs is None else int(piece.jpegs.heights @ piece.jpegs.widths)
+    return 0 if piece.jpegs is None else piece.jpegs.pixels
 
 
 @contextmanager

@@ -258,6 +258,7 @@ def _rows(batch: Batch, found: Columns, clock: Clock) -> Rows:
     errors = batch.errors | nonfinite
     clock.batch(n, batch.seconds, -(-n // batch.batch_size))
     clock.read_bytes += batch.read_bytes
+    clock.clipped += batch.clipped
     clock.errors += len(errors)
     clock.nonfinite += len(nonfinite)
     clock.split_rows += len(split)

@@ -16,6 +16,7 @@ from mgpu_ddp import __version__
 from mgpu_ddp.config.checks import protocol_of, require
 from mgpu_ddp.config.schema import Config, FolderConfig, ListConfig, Listed, dataset_range
 from mgpu_ddp.data.datasets import identity, open_samples
+from mgpu_ddp.data.encoded import SIZE
 from mgpu_ddp.data.listing import FILE_NAME, Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.data.script_dataset import ScriptDataset
@@ -28,7 +29,7 @@ from mgpu_ddp.job.plan import batch_size_of
 from mgpu_ddp.models.class_names import names_digest
 from mgpu_ddp.models.weights import weights_digest
 from mgpu_ddp.output.atomic_files import replace_bytes
-from mgpu_ddp.output.columns import ColumnType, as_json, carried_names
+from mgpu_ddp.output.columns import BOX, ColumnType, as_json, carried_names
 from mgpu_ddp.output.layout import check_layout, lies_in_the_way
 from mgpu_ddp.output.manifest import Manifest, Start
 from mgpu_ddp.output.parts import write_error
@@ -196,13 +197,17 @@ def _fresh_manifest(setup: Setup) -> Manifest:
 
 def carried_types(setup: Setup) -> list[ColumnType]:
     """The columns that samples carry. Of a listing on rank 0 only, where there is one."""
-    if isinstance(setup.files, ScriptDataset):
-        carried = setup.files.kind.carried
-        return [ColumnType(name=name, dtype=dtype) for name, dtype in carried.items() if name != "path"]
-    if not isinstance(setup.files, Listing):
-        return []
-    names = carried_names(setup.files.carried.names, setup.types)
-    return [ColumnType.carried(names[field.name], field.type) for field in setup.files.carried]
+    config, files = setup.job.config, setup.files
+    types = [BOX] if config.boxes else []
+    if isinstance(files, ScriptDataset):
+        carried = files.kind.carried
+        types += [ColumnType(name=name, dtype=dtype) for name, dtype in carried.items() if name != "path"]
+    if "size" in config.output.fields:
+        types += [ColumnType(name=name, dtype="int32") for name in SIZE]
+    if isinstance(files, Listing):
+        names = carried_names(files.carried.names, setup.types)
+        types += [ColumnType.carried(names[field.name], field.type) for field in files.carried]
+    return types
 
 
 def _write_hydra_files(job: Job, folder: RunFolder) -> None:

@@ -26,6 +26,8 @@ WINDOW_BYTES = 64 << 20
 """Size of the rows that travel to rank 0 in one window, from all ranks together."""
 WARNED_FACTOR = 8
 """A warning is due where what all ranks read ahead makes windows of more than so many times `WINDOW_BYTES`."""
+BOXES_TOGETHER = 256
+"""Boxes of a block or more: one image in so many is decoded on two ranks."""
 STRETCH_BYTES = 8 << 20
 """Size of the rows that one rank writes itself in one window."""
 
@@ -54,7 +56,13 @@ class Planner:
 
     def plan(self, start: int, stop: int) -> Plan:
         """Windows over [start, stop) as the job asks for them. Collective: every rank calls this."""
-        return self._plan(start, stop, contiguous=self.resolved.collect == "shards", block=self.config.loader.block)
+        return self._plan(start, stop, contiguous=self.resolved.collect == "shards", block=self._block)
+
+    @property
+    def _block(self) -> int:
+        """`loader.block`; of boxes, where none is given, by the batch size, which the manifest keeps."""
+        block, batch_size = self.config.loader.block, self.resolved.batch_size
+        return -(-BOXES_TOGETHER // batch_size) * batch_size if self.config.boxes and block == 1 else block
 
     def plan_few(self, number: int) -> Plan:
         """Windows over a few samples that lie apart, numbered from 0. Collective: every rank calls this."""

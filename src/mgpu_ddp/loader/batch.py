@@ -34,6 +34,8 @@ class Batch:
     """`pixels` are as the source has them: the transform's geometry is still to come."""
     read_bytes: int = 0
     """All that its worker read in the meantime."""
+    clipped: int = 0
+    """Boxes that reached beyond their image."""
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     """Values that came with the samples, see `Rows`."""
     batch_size: int
@@ -63,6 +65,7 @@ class Batch:
             errors={index: reason for piece in pieces for index, reason in piece.errors.items()},
             seconds=seconds,
             read_bytes=sum(piece.read_bytes for piece in pieces),
+            clipped=sum(piece.clipped for piece in pieces),
             carried={name: np.ma.concatenate([piece.carried[name] for piece in pieces]) for name in pieces[0].carried},
         )
 
@@ -103,6 +106,7 @@ def as_batch(
         seconds=made.seconds,
         raw=raw,
         read_bytes=made.read_bytes,
+        clipped=made.clipped,
         carried=made.carried,
         batch_size=batch_size or len(pixels),
         rows=rows or len(pixels),

@@ -24,7 +24,7 @@ from mgpu_ddp.errors import StateError, UsageError
 from mgpu_ddp.loader.jpegs import JpegPacker, PackedJpegs
 from mgpu_ddp.loader.shared_slots import SharedSlots
 from mgpu_ddp.preprocess.jpeg_header import Header, read_header
-from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, copy_pixels
+from mgpu_ddp.preprocess.transform import AnyTransform, Integers, Pixels, Window, copy_pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,8 @@ class Made:
     jpegs: PackedJpegs | None = None
     read_bytes: int = 0
     carried: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    clipped: int = 0
+    """Boxes that reached beyond their image."""
     encoded_bytes: int = 0
     """In the slot's room."""
     is_last: bool = True
@@ -80,6 +82,8 @@ class BatchMaker:
     ) -> None:
         self._samples, self._transform, self._slots, self._config = samples, transform, slots, config
         self._packed = packed
+        self._last_data: bytes | None = None
+        self._last_header: Header | None = None
 
     @property
     def timeout_s(self) -> float:
@@ -132,6 +136,7 @@ class BatchMaker:
             jpegs=packer.packed() if packer is not None else None,
             read_bytes=_bytes_read() - read_before,
             carried=self._samples.take_carried(order.indices[:num_rows]),
+            clipped=self._samples.count_clipped(order.indices[:num_rows]),
             encoded_bytes=packer.used if packer is not None else 0,
             is_last=order.is_last and rest is None,
             rest=rest,
@@ -155,8 +160,11 @@ class BatchMaker:
                     with limit:
                         data = samples.read(index, made.clock) if packer is not None else None
                         header = self._header_for_gpu(data, packer)
-                        if packer is not None and data is not None and header is not None:
-                            if not packer.add(data, header, row):
+                        window = samples.window(index, *header.upright) if header is not None else None
+                        if window is not None and not self._may_resize(window):
+                            window = None
+                        if packer is not None and data is not None and header is not None and window is not None:
+                            if not packer.add(data, header, row, window):
                                 num_rows = row
                                 break
                             made.label[row] = samples.known_label(index)
@@ -178,11 +186,19 @@ class BatchMaker:
 
         The file alone decides, because the pixels differ: its neighbours in a piece depend on the number of workers.
         """
-        header = read_header(data) if packer is not None and data is not None else None
-        if packer is None or data is None or header is None or not header.plain or len(data) > packer.most:
+        if packer is None or data is None:
             return None
-        is_small = header.width * header.height <= self._config.max_pixels
-        return header if is_small and self._transform.may_resize(header.width, header.height) else None
+        if data is not self._last_data:
+            # Another box of the same image has the same.
+            self._last_data, self._last_header = data, read_header(data)
+        header = self._last_header
+        if header is None or not header.plain or len(data) > packer.most:
+            return None
+        return header if header.width * header.height <= self._config.max_pixels else None
+
+    def _may_resize(self, window: Window) -> bool:
+        left, top, right, bottom = window
+        return self._transform.may_resize(right - left, bottom - top)
 
 
 def _bytes_read() -> int:

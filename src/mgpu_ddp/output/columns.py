@@ -114,6 +114,10 @@ class ColumnType:
         return f"{self.name} {self.dtype} ({', '.join(shape)}{',' if len(shape) == 1 else ''})"
 
 
+BOX = ColumnType(name="box", dtype="float64", shape=(4,))
+"""The column of the boxes that samples are."""
+
+
 def as_json(types: Sequence[ColumnType]) -> list[dict[str, Any]]:
     """Types as JSON values, for the manifest."""
     found = [{**asdict(each), "shape": list(each.shape)} for each in types]

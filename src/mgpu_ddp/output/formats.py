@@ -1,11 +1,12 @@
 """Rows ↔ the bytes of a part, in each format of tables.
 
-A table has the columns `index` int64, `path` string, `label` int32, what samples carry (of any Arrow type), then the
-model's, then `error` string. A classifier's are `pred` int32, `prob` float32, `pred_name` string, `topk_index` and
-`topk_prob` as lists, and `logits`, `probs`, `embedding` as fixed-size lists where asked for. Of other models a scalar
-is a column of its dtype, a tensor a fixed-size list (its shape, of more than one dimension, stands in the field's
-metadata), and what differs in length from row to row a list. The model's columns are null in an error row. CSV holds
-lists and structs as JSON text; JSONL holds one object a line. Dates, times and decimals are text in both.
+A table has the columns `index` int64, `path` string, `label` int32, what samples carry (`box`, a list of four float64,
+among it, and columns of any Arrow type), then the model's, then `error` string. A classifier's are `pred` int32, `prob`
+float32, `pred_name` string, `topk_index` and `topk_prob` as lists, and `logits`, `probs`, `embedding` as fixed-size
+lists where asked for. Of other models a scalar is a column of its dtype, a tensor a fixed-size list (its shape, of more
+than one dimension, stands in the field's metadata), and what differs in length from row to row a list. The model's
+columns are null in an error row. CSV holds lists and structs as JSON text; JSONL holds one object a line. Dates, times
+and decimals are text in both.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgpu_ddp.data.labels import is_text
-from mgpu_ddp.output.columns import Column, ColumnType, Ragged, Values
+from mgpu_ddp.output.columns import BOX, Column, ColumnType, Ragged, Values
 from mgpu_ddp.output.rows import Rows
 
 TEXT_CHUNK = 4096
@@ -69,7 +70,7 @@ def empty_table(types: Sequence[ColumnType]) -> Any:
     as_is = {each.name: pa.array([], each.arrow_type) for each in types if each.arrow}
     types = [each for each in types if not each.arrow]
     # A model's first scalars are among them, which makes no difference to their types.
-    carried = [*takewhile(lambda each: each.name != "pred" and not each.shape and not each.ragged, types)]
+    carried = [*takewhile(lambda each: each.name != "pred" and (each == BOX or not (each.shape or each.ragged)), types)]
     rows = Rows(
         index=np.empty(0, np.int64),
         label=np.empty(0, np.int32),
@@ -99,6 +100,8 @@ def is_readable(kind: Any, how: str) -> bool:
 def _carried(column: Any) -> Any:
     import pyarrow as pa
 
+    if column.ndim > 1:
+        return _array("", column.data, np.ma.getmaskarray(column)[:, 0])
     kind = pa.string() if column.dtype == object else None
     return pa.array(column.data, type=kind, mask=np.ma.getmaskarray(column))
 

@@ -17,7 +17,7 @@ class Rows:
     table's order; of a classifier `pred` int32 (n,), `prob` float32 (n,), `topk_index` int32 (n, k), `topk_prob`
     float32 (n, k) and any of `logits`, `probs`, `embedding` float32 or float16 (n, d). `errors`: dataset index →
     reason; such a row's columns hold nothing of meaning. `split`: indices of rows whose batch was split for lack of
-    memory. `carried`: masked arrays (n,) that come with the samples; `path` among them is the rows' name.
+    memory. `carried`: masked arrays (n, ...) that come with the samples; `path` among them is the rows' name.
     """
 
     index: npt.NDArray[np.int64]

@@ -56,6 +56,11 @@ class Header:
         return len(self.sampling)
 
     @property
+    def upright(self) -> tuple[int, int]:
+        """(width, height) of the upright image."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+    @property
     def chroma(self) -> tuple[int, int]:
         """(down, across): pixels that share a sample of chroma in a plain file; none do in a grey one."""
         return CHROMA[self.sampling]

@@ -16,7 +16,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import ClassVar
@@ -67,6 +67,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def __getitem__(self, numbers: Integers) -> "Images":
+        """Images by their numbers, the same one several times if need be: the same memory."""
+        places = {name: getattr(self, name)[numbers] for name in ("starts", "heights", "widths")}
+        return replace(self, **places)
 
     @classmethod
     def of(cls, pixels: torch.Tensor) -> "Images":

@@ -44,20 +44,22 @@ def preprocess_images(
     *,
     out: torch.Tensor,
     rows: Sequence[int] | Integers,
+    windows: Integers | None = None,
 ) -> None:
     """Turn decoded images into rows of model input, on the current stream of `out`'s device.
 
-    `orientations` are EXIF's, 1 to 8, applied first. Image i becomes row `rows[i]` of `out`
+    `orientations` are EXIF's, 1 to 8, applied first. Of the upright image, only what `windows` (n, 4) says counts, as
+    left, top, right and bottom. Image i becomes row `rows[i]` of `out`
     (n, 3, *transform.out_size), contiguous or channels_last, of any floating dtype; other rows stay as they are. Images
     that another stream made must be ready, and stay allocated until this stream has read them (`record_stream`).
 
     Raises:
-        ValueError: an image, an orientation, a row or `out` is not as described.
+        ValueError: an image, an orientation, a window, a row or `out` is not as described.
     """
     _check(images, transform, out)
     if not len(images):
         return
-    fields = on_device(_plan(images, orientations, transform, rows, num_rows=len(out)), out.device)
+    fields = on_device(_plan(images, orientations, transform, rows, windows, num_rows=len(out)), out.device)
     height, width = transform.out_size
     table = _levels(transform, out.dtype, out.device)
     with torch.cuda.device(out.device if out.is_cuda else -1):
@@ -104,6 +106,7 @@ def _plan(
     orientations: Sequence[int] | Integers,
     transform: Transform,
     rows: Sequence[int] | Integers,
+    windows: Integers | None = None,
     *,
     num_rows: int,
 ) -> Integers:
@@ -115,13 +118,18 @@ def _plan(
         raise ValueError(f"orientations must be 1 to 8, got {orientations}")
     if not ((row >= 0) & (row < num_rows)).all():
         raise ValueError(f"rows must be rows of out, 0 to {num_rows - 1}, got {rows}")
-    first, down, right, plane = _steps(images, orientation)
+    first, down, across, plane = _steps(images, orientation)
     upright = np.where(orientation >= 5, (images.widths, images.heights), (images.heights, images.widths))
-    resized, corner = _geometry(upright, transform)
+    if windows is not None:
+        left, top, right, bottom = windows.T
+        if not ((left >= 0) & (top >= 0) & (left < right) & (top < bottom)).all() or (windows.T[:1:-1] > upright).any():
+            raise ValueError("windows must lie inside their images, and hold pixels")
+        first, upright = first + top * down + left * across, np.stack([bottom - top, right - left])
+    resized, corner = transform.placed(upright)
     # As Pillow decides, from 13.0 on.
     less_height, less_width = upright - resized
     vertical_first = (less_height > 0) & (less_height > 2 * less_width) & PILLOW_REORDERS
-    fields = (images.data.data_ptr() + first, down, right, plane, *upright, *resized, *corner, vertical_first, row)
+    fields = (images.data.data_ptr() + first, down, across, plane, *upright, *resized, *corner, vertical_first, row)
     return np.stack(fields, axis=1)
 
 
@@ -137,21 +145,6 @@ def _steps(images: Images, orientation: Integers) -> tuple[Integers, Integers, I
     corner = step * (np.where(from_right, width - 1, 0) + np.where(from_bottom, (height - 1) * width, 0))
     turned = orientation >= 5
     return images.starts + corner, np.where(turned, across, along), np.where(turned, along, across), plane
-
-
-def _geometry(upright: Integers, transform: Transform) -> tuple[Integers, Integers]:
-    """Resized sizes, and the output's corner in them, of images of these sizes, (height or width, n) each.
-
-    As torchvision.transforms.functional.resize and center_crop compute them.
-    """
-    if len(transform.resize) == 1:
-        short, long = upright.min(0), upright.max(0)
-        resized_long = (transform.resize[0] * long / short).astype(np.int64)
-        resized = np.where(upright == short, transform.resize[0], resized_long)
-    else:
-        resized = np.broadcast_to(np.array(transform.resize)[:, None], upright.shape)
-    spare = resized - np.array(transform.out_size)[:, None]
-    return resized, np.where(spare < 0, -(-spare // 2), np.rint(spare / 2).astype(np.int64))
 
 
 @functools.lru_cache(maxsize=16)

@@ -20,6 +20,8 @@ from mgpu_ddp.preprocess import heic
 
 Pixels = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
+Window = tuple[int, int, int, int]
+"""Pixels of an image, (left, top, right, bottom), without the last two."""
 StageClock = Callable[[str, float], None]
 """Takes a stage (`read`, `pack`, `decode`, `resize`, `generate`) and the seconds it took."""
 
@@ -126,6 +128,20 @@ class Transform:
         values = asdict(self)
         del values["scaled"]
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def placed(self, sizes: Integers) -> tuple[Integers, Integers]:
+        """Resized sizes, and the output's corner in them, of images of these sizes, (height or width, n) each.
+
+        As torchvision.transforms.functional.resize and center_crop compute them.
+        """
+        if len(self.resize) == 1:
+            short, long = sizes.min(0), sizes.max(0)
+            resized_long = (self.resize[0] * long / short).astype(np.int64)
+            resized = np.where(sizes == short, self.resize[0], resized_long)
+        else:
+            resized = np.broadcast_to(np.array(self.resize)[:, None], sizes.shape)
+        spare = resized - np.array(self.out_size)[:, None]
+        return resized, np.where(spare < 0, -(-spare // 2), np.rint(spare / 2).astype(np.int64))
 
     def cut(self, height: int, width: int) -> tuple[int, int] | None:
         """The output's (top, left) in an image of this size that needs no resizing; None for any other."""
@@ -282,13 +298,28 @@ def _decode(data: bytes, formats: tuple[str, ...], side: int | None) -> Image.Im
         return to_rgb(upright(image))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation."""
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of an upright JPEG, read from its header; None for anything else."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:
         # Unreadable metadata says nothing about the pixels: viewers show such a file as it is stored.
-        orientation = 1
+        return 1
+    return int(value) if value in TRANSPOSED else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
+    orientation = _orientation(image)
     # Pillow's own exif_transpose rewrites the metadata, and fails where any of it is malformed.
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 

@@ -77,6 +77,8 @@ class RankMetrics:
     """Seconds of all loader workers together, by stage."""
     read_bytes: int
     """By loader workers, through the kernel."""
+    clipped: int
+    """Boxes that reached beyond their image."""
     host: str
     device: str
     pace: list[list[float]]
@@ -199,6 +201,7 @@ def write_metrics(
         "rows_this_run": rows,
         "nonfinite": sum(r.nonfinite for r in ranks),
         "split_rows": sum(r.split_rows for r in ranks),
+        "clipped": sum(r.clipped for r in ranks),
         "read_bytes": sum(r.read_bytes for r in ranks),
         "deterministic": deterministic,
         "peak_gpu_bytes": max(r.peak_gpu_bytes for r in ranks),

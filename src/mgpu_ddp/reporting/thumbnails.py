@@ -97,7 +97,7 @@ def _no_clock(_stage: str, _spent_s: float) -> None: ...
 
 def _read(samples: Samples, index: int, transform: AnyTransform) -> Image.Image | bytes | Exception:
     try:
-        data = samples.read(index, _no_clock)
+        data = None if samples.are_boxes else samples.read(index, _no_clock)
         return _image_of(samples.load(index, transform, _no_clock)[0]) if data is None else data
     except Exception as error:
         return error

@@ -50,8 +50,10 @@ from mgpu_ddp.output.rows import Rows, concatenate
 from mgpu_ddp.preprocess import resize_kernel
 from mgpu_ddp.preprocess.nvjpeg import Decoder
 from mgpu_ddp.preprocess.transform import Transform, imagenet
+from tests.support.boxed import NUM_IMAGES, boxed
 from tests.support.choices import resolved
 from tests.support.runs import make_images
+from tests.support.sources import open_source
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 COUNT, BATCH_SIZE = 900, 16
@@ -93,7 +95,13 @@ PORTRAIT = Transform(resize=(70,), crop=(64, 40), interpolation="lanczos", mean=
 
 
 def rows_of(
-    root: Path, world: World, *, decode: str = "gpu", transform: Transform = SQUARE, batch_size: int = BATCH_SIZE
+    root: Path,
+    world: World,
+    *,
+    decode: str = "gpu",
+    transform: Transform = SQUARE,
+    batch_size: int = BATCH_SIZE,
+    samples: Samples | None = None,
 ) -> tuple[Rows, Clock]:
     config = Config(
         data=FolderConfig(root=str(root)),
@@ -101,14 +109,14 @@ def rows_of(
         model=ModelConfig(weights=None),
         output=OutputConfig(fields=["topk", "logits"]),
     )
-    files = Listing.build(find_images(str(root)).paths)
+    samples = samples or FileSamples(str(root), Listing.build(find_images(str(root)).paths))
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
     module = torchvision.models.squeezenet1_1(num_classes=12).eval().cuda().half().to(memory_format=torch.channels_last)
     choices = resolved(precision="fp16", decode=decode, workers=2, batch_size=batch_size, transform=transform)
     predictor = Predictor(module, config, choices, world.device)
     assert predictor.decodes == (decode != "cpu")
-    samples, clock = FileSamples(str(root), files), Clock(warm_up=1, began=0.0)
+    clock = Clock(warm_up=1, began=0.0)
     with loading(samples, choices, world) as batches:
         return concatenate(list(predict(batches, predictor, clock, world))), clock
 
@@ -149,6 +157,33 @@ def test_exact_decoding_gives_the_bits_of_the_cpu(root: Path, world: World, tran
     apart = np.abs(quick.columns["logits"] - by_cpu.columns["logits"])
     print(f"decode=gpu: logits differ by {apart.mean():.1e} on average, {apart.max():.1e} at most")
     assert apart.max() > 0
+
+
+@pytest.mark.parametrize("decode", ["gpu", "exact"])
+def test_boxes_are_cut_out_of_images_that_are_decoded_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
+) -> None:
+    if decode == "exact" and not decoder_of(world.device).has_engines:
+        pytest.skip("this GPU has no JPEG engines")
+    boxes, sources = boxed(tmp_path, repeat=8)
+    samples = open_source(sources["list"], world)
+    by_cpu, on_cpu = rows_of(tmp_path, world, decode="cpu", batch_size=len(boxes), samples=samples)
+    decoded, decode_some = list[int](), GpuInput._decoded
+
+    def counted(inputs: GpuInput, jpegs: Any, files: Any, numbers: Any, clock: Any) -> Any:
+        decoded.append(len(numbers))
+        return decode_some(inputs, jpegs, files, numbers, clock)
+
+    monkeypatch.setattr(GpuInput, "_decoded", counted)
+    rows, clock = rows_of(tmp_path, world, decode=decode, batch_size=len(boxes), samples=samples)
+    assert rows.errors == by_cpu.errors
+    assert clock.clipped == on_cpu.clipped > 0
+    good = [index for index in range(len(boxes)) if index not in rows.errors]
+    logits, wanted = rows.columns["logits"][good], by_cpu.columns["logits"][good]
+    assert np.array_equal(logits, wanted) == (decode == "exact")
+    assert np.allclose(logits, wanted, atol=0.2)
+    # The first pieces are of a few boxes.
+    assert NUM_IMAGES - 6 <= sum(decoded) < 0.5 * len(boxes)
 
 
 @pytest.mark.parametrize("planar", [True, False], ids=["planar", "interleaved"])

@@ -14,7 +14,7 @@ from torchvision.models import squeezenet1_1
 from mgpu_ddp.config.schema import Config, TransformConfig
 from tests.support.boxed import BROKEN, boxed, crop_of, upright
 from tests.support.runs import assert_proved, read_rows, read_table
-from tests.support.starting import SMALL_IMAGES, committed_rows, ranks, started, wait_until
+from tests.support.starting import SMALL_IMAGES, committed_rows, ranks, run, started, wait_until
 from tests.support.worlds import Case, ended, run_world, tiny
 
 FIELDS = ["topk", "logits", "size"]
@@ -156,18 +156,20 @@ def test_error_rows_are_tried_again(one: Path, three: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_job_continues_on_three_ranks(root: Path, made: Any, tmp_path: Path) -> None:
-    words = ("data=list", f"data.path={root}/boxes.csv", "data.box_column=boxes", "output.fields=[topk,size]")
-    words = (*words, *SMALL_IMAGES, "output.commit_every=4", "output.dir=out", "runtime.device=cpu", "batch_size=4")
-    with started(ranks(1, *words), tmp_path) as process:
-        wait_until(lambda: committed_rows(tmp_path / "out") > 0, process)
+def test_a_killed_job_continues_on_three_ranks(tmp_path: Path) -> None:
+    boxes, _ = boxed(tmp_path, repeat=3)
+    words = (f"data.path={tmp_path}/boxes.csv", "data.box_column=boxes", "output.fields=[topk,size]", *SMALL_IMAGES)
+    words = ("data=list", *words, "transform.size=112", "output.commit_every=4", "output.dir=out", "runtime.device=cpu")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    with started(ranks(1, *words), killed) as process:
+        wait_until(lambda: committed_rows(killed / "out") > 0, process)
         process.kill()
         process.wait(20)
-    assert committed_rows(tmp_path / "out") < 55
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for size, cwd in ((3, tmp_path), (1, whole)):
-        with started(ranks(size, *words), cwd) as process:
-            assert process.wait(100) == 0
-    assert_proved(tmp_path / "out", 55, errors=13)
-    assert json.dumps(read_rows(tmp_path / "out")) == json.dumps(read_rows(whole / "out"))
+    assert committed_rows(killed / "out") < len(boxes)
+    for size, cwd in ((3, killed), (1, whole)):
+        ended_well = run(ranks(size, *words), cwd)
+        assert ended_well.code == 0, ended_well.err
+    assert_proved(killed / "out", len(boxes), errors=3 * 13)
+    assert json.dumps(read_rows(killed / "out")) == json.dumps(read_rows(whole / "out"))

@@ -65,12 +65,12 @@ def crop_of(path: Path, box: list[float]) -> Image.Image | None:
     return image.crop((x0, y0, x1, y1)) if x0 < x1 and y0 < y1 else None
 
 
-def boxed(root: Path) -> tuple[list[tuple[Path, list[float]]], dict[str, Any]]:
-    """All boxes with their images, in order, and the sources that hold them."""
+def boxed(root: Path, repeat: int = 1) -> tuple[list[tuple[Path, list[float]]], dict[str, Any]]:
+    """All boxes with their images, in order, each so many times, and the sources that hold them."""
     paths = [root / f"{number:02}.img" for number in range(NUM_IMAGES)]
     for number, path in enumerate(paths):
         make_image(path, number)
-    boxes = [boxes_of(path, number) for number, path in enumerate(paths)]
+    boxes = [boxes_of(path, number) * repeat for number, path in enumerate(paths)]
     lines = ["path,boxes"]
     for path, mine in zip(paths, boxes, strict=True):
         text = json.dumps(mine)

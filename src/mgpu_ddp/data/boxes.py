@@ -58,13 +58,13 @@ def read_boxes(columns: Sequence[Any], where: Where) -> Boxes:
     return np.concatenate(counts), np.concatenate(boxes)
 
 
-def as_lists(counts: Integers, boxes: npt.NDArray[np.float64]) -> Any:
-    """An Arrow array of lists of boxes, of which each is a list of four."""
+def as_lists(counts: Integers, boxes: npt.NDArray[np.float64], mask: Any = None) -> Any:
+    """An Arrow array of lists of boxes, of which each is a list of four; null where `mask` is true."""
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(counts)])
     entries = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), entries)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), entries, mask=None if mask is None else pa.array(mask))
 
 
 def require_boxes(count: int) -> None:

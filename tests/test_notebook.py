@@ -253,6 +253,7 @@ def test_a_value_that_is_no_word_is_named(value: Any) -> None:
     ("location", "expected"),
     [
         ("fake", {"data": "fake"}),
+        ("list", {"data": "list"}),
         ("./fake", {"data": "folder", "data.root": "./fake"}),
         ("photos", {"data": "folder", "data.root": "photos"}),
         (Path("photos.2024"), {"data": "folder", "data.root": "photos.2024"}),

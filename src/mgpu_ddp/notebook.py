@@ -21,6 +21,7 @@ import cloudpickle
 
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.compose import quote
+from mgpu_ddp.config.schema import GROUPS
 from mgpu_ddp.distributed.command import COMMAND
 from mgpu_ddp.distributed.launcher import OUTCOME_FILE, literal, num_processes, outcome_in
 from mgpu_ddp.errors import Exit, PeerFailedError, PeerLostError, RunError, UsageError
@@ -54,8 +55,8 @@ def predict(
 
     The functions are those of `mgpu_ddp.main`; `model` and `transform` may also name an option (`model="timm"`).
     `data` is a folder of images, a list of them (.csv, .txt), an array (.npy), a pattern of tars (.tar) or of Parquet
-    files (.parquet), or "fake". Any other key of the configuration is an override: `seed=1`,
-    `runtime={"precision": "fp32"}` or `**{"runtime.precision": "fp32"}`.
+    files (.parquet), or the name of an option: "fake", or "list" with its keys as overrides. Any other key of the
+    configuration is an override: `seed=1`, `runtime={"precision": "fp32"}` or `**{"runtime.precision": "fp32"}`.
 
     An interrupt (Ctrl-C) ends the run after its current window; the same call continues it, if it names `output_dir`.
 
@@ -103,8 +104,8 @@ def predict(
 def source(data: str | os.PathLike[str]) -> dict[str, str]:
     """The keys that choose this source."""
     location = os.fspath(data)
-    if location == "fake":
-        return {"data": "fake"}
+    if location == "fake" or (location in GROUPS["data"] and not os.path.exists(location)):
+        return {"data": location}
     option = "folder" if os.path.isdir(location) else SOURCES.get(os.path.splitext(location)[1].lower(), "folder")
     return {"data": option, f"data.{LOCATIONS[option]}": location}
 

@@ -3,6 +3,7 @@
 import re
 import runpy
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_own_model(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
     assert not expected
 
 
-def test_detector(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def detector_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A small detector of random weights, which examples/detector.py will take."""
     torch.manual_seed(2)
     module = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
     # Random weights are as sure of one box as of another, until the statistics of batches are there.
@@ -83,8 +85,13 @@ def test_detector(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         module.train().head(list(module.backbone(blocks).values()))
     monkeypatch.setenv("DETECTOR", "ssdlite320_mobilenet_v3_large")
-    monkeypatch.setenv("CHECKPOINT", save(module, tmp_path / "detector.pt"))
+    monkeypatch.setenv("CHECKPOINT", save(module, folder / "detector.pt"))
     monkeypatch.setenv("SIZE", "160")
+    return module
+
+
+def test_detector(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = detector_in(tmp_path, monkeypatch)
     ended = run(script_ranks(2, EXAMPLES / "detector.py", "data=folder", f"data.root={photos}", *SETTINGS), tmp_path)
     assert ended.code == 0, ended.err
     assert_proved(tmp_path / "out", IMAGES)
@@ -100,6 +107,46 @@ def test_detector(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch)
         assert np.allclose(np.reshape(row["boxes"], (-1, 4)), wanted["boxes"][likely], atol=0.05)
     assert not expected
     assert len(counts) > 1, "rows of one length prove little"
+
+
+def test_crops(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector_in(tmp_path, monkeypatch)
+    torch.manual_seed(5)
+    module = get_model("squeezenet1_1").eval()
+    monkeypatch.setenv("CLASSIFIER", "squeezenet1_1")
+    monkeypatch.setenv("WEIGHTS", save(module, tmp_path / "classifier.pt"))
+    ended = run([sys.executable, str(EXAMPLES / "crops.py"), str(photos), "out"], tmp_path)
+    assert ended.code == 0, ended.err
+    found, crops = (read_rows(tmp_path / "out" / name) for name in ("found", "crops"))
+    assert ended.out.splitlines()[-1] == f"{IMAGES} images, {len(crops)} crops"
+    wanted = []
+    for row in found:
+        with Image.open(photos / row["path"]) as image:
+            assert (row["width"], row["height"]) == image.size
+            scale = min(image.size) / 160
+            # Torchvision cuts what is left of a side, so that the longer one is resized a little differently.
+            longer = int(160 * max(image.size) / min(image.size))
+            sizes = [160 if side == min(image.size) else longer for side in image.size]
+            offsets = [round((size - 160) / 2) for size in sizes]
+            scales = [side / size for side, size in zip(image.size, sizes, strict=True)]
+            assert max(abs(each - scale) for each in scales) < 0.1 * scale
+            for x0, y0, x1, y1 in row["boxes"]:
+                corners = [(x0 + offsets[0]) * scales[0], (y0 + offsets[1]) * scales[1]]
+                corners += [(x1 + offsets[0]) * scales[0], (y1 + offsets[1]) * scales[1]]
+                wanted.append((row["path"], corners))
+    assert len(wanted) == len(crops) > IMAGES
+    transform = ImageClassification(crop_size=224, resize_size=256)
+    for row, (path, box) in zip(crops, wanted, strict=True):
+        assert row["path"] == path
+        assert row["box"] == pytest.approx(box, abs=1e-3)
+        with Image.open(photos / path) as image:
+            limits = [*image.size] * 2
+            x0, y0, x1, y1 = (min(max(round(value), 0), limit) for value, limit in zip(row["box"], limits, strict=True))
+            assert (x0 < x1 and y0 < y1) == (row["error"] is None), row
+            if row["error"] is None:
+                with torch.inference_mode():
+                    logits = module(transform(image.convert("RGB").crop((x0, y0, x1, y1)))[None])[0]
+                assert row["prob"] == pytest.approx(logits.softmax(0).max().item(), abs=1e-5)
 
 
 def test_own_data(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Boxes as lists and Parquet files have them, and as pixels of an image."""
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from PIL import Image
 
 from mgpu_ddp.config.schema import ListConfig, ParquetConfig
 from mgpu_ddp.data.boxes import window_of
+from mgpu_ddp.data.encoded import EncodedSamples
 from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
+from tests.support.samples import ignore_time
 from tests.support.sources import list_source, parquet_of
 
 BOXES = [[[0.0, 1.0, 5.5, 6.0], [2.0, 2.0, 9.0, 3.0]], [], [[-1.0, 0.0, 4.0, 1e308]], [[3.0, 3.0, 1.0, math.nan]]]
@@ -252,3 +255,28 @@ def test_a_listing_of_boxes_can_be_opened_again(tmp_path: Path) -> None:
     assert again.boxes is not None
     assert again.boxes.tolist() == [[0, 0, 1, 1]]
     pq.write_table(again.table, tmp_path / "listing.parquet")
+
+
+def test_an_image_far_away_is_asked_for_once(tmp_path: Path) -> None:
+    two = '"[[0,0,1,1],[0,0,2,2]]"'
+    text = f'path,box\na,"[0,0,1,1]"\na,{two}\nb,{two}\nc,"[1,1,2,2]"\n'
+    files = listed(tmp_path / "list.csv", text, box_column="box")
+    asked: list[int] = []
+
+    def request(index: int) -> Future[bytes]:
+        asked.append(index)
+        done: Future[bytes] = Future()
+        done.set_result(files.path(index))
+        return done
+
+    class Remote(EncodedSamples):
+        def fetch(self, index: int) -> bytes:
+            raise AssertionError("fetched")
+
+    samples = Remote(files, request)
+    found = []
+    for order, then in (([0, 1], [2, 3]), ([2, 3], [4, 5]), ([4, 5], [])):
+        samples.expect([*order, *then])
+        found += [samples.read(index, ignore_time) for index in order]
+    assert found == [files.path(index) for index in range(6)]
+    assert asked == [0, 3, 5]

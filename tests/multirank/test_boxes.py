@@ -1,7 +1,9 @@
 """Boxes as samples: plain crops, the same rows on any number of ranks, and a kill costs nothing."""
 
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torchvision import transforms
 from torchvision.models import squeezenet1_1
 
 from mgpu_ddp.config.schema import Config, TransformConfig
+from mgpu_ddp.distributed.world import World
 from tests.support.boxed import BROKEN, boxed, crop_of, upright
 from tests.support.runs import assert_proved, read_rows, read_table
 from tests.support.starting import SMALL_IMAGES, committed_rows, ranks, run, started, wait_until
@@ -53,10 +56,18 @@ def one(root: Path, made: Any) -> Path:
     return root / "one"
 
 
+def touch(path: Path, world: World) -> None:
+    """Make an image look changed between two jobs."""
+    if world.rank == 0:
+        os.utime(path, (1, 1))
+    world.exchange("touched", None)
+
+
 @pytest.fixture(scope="module")
 def three(root: Path, made: Any, one: Path) -> Path:
     out, data = root / "three", made[1]["list"]
     shutil.copytree(one / "list", out / "retried")
+    shutil.copytree(one / "gathered", out / "touched")
     stopped, retried = str(out / "stopped"), settings(data, retry_failed=True)
     run_world(
         3,
@@ -65,6 +76,8 @@ def three(root: Path, made: Any, one: Path) -> Path:
             Case(name="stopped", config=settings(data), stop_at=(0, 4)),
             Case(name="again", config=settings(data), run_dir=stopped),
             Case(name="retried", config=retried),
+            Case(name="touch", call=partial(touch, root / "02.img")),
+            Case(name="touched", config=cases(made[1])[-1].config),
         ],
         out,
     )
@@ -153,6 +166,12 @@ def test_a_stopped_job_continues(one: Path, three: Path) -> None:
 def test_error_rows_are_tried_again(one: Path, three: Path) -> None:
     assert ended(three, "retried", 3)[0]["rows_this_run"] == 13
     assert json.dumps(read_rows(three / "retried")) == json.dumps(read_rows(one / "list"))
+
+
+def test_all_boxes_of_a_changed_image_are_predicted_again(one: Path, three: Path, made: Any) -> None:
+    summary = ended(three, "touched", 3)[0]
+    assert summary["changed"] == summary["rows_this_run"] == sum(path.name == "02.img" for path, _ in made[0]) > 1
+    assert json.dumps(read_rows(three / "touched")) == json.dumps(read_rows(one / "gathered"))
 
 
 @pytest.mark.timeout(400)

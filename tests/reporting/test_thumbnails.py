@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mgpu_ddp.config.schema import ArrayConfig, FakeConfig
+from mgpu_ddp.config.schema import ArrayConfig, FakeConfig, ListConfig
 from mgpu_ddp.data.array import ArraySamples
 from mgpu_ddp.data.fake import FakeSamples
 from mgpu_ddp.data.files import FileSamples
+from mgpu_ddp.data.list_file import read_list
 from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.data.script_dataset import ItemKind, ScriptSamples
@@ -43,6 +44,18 @@ def made(samples: Samples, transform: AnyTransform, **changes: Any) -> list[Imag
         assert uri is not None
         images.append(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))))
     return images
+
+
+def test_a_box_is_shown_and_not_its_image(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 200))
+    image.paste(RED, (100, 50, 180, 90))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text('path,box\na.png,"[[100,50,180,90],[120,60,170,80]]"\n')
+    data = ListConfig(path=str(tmp_path / "list.csv"), box_column="box")
+    shown = made(FileSamples(str(tmp_path), read_list(data)), plain(64))
+    assert [each.size for each in shown] == [(80, 40), (50, 20)]
+    for each in shown:
+        assert np.abs(np.asarray(each).astype(int) - RED).max() < 12
 
 
 def files(root: Path) -> FileSamples:

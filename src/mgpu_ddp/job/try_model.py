@@ -191,10 +191,10 @@ class Trials:
         if names[:2] == ["pred", "prob"]:
             self._num_classes = types[-1].shape[0]
             return
-        if output.fields != ["topk"]:
+        if output.fields not in (["topk"], ["size"]):
             raise UsageError(
-                f"output.fields must be left out where the model returns columns of its own, got {output.fields!r}."
-                " Leave it out."
+                "output.fields must be [size], or left out, where the model returns columns of its own, got"
+                f" {output.fields!r}. Leave it out."
             )
         if output.format == "npy" and (len(types) > 1 or types[0].ragged or not types[0].dtype.startswith("float")):
             raise UsageError(

@@ -189,7 +189,7 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     if not summary.get("bitwise", True):
         yield "rows depend on their batch: the last bits may differ at another number of ranks or after a resume"
     if summary["clipped"]:
-        yield f"{plural(summary['clipped'], 'box')} reached beyond their image and were clipped"
+        yield f"boxes that reached beyond their image and were clipped: {summary['clipped']:,}"
     if summary["nonfinite"]:
         yield f"WARNING: {plural(summary['nonfinite'], 'row')} with NaN or Inf in the outputs, recorded as errors"
     if summary["split_rows"]:

@@ -32,12 +32,17 @@ class BlockCyclic(Sequence[int]):
     """One rank's indices of [start, stop), ascending, where block b goes to rank b mod W."""
 
     def __init__(self, start: int, stop: int, block: int, rank: int, size: int) -> None:
-        self._start, self._block, self._rank, self._size = start, block, rank, size
+        self._start, self._stop, self._block, self._rank, self._size = start, stop, block, rank, size
         rounds, rest = divmod(stop - start, block * size)
         self._length = rounds * block + min(max(rest - rank * block, 0), block)
 
     def __len__(self) -> int:
         return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        # Several times as fast as place by place.
+        for first in range(self._start + self._rank * self._block, self._stop, self._size * self._block):
+            yield from range(first, min(first + self._block, self._stop))
 
     @overload
     def __getitem__(self, place: int) -> int: ...
@@ -116,7 +121,7 @@ class Plan:
         without its padding); one contiguous stretch where each rank writes its own part.
         """
         if not self.contiguous:
-            if self.block == 1:
+            if 1 in (self.block, self.size):
                 return range(window.start + rank, window.stop, self.size)
             return BlockCyclic(window.start, window.stop, self.block, rank, self.size)
         each, extra = divmod(window.stop - window.start, self.size)

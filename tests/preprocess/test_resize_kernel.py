@@ -175,7 +175,7 @@ def test_sizes_and_corners_are_torchvisions(name: str) -> None:
         want = tvf._compute_resized_output_size((height, width), list(transform.resize))
         assert [resized_height, resized_width] == want
         for corner, size, crop in zip((top, left), want, transform.out_size, strict=True):
-            to, source = cases.centre(size, crop)
+            to, source = cases.centre(size, crop, transform)
             assert corner == source.start - to.start
 
 

@@ -240,6 +240,16 @@ def test_scaling_turns_an_image_upright_and_leaves_other_formats() -> None:
     assert np.array_equal(np.asarray(decode(data, 15)), np.asarray(decode(data)))
 
 
+@pytest.mark.parametrize(("floors", "corner"), [(False, (2, 4)), (True, (1, 3))])
+def test_the_corner_of_a_crop_is_rounded_in_one_of_two_ways(floors: bool, corner: tuple[int, int]) -> None:
+    transform = Transform(resize=(43, 47), crop=40, floors=floors)
+    pixels = np.asarray(photo(47, 43))
+    assert transform.cut(43, 47) == corner
+    top, left = corner
+    assert np.array_equal(transform.of_pixels(pixels), pixels[top : top + 40, left : left + 40])
+    assert ("floors" in transform.described()) == floors
+
+
 @pytest.mark.parametrize("transform", [imagenet(64), plain(64), Transform(resize=(40, 90))])
 def test_a_transform_says_how_small_a_jpeg_may_come(transform: Transform) -> None:
     scaled = replace(transform, scaled=True)

@@ -25,6 +25,7 @@ def transforms(size: int) -> dict[str, Transform]:
         "tall": Transform(resize=(2 * size, size), mean=(0.5,) * 3, std=(0.25,) * 3),
         "wide crop": Transform(resize=(size + 5,), crop=(size // 2, size + 3), interpolation="bicubic"),
         "both sides, then a crop": Transform(resize=(size, size + 7), crop=(size - 3, size), interpolation="lanczos"),
+        "rounded down": Transform(resize=(size + 3, size + 7), crop=size, floors=True),
         "nearest crop": Transform(resize=(size + 4,), crop=(size + 1, size // 2), interpolation="nearest"),
     }
 
@@ -83,10 +84,10 @@ def difference(got: torch.Tensor, want: torch.Tensor, transform: Transform) -> t
     return float(apart.max()), float(apart.mean())
 
 
-def centre(size: int, crop: int) -> tuple[slice, slice]:
+def centre(size: int, crop: int, transform: Transform) -> tuple[slice, slice]:
     """The stretches that a centre crop copies along one axis: (of the crop, of the image)."""
     if size < crop:
         first = (crop - size) // 2
         return slice(first, first + size), slice(0, size)
-    first = round((size - crop) / 2.0)
+    first = (size - crop) // 2 if transform.floors else round((size - crop) / 2.0)
     return slice(0, crop), slice(first, first + crop)

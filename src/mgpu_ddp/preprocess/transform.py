@@ -69,6 +69,9 @@ class Transform:
     std: tuple[float, ...] | None = None
     scaled: bool = False
     """JPEGs are decoded at a fraction of their size, as `runtime.decode` says and the manifest with it."""
+    floors: bool = False
+    """An odd number of pixels around a crop has the smaller half above and left, as transformers has it, not where
+    torchvision's rounding to even numbers puts it."""
 
     dtype: ClassVar[torch.dtype] = torch.uint8
     """Of an image after `geometry`."""
@@ -114,7 +117,12 @@ class Transform:
             raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip to resize and crop")
         image = tvf.resize(image, list(self.resize), InterpolationMode(self.interpolation))
         if self.crop is not None:
-            image = tvf.center_crop(image, list(self.out_size))
+            height, width = self.out_size
+            if self.floors and height <= image.height and width <= image.width:
+                top, left = self._corner(image.height, image.width)
+                image = image.crop((left, top, left + width, top + height))
+            else:
+                image = tvf.center_crop(image, [height, width])
         return np.asarray(image, dtype=np.uint8)
 
     def of_pixels(self, pixels: Pixels) -> Pixels:
@@ -127,6 +135,9 @@ class Transform:
         """As JSON values, for the manifest."""
         values = asdict(self)
         del values["scaled"]
+        if not self.floors:
+            # Folders that are older than the key go on.
+            del values["floors"]
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def placed(self, sizes: Integers) -> tuple[Integers, Integers]:
@@ -141,7 +152,8 @@ class Transform:
         else:
             resized = np.broadcast_to(np.array(self.resize)[:, None], sizes.shape)
         spare = resized - np.array(self.out_size)[:, None]
-        return resized, np.where(spare < 0, -(-spare // 2), np.rint(spare / 2).astype(np.int64))
+        half = spare // 2 if self.floors else np.rint(spare / 2).astype(np.int64)
+        return resized, np.where(spare < 0, -(-spare // 2), half)
 
     def cut(self, height: int, width: int) -> tuple[int, int] | None:
         """The output's (top, left) in an image of this size that needs no resizing; None for any other."""
@@ -149,7 +161,13 @@ class Transform:
         out_height, out_width = self.out_size
         if self.resize != target or out_height > height or out_width > width:
             return None
-        return round((height - out_height) / 2), round((width - out_width) / 2)
+        return self._corner(height, width)
+
+    def _corner(self, height: int, width: int) -> tuple[int, int]:
+        """(top, left) of the crop in a resized image that is no smaller."""
+        spare = height - self.out_size[0], width - self.out_size[1]
+        top, left = (each // 2 if self.floors else round(each / 2) for each in spare)
+        return top, left
 
     def without_geometry(self, size: tuple[int, int]) -> "Transform":
         """The same transform for images that have this size, (height, width) in pixels, and keep it."""
@@ -270,6 +288,7 @@ def from_weights(preset: Any, size: int) -> Transform:
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
+        floors=getattr(preset, "floors", False),
     )
 
 

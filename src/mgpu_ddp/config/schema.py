@@ -394,6 +394,27 @@ class PluginConfig(Section):
 
 
 @dataclass(kw_only=True, slots=True)
+class HfConfig(Section):
+    """A model of transformers, from the Hugging Face hub or a folder."""
+
+    prefix: ClassVar[str] = "model."
+
+    name: str = key(
+        MISSING,
+        "ORG/REPO or ORG/REPO@REVISION of the hub, or a folder with the files of one: config.json,"
+        " preprocessor_config.json and safetensors. An image classifier gives classes, any other model embeddings.",
+        not_empty("ORG/REPO or a folder", "Try model.name=google/vit-base-patch16-224."),
+        path=True,
+    )
+    class_names: str | None = key(
+        None,
+        f"{CLASS_NAMES} null: those of config.json.",
+        not_empty("null or a file", "Leave it out for null."),
+        path=True,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class ScriptModelConfig(Section):
     """The model that the script brings."""
 
@@ -675,7 +696,13 @@ GROUPS: dict[str, dict[str, Any]] = {
         ITSELF: ScriptDataConfig,
     },
     "transform": {name: TransformConfig(name=name) for name in ("auto", "plain", "imagenet", ITSELF)},
-    "model": {"resnet18": ModelConfig, "timm": TimmConfig, "plugin": PluginConfig, ITSELF: ScriptModelConfig},
+    "model": {
+        "resnet18": ModelConfig,
+        "timm": TimmConfig,
+        "hf": HfConfig,
+        "plugin": PluginConfig,
+        ITSELF: ScriptModelConfig,
+    },
 }
 """The options of each group, the default first."""
 SECTIONS: dict[str, Any] = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}

@@ -235,7 +235,7 @@ def versions() -> dict[str, str]:
     import pyarrow
     import torchvision
 
-    timm = sys.modules.get("timm")
+    found: dict[str, Any] = {name: sys.modules.get(name) for name in ("timm", "transformers")}
     return {
         "mgpu_ddp": __version__,
         "python": platform.python_version(),
@@ -243,5 +243,5 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "pyarrow": pyarrow.__version__,
-        **({"timm": timm.__version__} if timm else {}),
+        **{name: library.__version__ for name, library in found.items() if library},
     }

@@ -191,7 +191,8 @@ class Trials:
         if names[:2] == ["pred", "prob"]:
             self._num_classes = types[-1].shape[0]
             return
-        if output.fields not in (["topk"], ["size"]):
+        asked = [name for name in output.fields if name not in ("topk", "size")]
+        if asked and sorted(asked) != sorted(names):
             raise UsageError(
                 "output.fields must be [size], or left out, where the model returns columns of its own, got"
                 f" {output.fields!r}. Leave it out."

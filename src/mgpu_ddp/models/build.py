@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from mgpu_ddp.config.keys import Section
-from mgpu_ddp.config.schema import Config, ModelConfig, PluginConfig, ScriptModelConfig, TimmConfig, num_outcomes
+from mgpu_ddp.config.schema import (
+    Config,
+    HfConfig,
+    ModelConfig,
+    PluginConfig,
+    ScriptModelConfig,
+    TimmConfig,
+    num_outcomes,
+)
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.host import available_bytes, is_out_of_memory, require_memory
 from mgpu_ddp.distributed.world import World
@@ -17,6 +25,7 @@ from mgpu_ddp.errors import OutOfMemoryError, UsageError
 from mgpu_ddp.models.checkpoint import Checkpoint, in_one_line, is_checkpoint, read_checkpoint
 from mgpu_ddp.models.class_names import read_class_names
 from mgpu_ddp.models.head import embedding_dim
+from mgpu_ddp.models.hf_models import load_hf
 from mgpu_ddp.models.input_transform import STANDARD_SIZE
 from mgpu_ddp.models.lazy_dynamo import import_torchvision
 from mgpu_ddp.models.model import RANDOM_CLASSES, Model
@@ -43,7 +52,8 @@ BUILDERS: dict[type[Section], Callable[[Config, Any, Script], Model]] = {
 """Families of models, by the schema class of `config.model`.
 
 A builder takes the configuration, its `model` and what the script brings, and returns a `Model` on the CPU, without its
-named weights; it raises `UsageError` for a name, weights or number of classes that its family does not have.
+named weights; it raises `UsageError` for a name, weights or number of classes that its family does not have. A model
+of the hub takes more than that: `load_hf`.
 docs/architecture.md lists all steps of adding a family.
 """
 
@@ -54,6 +64,8 @@ def load_model(config: Config, script: Script, world: World) -> Model:
     Raises:
         UsageError: no such model or weights, or weights that do not fit.
     """
+    if isinstance(config.model, HfConfig):
+        return load_hf(config, config.model, world)
     classes = open_zero_shot(config, world)
     hosted = read_hosted(config.model, world)
     config, checkpoint = _open_checkpoint(config, world, hosted)
@@ -129,8 +141,9 @@ def try_size(model: Model, config: Config, transform: AnyTransform) -> None:
     Raises:
         UsageError: the model raises for it.
     """
-    own = model.preset.crop_size[0] if model.preset is not None else model.input_size or STANDARD_SIZE
-    if model.is_tried or not isinstance(transform, Transform) or transform.out_size == (own, own):
+    own = model.input_size or (model.preset.crop_size[0] if model.preset is not None else None)
+    own = own or (None if model.is_tried else STANDARD_SIZE)
+    if own is None or not isinstance(transform, Transform) or transform.out_size == (own, own):
         return
     try:
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """The way to the model that was meant by a name that its family does not have."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from mgpu_ddp.config.script import way_of_file
@@ -24,6 +25,8 @@ def way_from_torchvision(name: str) -> str:
         return way
     if name.partition(".")[0] in of_timm:
         return f"It is timm's: add model=timm (model=timm model.name={name})."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f"For a repository of the Hugging Face hub add model=hf (model=hf model.name={name})."
     near = _beginning(name, every) or _beginning(name, of_timm) or _alike(name, every) or _alike(name, of_timm)
     if near is None:
         return "docs/models.md says how to list them, and docs/own.md how a script brings its own."

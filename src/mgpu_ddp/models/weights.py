@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def fit(model: Model, checkpoint: Checkpoint) -> Fitted:
             choices.append(f"took {stems[0]} as {head}")
     unneeded = [key for key in surplus if AVERAGED.search(key) or OF_TRAINING.search(key)]
     if unneeded:
-        choices.append(f"left out {_named(unneeded)}")
+        choices.append(f"left out {named(unneeded)}")
     return Fitted(
         state=fitted | {key: value for key, value in surplus.items() if key not in unneeded}, choices=tuple(choices)
     )
@@ -168,10 +169,10 @@ def _misfits(expected: State, given: State) -> str:
             if value.shape != mine.shape
         ],
     }
-    return "; ".join(f"{kind}: {_named(keys)}" for kind, keys in kinds.items() if keys)
+    return "; ".join(f"{kind}: {named(keys)}" for kind, keys in kinds.items() if keys)
 
 
-def _named(keys: list[str]) -> str:
+def named(keys: Collection[str]) -> str:
     more = f", ... of {len(keys)}" if len(keys) > NAMED_KEYS else ""
     return f"{', '.join(sorted(keys)[:NAMED_KEYS])}{more}"
 

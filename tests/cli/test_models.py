@@ -32,6 +32,8 @@ def test_the_recipes_run(tmp_path: Path) -> None:
     assert {row["pred_name"] for row in read_rows(tmp_path / "by-folder")} <= {"cat", "dog"}
     assert_proved(tmp_path / "by-names", len(images))
     assert {row["pred_name"] for row in read_rows(tmp_path / "by-names")} <= {"cat", "dog", "neither"}
+    assert_proved(tmp_path / "by-hf", len(images))
+    assert {row["pred_name"] for row in read_rows(tmp_path / "by-hf")} <= {"cat", "dog"}
 
 
 def test_weights_of_the_hub_give_what_timm_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from mgpu_ddp.config.schema import Config, FolderConfig, HfConfig, ModelConfig, TransformConfig
+from mgpu_ddp.config.schema import Config, FolderConfig, HfConfig, ModelConfig, OutputConfig, TransformConfig
 from mgpu_ddp.config.script import Script
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import OutOfMemoryError, UsageError
@@ -68,9 +69,13 @@ def test_every_family_is_tried() -> None:
     assert TINY.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if classifier_of(kind)])
-def test_logits_are_those_of_transformers(kind: str, tmp_path: Path, world: World) -> None:
-    theirs = save_model(tmp_path, kind, str(classifier_of(kind)))
+CLASSIFIERS = [(kind, str(classifier_of(kind))) for kind in FAMILIES if classifier_of(kind)]
+OF_TWO = [("deit", "DeiTForImageClassificationWithTeacher"), ("levit", "LevitForImageClassificationWithTeacher")]
+
+
+@pytest.mark.parametrize(("kind", "architecture"), CLASSIFIERS + OF_TWO)
+def test_logits_are_those_of_transformers(kind: str, architecture: str, tmp_path: Path, world: World) -> None:
+    theirs = save_model(tmp_path, kind, architecture)
     model = load(tmp_path, world, name="plain")
     assert model.class_names == NAMES
     images = noise(SIDE, SIDE)
@@ -373,7 +378,7 @@ def test_a_repository_of_a_tokenizer_is_one_line(folder: Path, world: World) -> 
     [
         ({"image_processor_type": "CustomImageProcessor"}, r"its processor is CustomImageProcessor"),
         ({"image_processor_type": "os.systemImageProcessor"}, r"its processor is os\.system"),
-        ({"image_processor_type": None}, r"its processor is None"),
+        ({"image_processor_type": 7}, r"its processor is 7"),
         ({"do_resize": False}, r"it does not resize"),
         ({"size": {"shortest_edge": 64}}, r"it resizes the shorter side and does not crop"),
         ({"size": {"height": 64, "width": 48}}, r"its images are 64x48, no square"),
@@ -398,6 +403,21 @@ def test_images_prepared_otherwise_are_one_line_unless_the_user_says_how(
         "Say it by transform=imagenet or transform.* (docs/data.md), or a script of yours (docs/own.md)."
     )
     assert load(folder, world, resize=[SIDE, SIDE], crop=None).preset is None
+
+
+def test_files_of_older_releases_are_read(folder: Path, world: World) -> None:
+    wanted = load(folder, world).preset
+    images = folder / "preprocessor_config.json"
+    for older in ({"feature_extractor_type": "ViTFeatureExtractor"}, {}):
+        images.write_text(json.dumps({"size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} | older))
+        assert load(folder, world).preset == wanted
+
+
+def test_two_classifiers_have_no_one_embedding(tmp_path: Path, world: World) -> None:
+    save_model(tmp_path, *OF_TWO[0])
+    config = replace(job(tmp_path, name="plain"), output=OutputConfig(fields=["embedding"]))
+    with pytest.raises(UsageError, match=r"^output\.fields must be without embedding for a model of two classifiers"):
+        load_model(config, Script(), world)
 
 
 def test_a_row_keeps_its_bits_whatever_stands_beside_it(folder: Path, world: World) -> None:

@@ -97,6 +97,8 @@ class Found:
 
     name: str
     """As the user gave it."""
+    kind: str
+    """Its `model_type`."""
     family: Family
     architecture: str
     """The class."""
@@ -140,6 +142,7 @@ def read_config(values: dict[str, Any], name: str) -> Found:
         raise refused(name, f"a classifier where it is of type {kind}", f"architectures={named}", remedy)
     return Found(
         name=name,
+        kind=kind,
         family=family,
         architecture=f"{family.prefix}{head or family.features}",
         values=values,

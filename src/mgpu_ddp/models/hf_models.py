@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from mgpu_ddp.config.checks import require
 from mgpu_ddp.config.schema import Config, HfConfig
 from mgpu_ddp.data.input_file import open_value
 from mgpu_ddp.distributed.host import available_bytes
 from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.models.checkpoint import in_one_line
-from mgpu_ddp.models.hf_config import CLS, Found, build_network, read_config, refused, settings_of
+from mgpu_ddp.models.hf_config import CLS, OF_TEACHER, Found, build_network, read_config, refused, settings_of
 from mgpu_ddp.models.hf_transform import Preset, read_preset
 from mgpu_ddp.models.hub import CONFIG, WEIGHTS, Repository
 from mgpu_ddp.models.model import Model, State
@@ -74,7 +75,11 @@ def load_hf(config: Config, wanted: HfConfig, world: World) -> Model:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         found = read_config(read["config"], wanted.name)
-        preset, flips_channels = read_preset(read["images"], wanted.name, config)
+        preset, flips_channels = read_preset(read["images"], found.kind, wanted.name, config)
+        # Each of two heads has features of its own.
+        is_whole = "embedding" not in config.output.computed or not found.architecture.endswith(OF_TEACHER)
+        rule = "without embedding for a model of two classifiers"
+        require(is_whole, "output.fields", rule, found.architecture, "Leave it out.")
         network = build_network(found, available_bytes() // world.local_size)
         if world.rank == 0:
             _fill(network, found, _state(files, wanted.name))

@@ -55,7 +55,7 @@ class Preset:
     floors: bool = True
 
 
-def read_preset(values: dict[str, Any] | None, name: str, config: Config) -> tuple[Preset | None, bool]:
+def read_preset(values: dict[str, Any] | None, kind: str, name: str, config: Config) -> tuple[Preset | None, bool]:
     """The preset of a repository, None where it is not asked; and True where blue comes before red.
 
     Raises:
@@ -65,7 +65,7 @@ def read_preset(values: dict[str, Any] | None, name: str, config: Config) -> tup
     try:
         if values is None:
             raise ValueError("it has none")
-        processor = _processor(values)
+        processor = _processor(values, kind)
         flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
         return _preset(processor), flips_channels
     except Exception as error:  # transformers raises all kinds
@@ -78,9 +78,13 @@ def read_preset(values: dict[str, Any] | None, name: str, config: Config) -> tup
         raise refused(name, rule, why, remedy) from None
 
 
-def _processor(values: dict[str, Any]) -> Any:
+def _processor(values: dict[str, Any], model_type: str) -> Any:
     """transformers' own reading of the file, by a class that it is known to have."""
-    kind = values.get("image_processor_type") or values.get("feature_extractor_type")
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    # Old files do not name theirs.
+    of_model = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {}).get("torchvision")
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type") or of_model
     ending = next((each for each in ENDINGS if str(kind).endswith(each)), "")
     prefix = str(kind).removesuffix(ending)
     # ConvNextFeatureExtractor was spelled so once.

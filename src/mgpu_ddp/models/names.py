@@ -20,13 +20,13 @@ def way_from_torchvision(name: str) -> str:
     """Where to go with a name that is no classification model of torchvision's."""
     import torchvision
 
-    every, of_timm = torchvision.models.list_models(), timm_names()
     if (way := way_of_file(name)) is not None:
         return way
-    if name.partition(".")[0] in of_timm:
-        return f"It is timm's: add model=timm (model=timm model.name={name})."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return f"For a repository of the Hugging Face hub add model=hf (model=hf model.name={name})."
+    every, of_timm = torchvision.models.list_models(), timm_names()
+    if name.partition(".")[0] in of_timm:
+        return f"It is timm's: add model=timm (model=timm model.name={name})."
     near = _beginning(name, every) or _beginning(name, of_timm) or _alike(name, every) or _alike(name, of_timm)
     if near is None:
         return "docs/models.md says how to list them, and docs/own.md how a script brings its own."

@@ -22,7 +22,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from tests.support.runs import assert_proved, make_images, read_rows
 from tests.support.starting import TIMEOUT_S, ranks, run, script_ranks
-from tests.support.zero_shot import plain
+from tests.support.zero_shot import plain, save_classes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS = ("batch_size=2", "loader.workers=1", "output.dir=out")
@@ -245,8 +245,7 @@ def test_zero_shot(tmp_path: Path, photos: Path) -> None:
         directions.append(torch.stack(rows).mean(dim=0))
     classes = {"embeddings": torch.stack(directions), "logit_scale": clip.logit_scale.detach().exp()}
 
-    # Any image tower of this width: its own is a model of transformers.
-    small = ("model.name=squeezenet1_1", "model.weights=null", "transform.size=32")
+    small = ("model=hf", "model.name=clip", "transform=imagenet", "transform.size=32")
     settings = (*small, "model.zero_shot=classes.safetensors", "output.fields=[embedding,logits]", *SETTINGS)
     ended = run(ranks(1, "data=folder", f"data.root={photos}", *settings), tmp_path)
     assert ended.code == 0, ended.err
@@ -254,6 +253,11 @@ def test_zero_shot(tmp_path: Path, photos: Path) -> None:
     logits = plain(torch.tensor([row["embedding"] for row in rows]), classes)
     assert torch.allclose(torch.tensor([row["logits"] for row in rows]), logits, atol=1e-4)
     assert {row["pred_name"] for row in rows} <= {"cat", "dog", "traffic light"}
+    # A classifier has classes of its own, and a file of another tower another width.
+    other = save_classes(tmp_path / "other.safetensors", width=25)[0]
+    ended = run(ranks(1, "data=folder", f"data.root={photos}", *small, f"model.zero_shot={other}", *SETTINGS), tmp_path)
+    assert ended.code == 2
+    assert "model.zero_shot must be a file of width 24, which the model returns, got" in ended.err
 
 
 @pytest.mark.slow

@@ -330,6 +330,12 @@ class TransformConfig(Section):
         return "transform.size" if cropped or self.resize == AUTO else "transform.resize"
 
 
+ZERO_SHOT = (
+    "A .safetensors of class embeddings and names, which the text tower of a CLIP made: the logits are scaled cosines"
+    " of the model's features. null: the model's own classes."
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig(Section):
     prefix: ClassVar[str] = "model."
@@ -355,13 +361,7 @@ class ModelConfig(Section):
         not_empty("null or a file", "Leave it out for null."),
         path=True,
     )
-    zero_shot: str | None = key(
-        None,
-        "A .safetensors of class embeddings and names, which the text tower of a CLIP made: the logits are scaled"
-        " cosines of the model's features. null: the model's own classes.",
-        not_empty("null or a file", "Leave it out for null."),
-        path=True,
-    )
+    zero_shot: str | None = key(None, ZERO_SHOT, not_empty("null or a file", "Leave it out for null."), path=True)
 
 
 FOLDER = "local-dir:"
@@ -412,6 +412,7 @@ class HfConfig(Section):
         not_empty("null or a file", "Leave it out for null."),
         path=True,
     )
+    zero_shot: str | None = key(None, ZERO_SHOT, not_empty("null or a file", "Leave it out for null."), path=True)
 
 
 @dataclass(kw_only=True, slots=True)

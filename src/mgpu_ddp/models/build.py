@@ -64,9 +64,11 @@ def load_model(config: Config, script: Script, world: World) -> Model:
     Raises:
         UsageError: no such model or weights, or weights that do not fit.
     """
-    if isinstance(config.model, HfConfig):
-        return load_hf(config, config.model, world)
     classes = open_zero_shot(config, world)
+    if isinstance(config.model, HfConfig):
+        model = load_hf(config, config.model, world)
+        with world.together("name the classes"):
+            return model if classes is None else classify(model, classes, str(config.model.zero_shot))
     hosted = read_hosted(config.model, world)
     config, checkpoint = _open_checkpoint(config, world, hosted)
     if classes is not None and config.model.weights is None:

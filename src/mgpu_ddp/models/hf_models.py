@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mgpu_ddp.models.checkpoint import in_one_line
 from mgpu_ddp.models.hf_config import CLS, OF_TEACHER, Found, build_network, read_config, refused, settings_of
 from mgpu_ddp.models.hf_transform import Preset, read_preset
 from mgpu_ddp.models.hub import CONFIG, WEIGHTS, Repository
+from mgpu_ddp.models.input_transform import STANDARD_SIZE
 from mgpu_ddp.models.model import Model, State
 from mgpu_ddp.models.weights import named
 
@@ -39,18 +41,19 @@ NEEDLESS = re.compile(r"(^|\.)(pooler|position_ids|relative_position_index|relat
 
 
 class HfModel(nn.Module):
-    """A network of transformers that returns logits, or embeddings as a column of that name."""
+    """A network of transformers that returns logits or embeddings, which are a column of that name if so wanted."""
 
-    def __init__(self, network: nn.Module, output: str, *, flips_channels: bool) -> None:
+    def __init__(self, network: nn.Module, output: str, *, flips_channels: bool, as_column: bool = True) -> None:
         super().__init__()
-        self.network, self.output, self.flips_channels = network, output, flips_channels
+        self.network, self.output, self.flips_channels, self.as_column = network, output, flips_channels, as_column
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         returned = self.network(images.flip(1) if self.flips_channels else images)
         values: torch.Tensor = returned[self.output]
         if self.output == "logits":
             return values
-        return {"embedding": values[:, 0] if self.output == CLS else values.flatten(1)}
+        embedding = values[:, 0] if self.output == CLS else values.flatten(1)
+        return {"embedding": embedding} if self.as_column else embedding
 
 
 def load_hf(config: Config, wanted: HfConfig, world: World) -> Model:
@@ -80,11 +83,22 @@ def load_hf(config: Config, wanted: HfConfig, world: World) -> Model:
         is_whole = "embedding" not in config.output.computed or not found.architecture.endswith(OF_TEACHER)
         rule = "without embedding for a model of two classifiers"
         require(is_whole, "output.fields", rule, found.architecture, "Leave it out.")
+        rule, remedy = "null for a classifier", "Name an image tower, such as openai/clip-vit-base-patch32."
+        has_features = wanted.zero_shot is None or found.output != "logits"
+        require(has_features, "model.zero_shot", rule, f"{wanted.zero_shot} for {found.architecture}", remedy)
         network = build_network(found, available_bytes() // world.local_size)
         if world.rank == 0:
             _fill(network, found, _state(files, wanted.name))
-    module = HfModel(network, found.output, flips_channels=flips_channels)
-    return _model(found, module, preset, read["weights"])
+    module = HfModel(network, found.output, flips_channels=flips_channels, as_column=wanted.zero_shot is None)
+    model = _model(found, module, preset, read["weights"])
+    return model if module.as_column else replace(model, num_features=_width(model))
+
+
+def _width(model: Model) -> int:
+    """The width of the embeddings, by one image of zeros."""
+    side = model.input_size or STANDARD_SIZE
+    with torch.no_grad():
+        return int(model.module.eval()(torch.zeros(1, 3, side, side)).shape[1])
 
 
 def _read(name: str) -> tuple[dict[str, Any], list[Path]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mgpu_ddp.config.checks import require
-from mgpu_ddp.config.schema import Config, ModelConfig
+from mgpu_ddp.config.schema import Config
 from mgpu_ddp.data.input_file import open_value
 from mgpu_ddp.distributed.host import available_bytes, require_memory
 from mgpu_ddp.distributed.world import World
@@ -92,16 +92,16 @@ def open_zero_shot(config: Config, world: World) -> ZeroShot | None:
     Raises:
         UsageError: it is missing or damaged, or other keys contradict it.
     """
-    wanted = config.model
-    if not isinstance(wanted, ModelConfig) or wanted.zero_shot is None:
+    wanted, path = config.model, getattr(config.model, "zero_shot", None)
+    if path is None:
         return None
     mine: ZeroShot | None = None
     with world.together("read the classes"):
         for key in ("num_classes", "class_names"):
-            value, rule = getattr(wanted, key), f"null with {KEY}, whose file has the classes"
+            value, rule = getattr(wanted, key, None), f"null with {KEY}, whose file has the classes"
             require(value is None, f"model.{key}", rule, value, "Leave it out.")
         if world.rank == 0:
-            mine = read_zero_shot(Path(wanted.zero_shot))
+            mine = read_zero_shot(Path(path))
     said = world.share("classes", (mine.names, mine.digest, mine.width) if mine is not None else None)
     names, digest, width = said
     one = torch.ones(())

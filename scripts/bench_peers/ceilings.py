@@ -31,7 +31,7 @@ from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.host import interrupted_cpus, keep_off
 from mgpu_ddp.distributed.world import World, join
 from mgpu_ddp.models.build import build_model
-from mgpu_ddp.models.prepare import DTYPES, precision_of, prepare
+from mgpu_ddp.models.prepare import DTYPES, precision_of, prepare, speedups_of
 from mgpu_ddp.preprocess.jpeg_header import read_header
 from mgpu_ddp.preprocess.nvjpeg import Decoder, Files, Images
 from mgpu_ddp.preprocess.transform import imagenet, plain
@@ -136,6 +136,7 @@ def forward(args: argparse.Namespace, batch_size: int, config: Config, world: Wo
         collect="gather",
         batch_size=batch_size,
         transform=imagenet(224),
+        speedups=speedups_of(config),
     )
     module = prepare(build_model(config), config, resolved, world)
     dtype = DTYPES[resolved.precision]

@@ -33,7 +33,7 @@ from mgpu_ddp.data.listing import Listing
 from mgpu_ddp.data.samples import Samples
 from mgpu_ddp.distributed.devices import choose_device
 from mgpu_ddp.distributed.sharding import Plan, ShardSampler
-from mgpu_ddp.distributed.world import World, join, leave
+from mgpu_ddp.distributed.world import World
 from mgpu_ddp.errors import HangError
 from mgpu_ddp.inference import gpu_input
 from mgpu_ddp.inference.clock import Clock
@@ -61,10 +61,8 @@ DELAY_CYCLES = 20_000_000
 
 
 @pytest.fixture(scope="module")
-def world() -> Any:
-    alone = join()
-    yield choose_device(Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig()), alone)
-    leave(alone)
+def world(world: World) -> World:
+    return choose_device(Config(data=FolderConfig(root="."), transform=TransformConfig(), model=ModelConfig()), world)
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ def test_logits_are_cosines_in_fp32_and_rows_keep_their_bits(tmp_path: Path, wor
     for batch_size in (1, 8, 256):
         images = torch.randint(0, 256, (batch_size, 224, 224, 3), dtype=torch.uint8, device=world.device)
         order = torch.randperm(batch_size, device=world.device)
-        here = {name: column.clone() for name, column in predictor(images).items()}
-        there = predictor(images[order])
+        here = {name: column.clone() for name, column in predictor(images, batch_size).items()}
+        there = predictor(images[order], batch_size)
         on_gpu = {name: tensor.to(world.device) for name, tensor in classes.items()}
         assert torch.allclose(here["logits"], plain(here["embedding"], on_gpu), atol=1e-3)
         for name, column in here.items():

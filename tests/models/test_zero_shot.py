@@ -82,7 +82,7 @@ def test_else_of_the_embedding(tmp_path: Path, world: World, family: type[ModelC
 
     def columns(config: Config, model: Any) -> Any:
         module = prepare(model, config, resolved(), world)
-        return Predictor(module, config, resolved(), world.device, num_classes=model.num_classes)(images)
+        return Predictor(module, config, resolved(), world.device, num_classes=model.num_classes)(images, 3)
 
     seen = columns(replace(config, model=replace(config.model, zero_shot=None)), bare)["embedding"]
     found = columns(config, loaded(config, world))

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torchvision.transforms import InterpolationMode
-
 from mgpu_ddp.config.schema import Config, FakeConfig
 from mgpu_ddp.models.checkpoint import in_one_line
 from mgpu_ddp.models.hf_config import refused
@@ -49,7 +47,8 @@ class Preset:
 
     resize_size: list[int]
     crop_size: list[int]
-    interpolation: InterpolationMode
+    interpolation: Any
+    """torchvision's InterpolationMode."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     floors: bool = True
@@ -101,6 +100,9 @@ def _processor(values: dict[str, Any], model_type: str) -> Any:
 
 
 def _preset(processor: Any) -> Preset:
+    # Only now: how a process first imports torchvision is for `lazy_dynamo` to say.
+    from torchvision.transforms import InterpolationMode
+
     kind = type(processor).__name__
     resize, crop = _geometry(processor, kind)
     if crop[0] != crop[-1]:

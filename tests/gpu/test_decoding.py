@@ -348,6 +348,7 @@ def test_what_the_decoder_refuses_costs_its_neighbours_nothing(root: Path, world
 
 
 @pytest.mark.parametrize("together", [1, 4])
+@torch.inference_mode()
 def test_a_compiled_model_that_is_replayed_gives_the_same_bits(world: World, together: int) -> None:
     config = Config(
         data=FolderConfig(root="."),

@@ -103,6 +103,21 @@ def test_pooling_is_torchs(dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
+def test_a_recording_that_gives_other_bits_is_not_used() -> None:
+    called = 0
+
+    def step(images: torch.Tensor, _batch_size: int) -> dict[str, torch.Tensor]:
+        nonlocal called
+        called += 1
+        return {"logits": images.sum(dim=(1, 2, 3))[:, None] + called}
+
+    replayed, images = Replayed(step), torch.ones(2, 3, 4, 4, device="cuda")
+    for _ in range(2 * EAGER_STEPS):
+        before = called
+        assert torch.equal(replayed(images, 2)["logits"], torch.full((2, 1), 49.0 + before, device="cuda"))
+
+
+@torch.inference_mode()
 def test_a_recorded_step_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = False
@@ -126,4 +141,5 @@ def test_a_recorded_step_gives_the_same_bits() -> None:
             images = images.contiguous(memory_format=torch.channels_last)
             expected = torch.cat([module(batch).float() for batch in images.split(batch_size)])
             assert torch.equal(replayed(images, batch_size)["logits"], expected), (batch_size, number)
-        assert called == EAGER_STEPS + 1
+        # Recorded after one more, which tells what a replay must give.
+        assert called == EAGER_STEPS + 2

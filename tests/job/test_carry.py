@@ -64,6 +64,35 @@ def carry(data: Any, run_dir: Path, world: World, how: str = "parquet", **change
     return mgpu_ddp.open(run_dir).table()
 
 
+BOXES = [[[0, 0, 9, 9 + number]] * (number % 3) for number in range(COUNT)]
+OWNERS = [number for number in range(COUNT) for _ in BOXES[number]]
+
+
+@pytest.mark.parametrize("make", [parquet_list, parquet_source])
+def test_each_box_of_an_image_has_what_the_image_carries(
+    images: list[Path], tmp_path: Path, world: World, make: Any
+) -> None:
+    data = make(tmp_path if make is parquet_source else tmp_path / "list.parquet", images)
+    first = 0
+    for path in sorted(tmp_path.glob("*.parquet")):
+        table = pq.read_table(path)
+        column = pa.array(BOXES[first : first + len(table)], pa.list_(pa.list_(pa.int64())))
+        first += len(table)
+        pq.write_table(table.append_column("places", column), path, row_group_size=4)
+    table = carry(replace(data, box_column=["places"]), tmp_path / "run", world)
+    assert table["box"].to_pylist() == [[0, 0, 9, 9 + number] for number in OWNERS]
+    assert carried_by(table) == [values_of(number) for number in OWNERS]
+
+
+def test_boxes_in_a_csv_carry_as_well(images: list[Path], tmp_path: Path, world: World) -> None:
+    columns = {"note": [f"0{number}" for number in range(COUNT)], "places": [json.dumps(each) for each in BOXES]}
+    data = replace(csv_list(tmp_path / "list.csv", images, columns), box_column=["places"])
+    table = carry(data, tmp_path / "run", world)
+    assert table["box"].to_pylist() == [[0, 0, 9, 9 + number] for number in OWNERS]
+    assert table["note"].to_pylist() == [f"0{number}" for number in OWNERS]
+    assert table["places"].to_pylist() == [json.dumps(BOXES[number]) for number in OWNERS]
+
+
 @pytest.mark.parametrize("how", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize("make", [parquet_list, parquet_source])
 def test_error_rows_retries_and_replaced_images_keep_what_is_carried(

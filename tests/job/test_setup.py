@@ -146,7 +146,8 @@ def test_what_a_dataset_carries_has_names_of_its_own(name: str) -> None:
     def setup(carried: str) -> Any:
         kind = ItemKind(image="pixels", carried={"path": "object", carried: "float64"})
         types = (ColumnType(name="logits", dtype="float32", shape=(3,)),)
-        return SimpleNamespace(files=ScriptDataset(dataset=[], kind=kind, in_shards=False), types=types)
+        files = ScriptDataset(dataset=[], kind=kind, in_shards=False)
+        return SimpleNamespace(files=files, types=types, job=SimpleNamespace(config=tiny()))
 
     check_carried(setup("taken"))
     with pytest.raises(UsageError, match=f"named otherwise than the columns error, .*, got '{name}'. Rename it."):

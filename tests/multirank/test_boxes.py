@@ -176,9 +176,11 @@ def test_all_boxes_of_a_changed_image_are_predicted_again(one: Path, three: Path
 
 @pytest.mark.timeout(400)
 def test_a_killed_job_continues_on_three_ranks(tmp_path: Path) -> None:
-    boxes, _ = boxed(tmp_path, repeat=3)
+    boxes, _ = boxed(tmp_path, repeat=6)
     words = (f"data.path={tmp_path}/boxes.csv", "data.box_column=boxes", "output.fields=[topk,size]", *SMALL_IMAGES)
-    words = ("data=list", *words, "transform.size=112", "output.commit_every=4", "output.dir=out", "runtime.device=cpu")
+    words = ("data=list", *words, "transform.size=112", "output.dir=out", "runtime.device=cpu")
+    # Boxes come in blocks of 256 otherwise, and windows in blocks.
+    words += ("output.commit_every=4", "loader.block=4", "batch_size=4")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
@@ -190,5 +192,5 @@ def test_a_killed_job_continues_on_three_ranks(tmp_path: Path) -> None:
     for size, cwd in ((3, killed), (1, whole)):
         ended_well = run(ranks(size, *words), cwd)
         assert ended_well.code == 0, ended_well.err
-    assert_proved(killed / "out", len(boxes), errors=3 * 13)
+    assert_proved(killed / "out", len(boxes), errors=6 * 13)
     assert json.dumps(read_rows(killed / "out")) == json.dumps(read_rows(whole / "out"))

@@ -18,7 +18,8 @@ RUNS = {"from-list": "photos/", "from-tars": "train-0", "from-parquet": "photos/
 @pytest.mark.slow
 def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = recipes("data")
-    assert len(commands) == len(RUNS) + 1
+    # And one for an array, and one for boxes.
+    assert len(commands) == len(RUNS) + 2
     assert all(command.count("\n") <= 10 for command in commands)
     wanted = sum(path.suffix == ".jpg" for path in make_images(tmp_path / "photos", 20, classes=2))
     environ = {"PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -40,6 +41,9 @@ def test_every_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
                 process.wait()
     assert_proved(tmp_path / "from-array", wanted)
     assert all(row["path"] is None for row in read_rows(tmp_path / "from-array"))
+    assert_proved(tmp_path / "from-boxes", 2 * wanted)
+    boxed = [(row["box"], row["width"] > 0) for row in read_rows(tmp_path / "from-boxes")]
+    assert boxed == [([0, 0, 20, 20], True), ([4.5, 2, 30, 24], True)] * wanted
     predictions = []
     for name, begin in RUNS.items():
         assert_proved(tmp_path / name, wanted)

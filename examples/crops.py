@@ -30,6 +30,9 @@ def main(photos: str, out: str) -> None:
     )
     # From pixels of the square that the detector has seen to those of the photos.
     boxes = mgpu_ddp.boxes_to_source(found)
+    if not sum(map(len, filter(None, boxes["boxes"].to_pylist()))):
+        print(f"{found.summary['rows']} images, and nothing found in them")
+        return
     pq.write_table(boxes.select(["path", "boxes"]), f"{out}/boxes.parquet")
     crops = mgpu_ddp.predict(
         data="list",

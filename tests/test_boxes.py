@@ -115,3 +115,11 @@ def test_what_lacks_is_told_in_one_line(tmp_path: Path) -> None:
         mgpu_ddp.boxes_to_source(own, pa.table({"boxes": [[[0.0] * 4]], **size}))
     with pytest.raises(UsageError, match="folder must be a run folder"):
         mgpu_ddp.boxes_to_source(tmp_path)
+
+
+def test_texts_that_were_carried_are_no_detections(tmp_path: Path) -> None:
+    table = pa.table({"boxes": ["[[0,0,9,9]]"], "width": [9], "height": [9]})
+    with pytest.raises(
+        UsageError, match=r"^column must be a column of lists of four numbers each, got 'boxes' of string"
+    ):
+        mgpu_ddp.boxes_to_source(run_of(tmp_path / "run", imagenet(224)), table)

@@ -9,6 +9,7 @@ import numpy as np
 from mgpu_ddp.config.checks import require
 from mgpu_ddp.data.boxes import as_lists, read_boxes
 from mgpu_ddp.data.encoded import SIZE
+from mgpu_ddp.data.labels import is_text
 from mgpu_ddp.errors import UsageError
 from mgpu_ddp.preprocess.transform import Transform
 from mgpu_ddp.run import Run
@@ -35,10 +36,12 @@ def boxes_to_source(run: Run | str | os.PathLike[str], table: Any = None, *, col
         *((name, "Predict with output.fields=[size].") for name in SIZE),
     ):
         require(name in table.column_names, "table", f"one with a column {name}", table.column_names, remedy)
+    kind = table[column].type
     try:
+        # Texts are columns of a list that were carried.
+        require(not is_text(kind), "column", "of lists", str(kind), "Name another.")
         counts, boxes = read_boxes([table[column]], str)
     except UsageError:
-        kind = str(table[column].type)
         rule = "a column of lists of four numbers each"
         raise UsageError(f"column must be {rule}, got {column!r} of {kind}. Name another.") from None
     # Error rows have no boxes, and may have no size.

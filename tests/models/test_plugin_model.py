@@ -138,8 +138,8 @@ def test_what_cannot_be_found_or_loaded_is_one_line(site: Path, tmp_path: Path, 
     at = "(lab_c.py, line {})".format
     where = at(line["    return torch.zeros(2) @ torch.zeros(3)"])
     for name, expected in {
-        "twice": "model.name must be offered by one package, not by lab_c 1.0 and lab_d 2.0, got 'twice'. Uninstall all"
-        " but one.",
+        "twice": "model.name must be offered by one package, not by lab_c 1.0 and lab_d 2.0, got 'twice'. Leave"
+        " only one of them.",
         "lacks": broken.format("lacks", "lab_c:nothing", "AttributeError: module 'lab_c' has no attribute 'nothing'"),
         "gone": broken.format("gone", "lab_gone:build", "ModuleNotFoundError: No module named 'lab_gone'"),
         "leaves": broken.format("leaves", "lab_leaves:build", "SystemExit: no licence (lab_leaves.py, line 3)"),

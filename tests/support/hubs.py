@@ -77,6 +77,8 @@ def serve(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def point_to(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `url` be the hub, of this process and of those that it starts."""
+    # Of those, because this process may be told otherwise.
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "ENDPOINT", url)

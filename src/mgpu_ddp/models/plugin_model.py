@@ -57,7 +57,7 @@ def find_plugin(name: str) -> tuple[EntryPoint, str]:
     require(name in offered, "model.name", f"a plugin that is installed ({installed})", name, remedy)
     packages = offered[name]
     rule = f"offered by one package, not by {' and '.join(sorted(packages))}"
-    require(len(packages) == 1, "model.name", rule, name, "Uninstall all but one.")
+    require(len(packages) == 1, "model.name", rule, name, "Leave only one of them.")
     ((package, entry),) = packages.items()
     return entry, package
 

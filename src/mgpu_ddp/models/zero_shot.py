@@ -178,7 +178,7 @@ def _check_numbers(tensors: dict[str, torch.Tensor], names: tuple[str, ...], pat
     found = f"{path} with NaN, Inf or zeros alone for {names[bad[0]]!r}" if bad else ""
     require(not bad, KEY, "a file of directions", found, REMEDY)
     scale = float(tensors[SCALE])
-    remedy = "It is the factor of the cosines, such as 100: of CLIP's parameter of that name the exponential."
+    remedy = "Save the factor of the cosines, such as 100: of CLIP's parameter of that name the exponential."
     require(0 < scale < float("inf"), KEY, f"a file whose {SCALE} is above 0", f"{path} with {scale}", remedy)
     bias = float(tensors.get(BIAS, torch.zeros(())))
     require(bias - bias == 0, KEY, f"a file whose {BIAS} is a number", f"{path} with {bias}", REMEDY)

@@ -103,7 +103,10 @@ def test_any_folder_reaches_hydra_as_it_is(multirun: bool) -> None:
         ("+batchsize=4", "batchsize must be a known key, got '+batchsize=4'. Did you mean batch_size?"),
         ("output.formt=csv", "output.formt must be a known key, got 'output.formt=csv'. Did you mean output.format?"),
         ("xyzzy=1", "xyzzy must be a known key, got 'xyzzy=1'. --help lists every key."),
-        ("data.root=/x", "data.root must belong to the chosen data, got 'data.root=/x'. Add data=folder or list."),
+        (
+            "data.root=/x",
+            "data.root must belong to the chosen data, got 'data.root=/x'. Add data=folder or list, or leave it out.",
+        ),
         ("batch_size=many", "batch_size must be at least 1 or auto, got 'many'"),
         ("batch_size=1.5", "batch_size must be an integer or text, got '1.5'"),
         ("data.size=1.5", "data.size must be an integer, got '1.5'"),

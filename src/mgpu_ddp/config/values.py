@@ -90,7 +90,8 @@ def _unknown(name: str, line: str) -> str:
     if name in documented_keys():
         group, _, field = name.partition(".")
         options = [option for option in GROUPS[group] if field in keys_of(section_of(group, option))]
-        return f"{name} must belong to the chosen {group}, got {line!r}. Add {group}={' or '.join(options)}."
+        remedy = f"Add {group}={' or '.join(options)}, or leave it out."
+        return f"{name} must belong to the chosen {group}, got {line!r}. {remedy}"
     near = difflib.get_close_matches(name, documented_keys(), n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"{name} must be a known key, got {line!r}. {hint}--help lists every key."

@@ -37,13 +37,16 @@ def boxes_to_source(run: Run | str | os.PathLike[str], table: Any = None, *, col
     ):
         require(name in table.column_names, "table", f"one with a column {name}", table.column_names, remedy)
     kind = table[column].type
+    other = UsageError(
+        f"column must be a column of lists of four numbers each, got {column!r} of {kind}. Name another."
+    )
+    if is_text(kind):
+        # A column of a list that was carried.
+        raise other
     try:
-        # Texts are columns of a list that were carried.
-        require(not is_text(kind), "column", "of lists", str(kind), "Name another.")
         counts, boxes = read_boxes([table[column]], str)
     except UsageError:
-        rule = "a column of lists of four numbers each"
-        raise UsageError(f"column must be {rule}, got {column!r} of {kind}. Name another.") from None
+        raise other from None
     # Error rows have no boxes, and may have no size.
     size = np.stack([table[name].fill_null(1).to_numpy() for name in SIZE], axis=1)
     first = np.zeros(size.shape)

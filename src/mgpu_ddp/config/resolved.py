@@ -65,6 +65,11 @@ class Resolved:
         """How many batches are loaded, and their input made, as one."""
         return max(1, TOGETHER // self.batch_size) if self.on_gpu else 1
 
+    @property
+    def rows_together(self) -> int:
+        """The rows of these batches, padding included."""
+        return self.batch_size * self.batches_together
+
 
 def is_on_gpu(decode: str) -> bool:
     return decode in ("gpu", "exact")

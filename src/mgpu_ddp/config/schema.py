@@ -31,6 +31,7 @@ from mgpu_ddp.errors import UsageError
 
 A_DAY_S = 86_400
 AUTO = "auto"
+FILE_OR_NULL = not_empty("null or a file", "Leave it out for null.")
 CLASS_NAMES = "A file that names the classes in the model's order: a text of one name a line, or a .json list."
 
 
@@ -358,10 +359,10 @@ class ModelConfig(Section):
     class_names: str | None = key(
         None,
         f"{CLASS_NAMES} null: the weights' own names, where they have any.",
-        not_empty("null or a file", "Leave it out for null."),
+        FILE_OR_NULL,
         path=True,
     )
-    zero_shot: str | None = key(None, ZERO_SHOT, not_empty("null or a file", "Leave it out for null."), path=True)
+    zero_shot: str | None = key(None, ZERO_SHOT, FILE_OR_NULL, path=True)
 
 
 FOLDER = "local-dir:"
@@ -390,7 +391,7 @@ class PluginConfig(Section):
     prefix: ClassVar[str] = "model."
 
     name: str = key(MISSING, "The name of a model that an installed package offers (docs/own.md).")
-    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."), path=True)
+    class_names: str | None = key(None, CLASS_NAMES, FILE_OR_NULL, path=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -409,10 +410,10 @@ class HfConfig(Section):
     class_names: str | None = key(
         None,
         f"{CLASS_NAMES} null: those of config.json.",
-        not_empty("null or a file", "Leave it out for null."),
+        FILE_OR_NULL,
         path=True,
     )
-    zero_shot: str | None = key(None, ZERO_SHOT, not_empty("null or a file", "Leave it out for null."), path=True)
+    zero_shot: str | None = key(None, ZERO_SHOT, FILE_OR_NULL, path=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -422,7 +423,7 @@ class ScriptModelConfig(Section):
     prefix: ClassVar[str] = "model."
 
     name: str = ITSELF
-    class_names: str | None = key(None, CLASS_NAMES, not_empty("null or a file", "Leave it out for null."), path=True)
+    class_names: str | None = key(None, CLASS_NAMES, FILE_OR_NULL, path=True)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -33,7 +33,7 @@ class EncodedSamples(Samples):
         """The file and the image that were used last, by `image_of`: the next box may be one of the same."""
         self._sizes_of: dict[int, tuple[int, int]] = {}
         self._clipped: set[int] = set()
-        """Of samples whose windows were asked for and that were not taken."""
+        """Sizes and clipped boxes of samples whose windows were asked for, until they are taken."""
         self._ahead = ReadAhead(request) if request is not None else None
         self.looks_ahead = self._ahead is not None
         self.carried_bytes = files.carried_bytes

@@ -95,7 +95,7 @@ def load_batches(
         OutOfMemoryError: there is no memory for the batches that are read ahead.
     """
     on_gpu, packed = world.device.type == "cuda", resolved.on_gpu
-    batch_size, together = resolved.batch_size, resolved.batch_size * resolved.batches_together
+    batch_size, together = resolved.batch_size, resolved.rows_together
     num_slots, raw = plan_slots(samples, len(sampler), config, resolved, world, held=held)
     transform, planar = resolved.transform, raw is not None and raw.planar
     if isinstance(transform, Transform):
@@ -124,8 +124,7 @@ def piece_rows(resolved: Resolved) -> int:
     """Samples of a slot."""
     if not resolved.on_gpu:
         return resolved.batch_size
-    together = resolved.batch_size * resolved.batches_together
-    return min(max(resolved.batch_size, SMALLEST_PIECE), LARGEST_PIECE, together)
+    return min(max(resolved.batch_size, SMALLEST_PIECE), LARGEST_PIECE, resolved.rows_together)
 
 
 def _ahead(config: LoaderConfig, resolved: Resolved) -> int:
